@@ -1,0 +1,69 @@
+"""Eq. 16: the merged weight of one matrix, in row blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Factors:
+    """U and V of one site, both (d_in, r); v is u for an orthogonal projection.
+
+    Both are None where nothing is projected (no site, or rank 0).
+    """
+
+    u: Tensor | None
+    v: Tensor | None
+
+
+def merged_weight(  # noqa: PLR0913, PLR0917 - the terms of the equation
+    reasoning: Tensor,
+    instruct: Tensor,
+    pretrained: Tensor,
+    factors: Factors,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    strength: float,
+    input_axis: int = -1,
+) -> Tensor:
+    """Compute W_R + λ (S_row Δ S_col)(I - U Vᵀ), with Δ = W_I - W_B (Eq. 16).
+
+    Scales come first and the projection last, so that the change is zero on the protected
+    features whatever the scales are. Blocks of output rows keep the temporaries small.
+
+    Args:
+        reasoning: W_R, (d_out, d_in); (d_in, d_out) with `input_axis` -2.
+        instruct: W_I, of the same shape, dtype and device.
+        pretrained: W_B, likewise.
+        factors: U and V.
+        rows: the scales S_row (d_out); None for ones.
+        cols: the scales S_col (d_in); None for ones.
+        strength: λ.
+        input_axis: the axis of the input features, -1 or -2.
+
+    Returns:
+        A new tensor like `reasoning`; computed in float32, or in float64 for float64 weights.
+    """
+    dtype = torch.float64 if reasoning.dtype == torch.float64 else torch.float32
+    device = reasoning.device
+    result = torch.empty_like(reasoning, memory_format=torch.contiguous_format)
+    views = (result, reasoning, instruct, pretrained)
+    out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
+    scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
+    u, v = (f if f is None else f.to(device, dtype) for f in (factors.u, factors.v))
+    for start in range(0, out.shape[0], BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        delta = tuned[block].to(dtype, copy=True).sub_(origin[block].to(dtype))
+        if scale_rows is not None:
+            delta *= scale_rows[block, None]
+        if scale_cols is not None:
+            delta *= scale_cols
+        if u is not None and v is not None:
+            delta.addmm_(delta @ u, v.mT, alpha=-1)
+        out[block] = delta.mul_(strength).add_(base[block].to(dtype))
+    return result

@@ -1,0 +1,206 @@
+"""`merge_method: rain`, a merge method of mergekit: applies a calibration file to each tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import GroupMergeMethod, TensorGroup
+from torch import Tensor
+
+from rain_mergekit import _autoload
+from rain_mergekit.apply import Factors, merged_weight
+from rain_mergekit.artifact import CalibrationFile, TensorPlan
+from rain_mergekit.basis_cache import BasisCache, CalibrationCache, Recent
+from rain_mergekit.errors import RainError
+from rain_mergekit.method_spec import NAME, Planned, RainMergeError, rain_spec, reported, role_name
+from rain_mergekit.roles import OTHER, assign_roles
+
+__all__ = ["RainMerge", "RainMergeError", "register"]
+_SLICE = re.compile(r"\.slices\[\d+\]$")
+
+
+class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
+    """RAIN-Merging (arXiv 2602.22538): W_R + λ (S_row Δ S_col)(I - U Vᵀ) for the listed tensors.
+
+    Everything that the calibration file does not list stays the base model's, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._planned = Planned()
+        self._files = CalibrationCache()
+        self._bases = BasisCache()
+        self._checked: Recent[None] = Recent(8)
+        self.spec = rain_spec(self._calibration, self._role)
+
+    def _calibration(self, value: object) -> CalibrationFile:
+        with reported():
+            calibration = self._open(value)
+        self._planned.calibration, self._planned.roles = calibration, ()
+        return calibration
+
+    def _open(self, value: object) -> CalibrationFile:
+        if isinstance(value, CalibrationFile):
+            return value
+        if isinstance(value, (str, PathLike)) and str(value):
+            return self._files.open(str(fspath(value)))
+        raise RainError(
+            "merge_method: rain needs `parameters: {calibration: PATH}`, the file that "
+            "`mergekit-rain calibrate CONFIG` writes" + (f"; found {value!r}" if value else "")
+        )
+
+    def _role(self, value: object) -> str | None:
+        role = role_name(value)
+        self._planned.roles += (role,)
+        return role
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Require the base model and two others; when planning, also that they fit the file.
+
+        Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
+        """
+        calibration, roles = self._planned.take()
+        others = [model for model in input_ids if model != base_id]
+        whole = group_name is None or _SLICE.search(group_name) is not None
+        with reported():
+            _require_inputs(input_ids, others, base_id, group_name)
+            if len(others) > 2 or (whole and len(others) < 2):
+                raise RainError(
+                    "merge_method: rain merges exactly two models into base_model, one with "
+                    f"`role: instruct` and one with `role: pretrained`; found {len(others)}: "
+                    f"{', '.join(map(str, others)) or 'none'}"
+                )
+            if calibration is not None and len(others) == len(roles) == 2 and not whole:
+                explicit = dict(zip(others, roles, strict=True))
+                self._models(calibration, base_id, others, explicit)
+
+    def _models(
+        self,
+        calibration: CalibrationFile,
+        base: Hashable,
+        others: Sequence[Hashable],
+        explicit: Mapping[Hashable, str | None],
+    ) -> dict[str, Hashable]:
+        """The model of each role; the first time, check that the calibration is theirs."""
+        recorded = {role: calibration.models[role].reference for role in OTHER}
+        models = {"reasoning": base, **assign_roles(others, explicit, recorded)}
+        key = (calibration, *sorted((role, model) for role, model in models.items()))
+        self._checked.get(key, lambda: _check_models(calibration, models))
+        return models
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor; returns the base tensor itself where nothing is to be done."""
+        with reported(), torch.no_grad():
+            return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+        calibration: CalibrationFile = parameters["calibration"]
+        name, base = group.metadata.name, group.base
+        others = {entry.id: entry.tensor for entry in group.non_base}
+        if name is None:
+            raise RainError("rain merges tensors by name: pass the tensor's name")
+        plan = calibration.tensors.get(name)
+        if len(others) < 2 and plan is not None:
+            found = ", ".join(str(entry.id) for entry in group.entries)
+            raise RainError(f"{name}: the calibration lists it, but only {found} has it")
+        models: Mapping[str, Hashable] = {}
+        if len(others) == 2:
+            models = self._models(calibration, base.id, list(others), parameters["role"])
+        reasoning: Tensor = base.tensor
+        _require_finite(reasoning, name, f"the reasoning model {base.id}")
+        if plan is None or parameters["lambda"] == 0:
+            return reasoning
+        inputs = others[models["instruct"]], others[models["pretrained"]]
+        for role, tensor in zip(("instruct", "pretrained"), inputs, strict=True):
+            _require_finite(tensor, name, f"the {role} model {models[role]}")
+        if tuple(reasoning.shape) != plan.shape:
+            raise RainError(
+                f"{name} has shape {list(reasoning.shape)}, the calibration expects "
+                f"{list(plan.shape)}: it was made for another model"
+            )
+        _check_source(base.id, name, reasoning)
+        merged = self._apply(calibration, plan, (reasoning, *inputs), parameters["lambda"])
+        _require_finite(merged, name, f"the result in {merged.dtype}")
+        return merged
+
+    def _apply(
+        self,
+        calibration: CalibrationFile,
+        plan: TensorPlan,
+        weights: tuple[Tensor, Tensor, Tensor],
+        strength: float,
+    ) -> Tensor:
+        """One matrix, or each expert of a 3-D tensor with its own basis or the shared one."""
+        device = weights[0].device
+        rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
+
+        def factors(site: str | None) -> Factors:
+            none = Factors(None, None)
+            return none if site is None else self._bases.get(calibration, site, device)
+
+        if len(plan.shape) == 2 and not isinstance(plan.site, tuple):
+            basis = factors(plan.site)
+            return merged_weight(*weights, basis, rows, cols, strength, plan.input_axis)
+        sites = plan.site if isinstance(plan.site, tuple) else (plan.site,) * plan.shape[0]
+        merged = torch.empty_like(weights[0])
+        for expert, site in enumerate(sites):
+            w_r, w_i, w_b = (weight[expert] for weight in weights)
+            merged[expert] = merged_weight(
+                w_r, w_i, w_b, factors(site), rows, cols, strength, plan.input_axis
+            )
+        return merged
+
+
+def _require_inputs(
+    ids: Sequence[Hashable], others: Sequence[Hashable], base: Hashable | None, group: str | None
+) -> None:
+    if base is None:
+        raise RainError("merge_method: rain needs `base_model`, the reasoning model")
+    where = f" ({group})" if group else ""
+    if base not in ids:
+        raise RainError(f"the reasoning model (base_model {base}) is not among the inputs{where}")
+    if len(set(ids)) != len(ids) or len(others) != len(ids) - 1:
+        twice = sorted({str(model) for model in ids if list(ids).count(model) > 1})
+        raise RainError(f"given more than once: {', '.join(twice)}{where}")
+
+
+def _check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
+    from rain_mergekit.model_checks import check_models  # noqa: PLC0415 - see register
+
+    check_models(calibration, models)
+
+
+def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
+    from rain_mergekit.model_checks import check_source  # noqa: PLC0415 - see register
+
+    check_source(model, name, tensor)
+
+
+def _require_finite(tensor: Tensor, name: str, who: str) -> None:
+    # Extremes carry NaN and infinity with them and need no temporary of the tensor's size.
+    if tensor.numel() and not all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor)):
+        raise RainError(f"{name} holds NaN or infinite values in {who}")
+
+
+def register() -> None:
+    """Make `merge_method: rain` known to mergekit in this process; calling it again is harmless.
+
+    While mergekit is being imported this runs in the middle of it, so nothing that needs the
+    rest of mergekit may be imported before a merge starts.
+    """
+    from mergekit.merge_methods import registry  # noqa: PLC0415
+
+    if NAME not in {method.spec.name for method in registry.registered_methods()}:
+        registry.register(RainMerge())
+
+
+_autoload.resume()

@@ -1,0 +1,120 @@
+"""Does a calibration belong to the models of this merge? Asked before any tensor is merged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.errors import RainError
+
+_LISTED = 20
+_log = logging.getLogger(__name__)
+
+
+def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
+    """Compare the reasoning model's fingerprint, and all shapes of the three models.
+
+    Args:
+        calibration: the open calibration.
+        models: mergekit's input id by role. Models that mergekit has not opened (tensors merged in
+            memory) cannot be checked here and are left out.
+
+    Raises:
+        RainError: one message with everything that does not fit.
+    """
+    opened = {
+        role: LoaderCache().get(model).index
+        for role, model in models.items()
+        if isinstance(model, ModelReference) and model in LoaderCache.loaders
+    }
+    if "reasoning" in opened:
+        _check_fingerprint(calibration, models["reasoning"], opened["reasoning"].base_path)
+    problems: list[str] = []
+    for role, index in opened.items():
+        problems += _shape_problems(calibration, f"{role} model {models[role]}", index)
+    if problems:
+        more = len(problems) - _LISTED
+        lines = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
+        raise RainError(
+            f"calibration file {calibration.path!r} does not fit these models:\n  "
+            + "\n  ".join(lines)
+            + "\nMerge the models that it was made for, or calibrate again with these."
+        )
+
+
+def check_source(model: object, name: str, tensor: Tensor) -> None:
+    """Refuse slices that move layers: `tensor` must be what `model` stores under `name`.
+
+    The bases belong to a layer's own inputs, and mergekit tells a method only the name that the
+    tensor will have in the result. One row of the checkpoint is compared.
+    """
+    if not isinstance(model, ModelReference) or model not in LoaderCache.loaders:
+        return
+    index = LoaderCache().get(model).index
+    shard = index.tensor_paths.get(name)
+    if shard is None or not index.is_safetensors:
+        return
+    with safe_open(Path(index.base_path) / shard, framework="pt") as file:
+        row = file.get_slice(name)[:1]
+    if not torch.equal(row.to(tensor.dtype), tensor[:1].to("cpu")):
+        raise RainError(
+            f"{name} of the result is made from another tensor of {model}: the slices move layers, "
+            "and a calibration holds for layers in their own places; merge first, move then"
+        )
+
+
+def _check_fingerprint(calibration: CalibrationFile, model: ModelReference, folder: str) -> None:
+    from rain_mergekit.checkpoint import fingerprint  # noqa: PLC0415 - loads transformers
+
+    record = calibration.models["reasoning"]
+    if record.fingerprint is None:
+        _log.warning(
+            "calibration file %s has no fingerprint: whether it was made for %s is not checked",
+            calibration.path,
+            model,
+        )
+        return
+    found = fingerprint(folder)
+    different = [part for part, hexa in record.fingerprint.items() if found.get(part) != hexa]
+    if different:
+        raise RainError(
+            f"calibration file {calibration.path!r} was made for another reasoning model: it "
+            f"records {record.reference}, and the base_model {model} differs in "
+            f"{', '.join(different)}{_hint(calibration, found)}; set base_model to the recorded "
+            "model, or calibrate again"
+        )
+
+
+def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
+    for role in ("instruct", "pretrained"):
+        if calibration.models[role].fingerprint == found:
+            return f" (it is the {role} model of the calibration: are the models swapped?)"
+    return ""
+
+
+def _shape_problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
+    from rain_mergekit.checkpoint import header_shapes  # noqa: PLC0415 - loads transformers
+
+    if not index.is_safetensors:
+        return []  # pickled shards have no header to look at: each tensor is checked when merged
+    try:
+        shapes = header_shapes(index, calibration.tensors)
+    except (OSError, SafetensorError) as error:
+        raise RainError(f"{who}: cannot read {index.base_path}: {error}") from None
+    problems = [
+        f"{who}: {name} has shape {list(shape)}, the calibration expects {list(wanted)}"
+        for name, shape in shapes.items()
+        if shape != (wanted := calibration.tensors[name].shape)
+    ]
+    # A checkpoint with none of the names stores its tensors under others, which mergekit maps.
+    missing = [name for name in calibration.tensors if shapes and name not in shapes]
+    return sorted(problems) + [f"{who}: {name} is missing" for name in missing]
