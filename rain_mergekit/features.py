@@ -1,0 +1,69 @@
+"""Feature rows of one input site: collected sample by sample, frozen into one weighted matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.projection import STATISTICS_DTYPE
+
+
+class RowCollector:
+    """Mutable: rows of one group of positions (think, content, instruction, ...) at one site."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._folded = False
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add n x d feature rows; they are copied, so that the layer's input can be freed."""
+        if rows.shape[0] == 0:
+            return
+        self._blocks.append(rows.detach().to(torch.float32, copy=True))
+        self.count += rows.shape[0]
+        self._fold()
+
+    def rows(self) -> Tensor | None:
+        """Rows whose Gram matrix is the sum over all rows added; None when there were none."""
+        if not self._blocks:
+            return None
+        return torch.cat([block.to(STATISTICS_DTYPE) for block in self._blocks])
+
+    def _fold(self) -> None:
+        """Past 4 d rows, keep the triangular factor instead: d rows with the same second moment."""
+        width = self._blocks[0].shape[1]
+        if sum(block.shape[0] for block in self._blocks) <= 4 * width:
+            return
+        stacked = torch.cat([block.to(STATISTICS_DTYPE) for block in self._blocks])
+        self._blocks = [torch.linalg.qr(stacked, mode="r").R]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of positions and the weight of its mean second moment in the whole."""
+
+    name: str
+    weight: float
+
+
+def weighted_rows(collectors: Mapping[str, RowCollector], groups: Sequence[Group]) -> Tensor | None:
+    """Stack groups so that rows^T rows = sum_g weight_g * mean over the group's rows of h h^T."""
+    parts = []
+    for group in groups:
+        collector = collectors.get(group.name)
+        rows = None if collector is None else collector.rows()
+        if rows is not None and collector is not None and group.weight > 0:
+            parts.append(rows * (group.weight / collector.count) ** 0.5)
+    return torch.cat(parts) if parts else None
+
+
+def spread(positions: Sequence[int], limit: int) -> tuple[int, ...]:
+    """At most `limit` of the positions, evenly spaced and always the same ones."""
+    if len(positions) <= limit:
+        return tuple(positions)
+    step = len(positions) / limit
+    return tuple(positions[int((index + 0.5) * step)] for index in range(limit))
