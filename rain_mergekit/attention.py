@@ -1,0 +1,171 @@
+"""The attention function that transformers calls during calibration, and the probe that watches it.
+
+Registered by name (`AttentionInterface`, `AttentionMaskInterface`), so that the layer's own module
+hands over q, k, v after RoPE, QK-norm and everything else it does. The output is what transformers'
+own SDPA gives; masks that SDPA cannot skip (sliding windows) are evaluated block by block, so that
+no T x T matrix exists at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+NAME = "rain_mergekit"
+BLOCK_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """A mask as a function of (query, key) indices, evaluated only for the rows at hand."""
+
+    function: Callable[[Any, Any, Any, Any], Any]
+    length: int
+
+    def rows(self, index: Tensor) -> Tensor:
+        """n x T bool, True where query row index[n] may attend."""
+        zero = torch.zeros(1, dtype=torch.long, device=index.device)
+        keys = torch.arange(self.length, device=index.device)
+        allowed = self.function(zero, zero, index[:, None], keys[None, :])
+        return torch.as_tensor(allowed).expand(index.numel(), self.length)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module computed with: q (1, H, T, d_h), k and v with KV heads."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    mask: BlockMask | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Attention probabilities of the query rows `index` (n): heads x n x T float32."""
+        query = self.query[0, :, index].float()
+        heads, count, width = query.shape
+        key = self.key[0].float()
+        grouped = query.view(key.shape[0], -1, width)
+        scores = (grouped @ key.transpose(1, 2)).view(heads, count, -1) * self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        allowed = _allowed(self.mask, index, scores.shape[-1])
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        return _softmax_with_sinks(scores, self.sinks)
+
+
+Observer = Callable[[AttentionCall], None]
+_OBSERVER: ContextVar[Observer | None] = ContextVar("rain_attention_observer", default=None)
+
+
+@contextmanager
+def observe_attention(observer: Observer) -> Iterator[None]:
+    """Call `observer` with every attention computation inside the block."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def register() -> None:
+    """Make the attention function known to transformers; idempotent."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **_kwargs: Any,
+) -> BlockMask | None:
+    if batch_size != 1 or q_length != kv_length or attention_mask is not None:
+        raise ValueError("calibration runs one unpadded, uncached sample at a time")
+    if allow_is_causal_skip and (local_size is None or kv_length <= local_size):
+        return None
+    return BlockMask(mask_function, kv_length)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 - calibration never drops
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(module, query, key, attention_mask, scale, softcap, s_aux)
+    observer = _OBSERVER.get()
+    if observer is not None:
+        observer(call)
+    if softcap is not None or s_aux is not None:
+        return _explicit_blocks(call, value), None
+    if attention_mask is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, None, dropout=0.0, scaling=scale, is_causal=True
+        )
+        return output, None
+    return _masked_blocks(call, value), None
+
+
+def _masked_blocks(call: AttentionCall, value: Tensor) -> Tensor:
+    """SDPA over blocks of query rows, each with its own slice of the mask: (1, T, H, d_h)."""
+    groups = call.query.shape[1] // call.key.shape[1]
+    key, value = repeat_kv(call.key, groups), repeat_kv(value, groups)
+    parts = []
+    for index in _row_blocks(call.query, call.key.shape[2]):
+        allowed = _allowed(call.mask, index, key.shape[2])
+        parts.append(
+            nn.functional.scaled_dot_product_attention(
+                call.query[:, :, index], key, value, attn_mask=allowed, scale=call.scaling
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _explicit_blocks(call: AttentionCall, value: Tensor) -> Tensor:
+    """For score transforms that SDPA does not know (softcap, sinks): (1, T, H, d_h)."""
+    values = repeat_kv(value, call.query.shape[1] // value.shape[1])[0]
+    blocks = _row_blocks(call.query, call.key.shape[2])
+    parts = [call.rows(index).to(values.dtype) @ values for index in blocks]
+    return torch.cat(parts, dim=1)[None].transpose(1, 2).contiguous()
+
+
+def _row_blocks(query: Tensor, length: int) -> Iterator[Tensor]:
+    step = max(1, BLOCK_BYTES // (query.shape[1] * length * 4))
+    for start in range(0, query.shape[2], step):
+        stop = min(start + step, query.shape[2])
+        yield torch.arange(start, stop, device=query.device)
+
+
+def _allowed(mask: BlockMask | None, index: Tensor, length: int) -> Tensor:
+    if mask is not None:
+        return mask.rows(index)
+    return torch.arange(length, device=index.device)[None, :] <= index[:, None]
+
+
+def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().view(-1, 1, 1).expand(scores.shape[0], scores.shape[1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]

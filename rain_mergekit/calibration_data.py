@@ -1,0 +1,73 @@
+"""Both calibration sets of one run, and what the calibration file says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rain_mergekit.data import (
+    DataSet,
+    InstructionTokens,
+    Markers,
+    ReasoningTokens,
+    load_instruction,
+    load_reasoning,
+)
+from rain_mergekit.models import Trio, load_tokenizer
+from rain_mergekit.settings import RainSettings
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Both calibration sets as token positions; no instruction set where none is needed."""
+
+    reasoning: DataSet[ReasoningTokens]
+    instruction: DataSet[InstructionTokens] | None
+
+
+def load_samples(settings: RainSettings, trio: Trio) -> Samples:
+    """Read, render and tokenise the calibration sets with the reasoning model's tokenizer."""
+    tokenizer = load_tokenizer(trio.reasoning)
+    markers = Markers(settings.markers.open, settings.markers.close)
+    reasoning = load_reasoning(
+        settings.reasoning_data,
+        tokenizer,
+        markers=markers,
+        window=settings.window,
+        max_tokens=settings.max_tokens,
+        keep_response=settings.protect_response > 0,
+    )
+    instruction = None
+    if settings.needs_instruction_data and settings.instruction_data is not None:
+        instruction = load_instruction(
+            settings.instruction_data,
+            tokenizer,
+            markers=markers,
+            window=settings.window,
+            max_tokens=settings.max_tokens,
+        )
+    return Samples(reasoning, instruction)
+
+
+def record(samples: Samples) -> dict[str, Any]:
+    """The header's `data` entry."""
+    think = sum(len(sample.think_positions) for sample in samples.reasoning.samples)
+    instruction = samples.instruction
+    return {
+        "reasoning": _record(samples.reasoning, think),
+        "instruction": None
+        if instruction is None
+        else _record(instruction, sum(len(s.response_positions) for s in instruction.samples)),
+    }
+
+
+def _record(data: DataSet[Any], positions: int) -> dict[str, Any]:
+    used = len(data.samples)
+    return {
+        "path": data.path,
+        "sha256": data.sha256,
+        "total": data.total,
+        "used": used,
+        "skipped": data.total - used,
+        "positions": positions,
+    }

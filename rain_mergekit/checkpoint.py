@@ -1,0 +1,186 @@
+"""Read-only access to a model's checkpoint, through mergekit's own references and loaders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rain_mergekit.errors import RainError
+
+# Fields of config.json that change without the model changing.
+_VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
+_SAMPLED_TENSORS = 2048
+
+
+class Checkpoint:
+    """The tensors of one model; nothing is read before it is asked for."""
+
+    def __init__(
+        self,
+        reference: ModelReference,
+        *,
+        cache_dir: str | None = None,
+        lora_cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.reference = reference
+        self.trust_remote_code = trust_remote_code
+        self.path = _local_path(reference, cache_dir, lora_cache_dir, trust_remote_code)
+        index = _index(self.path, reference)
+        self.names = frozenset(index.tensor_paths)
+        self._loader = LazyTensorLoader(index, lazy_unpickle=False)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that a hub reference resolved to (by its cache path), else as asked."""
+        parts = Path(self.path).parts
+        if "snapshots" in parts[:-1]:
+            return parts[parts.index("snapshots") + 1]
+        revision: str | None = self.reference.model.revision
+        return revision
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards on disk."""
+        shards = {shard.filename for shard in self._loader.index.shards}
+        return sum(os.path.getsize(os.path.join(self.path, shard)) for shard in shards)
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of those of the named tensors that exist, from the file headers alone."""
+        return header_shapes(self._loader.index, names)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor to the CPU; RainError names the model if it is missing or broken."""
+        try:
+            tensor: Tensor = self._loader.get_tensor(name)
+        except KeyError:
+            raise RainError(f"{self.reference}: tensor {name} is not in the checkpoint") from None
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RainError(f"{self.reference}: cannot read tensor {name}: {error}") from None
+        return tensor
+
+    def release(self) -> None:
+        """Drop the open shard, so that its mapped pages can be freed."""
+        self._loader.flush()
+
+
+def _local_path(
+    reference: ModelReference, cache_dir: str | None, lora_dir: str | None, trust: bool
+) -> str:
+    if reference.lora is not None and lora_dir is None:
+        raise RainError(
+            f"{reference}: a model with an adapter is merged into a cache first; "
+            "name the folder with --lora-merge-cache"
+        )
+    try:
+        merged = reference.merged(cache_dir=lora_dir, trust_remote_code=trust)
+        return str(merged.local_path(cache_dir=cache_dir))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RainError(
+            f"{reference}: model not found: expected a local folder or a hub name that can be "
+            f"downloaded ({_first_line(error)})"
+        ) from None
+
+
+def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
+    try:
+        index = ShardedTensorIndex.from_disk(path)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise RainError(f"{reference}: cannot read the checkpoint: {_first_line(error)}") from None
+    if not index.is_safetensors:
+        raise RainError(
+            f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
+            "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
+        )
+    missing = sorted(
+        {shard.filename for shard in index.shards if not _exists(path, shard.filename)}
+    )
+    if missing:
+        raise RainError(
+            f"{reference}: shard(s) named by the index are missing: {', '.join(missing)}"
+        )
+    return index
+
+
+def _exists(path: str, filename: str) -> bool:
+    return os.path.exists(os.path.join(path, filename))
+
+
+def header_shapes(index: ShardedTensorIndex, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the named tensors from the safetensors headers, each shard opened once."""
+    wanted = set(names)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in index.shards:
+        keys = wanted.intersection(shard.contained_keys)
+        if keys:
+            with safe_open(os.path.join(index.base_path, shard.filename), framework="pt") as file:
+                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in keys})
+    return shapes
+
+
+def fingerprint(path: str) -> dict[str, str]:
+    """Digests that tie a calibration to a model: config, tensor index, and sampled weights.
+
+    Cheap at any size: one row out of the middle of each tensor (of evenly chosen ones past 2,048)
+    is hashed, so a model that was trained further has another fingerprint.
+    """
+    index = _index(path, ModelReference.model_validate({"model": {"path": path}}))
+    listing, weights = hashlib.sha256(), hashlib.sha256()
+    names = sorted(index.tensor_paths)
+    sampled = set(names[:: max(1, -(-len(names) // _SAMPLED_TENSORS))])
+    by_shard: dict[str, list[str]] = {}
+    for name in names:
+        by_shard.setdefault(index.tensor_paths[name], []).append(name)
+    entries: dict[str, str] = {}
+    rows: dict[str, bytes] = {}
+    for shard, members in by_shard.items():
+        with safe_open(os.path.join(path, shard), framework="pt") as file:
+            for name in members:
+                view = file.get_slice(name)
+                entries[name] = f"{name} {view.get_dtype()} {view.get_shape()}\n"
+                if name in sampled:
+                    rows[name] = _middle_row(file, name, view.get_shape())
+    for name in names:
+        listing.update(entries[name].encode())
+        weights.update(rows.get(name, b""))
+    return {
+        "config": _config_digest(path),
+        "index": listing.hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _middle_row(file: Any, name: str, shape: list[int]) -> bytes:
+    tensor: Tensor
+    if not shape or shape[0] == 0:
+        tensor = file.get_tensor(name)
+    else:
+        middle = shape[0] // 2
+        tensor = file.get_slice(name)[middle : middle + 1]
+    flat = tensor.contiguous().flatten()[:4096]
+    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
+
+
+def _config_digest(path: str) -> str:
+    file = os.path.join(path, "config.json")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            config = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise RainError(f"{file}: cannot be read as a model config: {_first_line(error)}") from None
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

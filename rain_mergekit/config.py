@@ -1,0 +1,130 @@
+"""The one YAML file that drives both steps: mergekit's part, read by mergekit, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import InputModelDefinition, MergeConfiguration
+from pydantic import ValidationError
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.settings import RainSettings, parse_settings
+
+ROLES = ("instruct", "pretrained")
+
+
+@dataclass(frozen=True)
+class RainConfig:
+    """A parsed configuration: the three models by role, where the calibration lies, settings."""
+
+    path: str
+    text: str
+    reasoning: ModelReference
+    instruct: ModelReference
+    pretrained: ModelReference
+    calibration: Path
+    settings: RainSettings
+
+    @property
+    def models(self) -> dict[str, ModelReference]:
+        """The three references by role."""
+        return {
+            "reasoning": self.reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+
+
+def read_config(path: str | Path) -> RainConfig:
+    """Read and validate; RainError names the file, the field, what was expected and what to do."""
+    source = str(path)
+    text = _read_text(path)
+    data = _parse_yaml(text, source)
+    merge = _merge_configuration(data, source)
+    if merge.merge_method != "rain":
+        raise RainError(f"{source}: merge_method is {merge.merge_method!r}, expected 'rain'")
+    if merge.base_model is None:
+        raise RainError(f"{source}: base_model is missing: name the reasoning model there")
+    if not merge.models:
+        raise RainError(
+            f"{source}: list the instruct and the pretrained model under `models:` "
+            "(slices and modules are not supported by rain)"
+        )
+    others = [model for model in merge.models if model.model != merge.base_model]
+    if len(others) != len(merge.models) and len(others) < 2:
+        others = list(merge.models)  # a proxy: the reasoning model given as the pretrained one
+    roles = _roles(others, source)
+    return RainConfig(
+        path=source,
+        text=text,
+        reasoning=merge.base_model,
+        instruct=roles["instruct"],
+        pretrained=roles["pretrained"],
+        calibration=_calibration_path(merge, source),
+        settings=parse_settings(data.get("rain"), source),
+    )
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RainError(f"{path}: cannot read the configuration: {error}") from None
+
+
+def _parse_yaml(text: str, source: str) -> Mapping[str, Any]:
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RainError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RainError(f"{source}: expected a mapping with merge_method, base_model, models, rain")
+    return data
+
+
+def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(data)
+    except ValidationError as error:
+        items = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+        raise RainError(f"{source}: mergekit cannot read this: {'; '.join(items)}") from None
+    except RuntimeError as error:  # mergekit's own validators
+        raise RainError(f"{source}: mergekit cannot read this: {error}") from None
+
+
+def _roles(models: Sequence[InputModelDefinition], source: str) -> dict[str, ModelReference]:
+    if len(models) != 2:
+        raise RainError(
+            f"{source}: models: expected exactly two besides base_model (role instruct and role "
+            f"pretrained), found {len(models)}"
+        )
+    found: dict[str, ModelReference] = {}
+    for item in models:
+        role = (item.parameters or {}).get("role")
+        if role not in ROLES:
+            raise RainError(
+                f"{source}: models: {item.model}: parameters.role is {role!r}, expected "
+                "'instruct' or 'pretrained'"
+            )
+        if role in found:
+            raise RainError(
+                f"{source}: models: role {role!r} is given twice ({found[str(role)]} and "
+                f"{item.model}); one model is 'instruct', the other 'pretrained'"
+            )
+        found[str(role)] = item.model
+    return found
+
+
+def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
+    value = (merge.parameters or {}).get("calibration")
+    if not isinstance(value, str) or not value:
+        raise RainError(
+            f"{source}: parameters.calibration is {value!r}, expected the path of the calibration "
+            "file (`mergekit-rain calibrate` writes it, the merge reads it)"
+        )
+    return Path(value)

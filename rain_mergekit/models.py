@@ -1,0 +1,146 @@
+"""The three models of one calibration, checked against each other before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.modules import HeadLayout, head_layout
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How checkpoints are found and opened; the names are those of mergekit's options."""
+
+    transformers_cache: str | None = None
+    lora_merge_cache: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Reasoning, instruct and pretrained checkpoint, and the reasoning model's config."""
+
+    reasoning: Checkpoint
+    instruct: Checkpoint
+    pretrained: Checkpoint
+    config: Any
+    layout: HeadLayout
+
+    def task_vector(self, name: str, device: torch.device) -> Tensor:
+        """Delta = theta_I - theta_B of one tensor, float32; RainError if it is not finite."""
+        instruct = self.instruct.get(name).to(device, torch.float32)
+        pretrained = self.pretrained.get(name).to(device, torch.float32)
+        delta = instruct - pretrained
+        if not bool(torch.isfinite(delta).all()):
+            bad = self.pretrained if bool(torch.isfinite(instruct).all()) else self.instruct
+            raise RainError(f"{bad.reference}: tensor {name} contains NaN or Inf")
+        return delta
+
+    def release(self) -> None:
+        """Close all shards."""
+        for checkpoint in (self.reasoning, self.instruct, self.pretrained):
+            checkpoint.release()
+
+    def items(self) -> Mapping[str, Checkpoint]:
+        """The checkpoints by role."""
+        return {
+            "reasoning": self.reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+
+
+def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
+    """Open the checkpoints and read the reasoning model's config; no tensor is read."""
+    opened = {
+        role: Checkpoint(
+            reference,
+            cache_dir=options.transformers_cache,
+            lora_cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for role, reference in config.models.items()
+    }
+    model_config = read_model_config(opened["reasoning"])
+    for role in ("instruct", "pretrained"):
+        other = read_model_config(opened[role])
+        if other.model_type != model_config.model_type:
+            raise RainError(
+                f"{opened[role].reference} ({role}) is a {other.model_type!r} model, but the "
+                f"reasoning model is {model_config.model_type!r}; the three must share one family"
+            )
+    return Trio(**opened, config=model_config, layout=head_layout(model_config))
+
+
+def read_model_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config; RainError names the model if it cannot be read."""
+    try:
+        return checkpoint.reference.config(trust_remote_code=checkpoint.trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
+
+
+def check_shapes(trio: Trio, names: Sequence[str]) -> None:
+    """All tensors to be merged exist and agree in the three models; lists every problem at once."""
+    shapes = {role: checkpoint.shapes(names) for role, checkpoint in trio.items().items()}
+    problems = []
+    for name in names:
+        expected = shapes["reasoning"].get(name)
+        for role, by_name in shapes.items():
+            found = by_name.get(name)
+            if found is None:
+                problems.append(f"{role}: {name} is missing")
+            elif expected is not None and found != expected:
+                problems.append(f"{role}: {name} is {list(found)}, expected {list(expected)}")
+    if problems:
+        shown = "; ".join(problems[:20])
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise RainError(
+            f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
+            "They must be of the same family and size"
+        )
+
+
+# Classes that say nothing but "as tokenizer.json has it".
+_GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The reasoning model's tokenizer, from the checkpoint's own folder.
+
+    AutoTokenizer replaces the class that some model types declare by the registered one; where the
+    folder declares a generic class, tokenizer.json is the authority and is obeyed as it stands.
+    """
+    path = checkpoint.path
+    try:
+        tokenizer = _tokenizer_class(path).from_pretrained(
+            path, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise RainError(f"{checkpoint.reference}: cannot load its tokenizer: {line}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise RainError(f"{checkpoint.reference}: its tokenizer is a {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def _tokenizer_class(path: str) -> Any:
+    try:
+        text = Path(path, "tokenizer_config.json").read_text(encoding="utf-8")
+        declared = json.loads(text).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return AutoTokenizer
+    generic = declared in _GENERIC_TOKENIZERS and Path(path, "tokenizer.json").exists()
+    return PreTrainedTokenizerFast if generic else AutoTokenizer
