@@ -86,14 +86,17 @@ def register() -> None:
 
 def _mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any],
+    q_length: int | None = None,
+    cache_position: Tensor | None = None,  # in place of q_length before transformers 5.4
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **_kwargs: Any,
 ) -> BlockMask | None:
+    if q_length is None and cache_position is not None:
+        q_length = len(cache_position)
     if batch_size != 1 or q_length != kv_length or attention_mask is not None:
         raise ValueError("calibration runs one unpadded, uncached sample at a time")
     if allow_is_causal_skip and (local_size is None or kv_length <= local_size):

@@ -7,10 +7,11 @@ from the checkpoint, called with the recorded arguments, and emptied again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
@@ -21,6 +22,9 @@ from transformers.initialization import no_init_weights
 from rain_mergekit import attention
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.errors import RainError
+
+TensorReader: TypeAlias = "Callable[[str, tuple[int, ...]], Tensor]"
+_KEPT_MAPPED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class Shell:
             self._decoder, self.device
         )
         try:
-            with self._filled(embedding, name), torch.no_grad():
+            used = torch.tensor(sorted({token for ids in samples for token in ids}))
+            read = partial(self._read_rows, used)
+            with self._filled(embedding, name, read), torch.no_grad():
                 for ids in samples:
                     yield self._record_one(ids, calls, shared)
         finally:
@@ -113,7 +119,7 @@ class Shell:
         finally:
             handle.remove()
         shared.begin()
-        return hidden[0][0].clone(), [shared.call(call, len(ids)) for call in calls]
+        return hidden[0][0].clone(), _deduplicated(shared.call(call, len(ids)) for call in calls)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -124,14 +130,17 @@ class Shell:
             yield layer
 
     @contextmanager
-    def _filled(self, module: nn.Module, prefix: str) -> Iterator[None]:
+    def _filled(
+        self, module: nn.Module, prefix: str, read: TensorReader | None = None
+    ) -> Iterator[None]:
         empty = dict(module.state_dict())
         meta = {name: tensor for name, tensor in empty.items() if tensor.is_meta}
         filled = {
-            name: self._read(f"{prefix}.{name}", tuple(tensor.shape))
+            name: (read or self._read)(f"{prefix}.{name}", tuple(tensor.shape))
             for name, tensor in meta.items()
         }
         module.load_state_dict(filled, strict=False, assign=True)
+        filled.clear()  # what the module lets go of later must not live on here
         try:
             yield
         finally:
@@ -139,13 +148,42 @@ class Shell:
             self.checkpoint.release()
 
     def _read(self, name: str, expected: tuple[int, ...]) -> Tensor:
+        stored = self._stored(name, expected)
+        tensor = stored.to(self.device, self.dtype)
+        if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
+            self.checkpoint.release()  # else the stored form stays in memory beside the converted
+        return tensor
+
+    def _read_rows(self, rows: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:
+        """Only the rows that are used; pages of the table that nobody touches take no memory."""
+        stored = self._stored(name, expected)
+        table = torch.empty(expected, dtype=self.dtype, device=self.device)
+        table[rows.to(self.device)] = stored[rows].to(self.device, self.dtype)
+        return table
+
+    def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
         tensor = self.checkpoint.get(name)
         if tuple(tensor.shape) != expected:
             raise RainError(
                 f"{self.checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
                 f"but config.json asks for {expected}"
             )
-        return tensor.to(self.device, self.dtype)
+        return tensor
+
+
+def _deduplicated(calls: Iterable[LayerCall]) -> list[LayerCall]:
+    """One object for calls with the same arguments; most models call all layers alike."""
+    kept: dict[Any, LayerCall] = {}
+    return [kept.setdefault(_identity((call.args, call.kwargs)), call) for call in calls]
+
+
+def _identity(value: Any) -> Any:
+    """Equal for values that are made of the same objects; valid while these objects live."""
+    if isinstance(value, tuple):
+        return tuple(_identity(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _identity(part)) for key, part in value.items())
+    return id(value)
 
 
 def _decoder_layers(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
@@ -210,9 +248,10 @@ RowPicker = Callable[[str, Tensor], None]
 
 
 class SiteMap:
-    """Which linear modules of a layer see the same input tensor, observed while it runs."""
+    """Which linear modules of a layer see the same input tensor, observed on its first pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = tuple(modules)
         self.site_of: dict[str, str] = {}
 
     @property
@@ -221,7 +260,7 @@ class SiteMap:
         return tuple(dict.fromkeys(self.site_of.values()))
 
     def members(self, site: str) -> tuple[str, ...]:
-        """The modules that share the site."""
+        """The modules that see the site's tensor, in the order in which they ran."""
         return tuple(name for name, owner in self.site_of.items() if owner == site)
 
 
@@ -234,44 +273,34 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     return result
 
 
-def find_sites(layer: nn.Module, names: Sequence[str], hidden: Tensor, call: LayerCall) -> SiteMap:
-    """Run one sample and group the named linear modules by the tensor that they receive."""
-    sites = SiteMap()
+@contextmanager
+def capture_inputs(layer: nn.Module, sites: SiteMap, pick: RowPicker) -> Iterator[None]:
+    """Call pick(site, input (T, d)) for each site of the layer during the forward pass inside.
+
+    The layer's first pass also finds its sites, so that no pass is spent on that alone.
+    """
     seen: list[tuple[Tensor, str]] = []  # inputs stay alive, so that addresses are not reused
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            owner = next((n for t, n in seen if _same(t, x)), name)
-            if owner == name:
-                seen.append((x, name))
-            sites.site_of[name] = owner
+            if name not in sites.site_of:
+                owner = next((first for tensor, first in seen if _same(tensor, x)), name)
+                sites.site_of[name] = owner
+                seen.append((x, owner))
+            if sites.site_of[name] == name:
+                pick(name, x.reshape(-1, x.shape[-1]))
 
         return observe
 
+    names = sites.owners or sites.modules
     handles = [layer.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
-    try:
-        run_layer(layer, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sites
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.data_ptr() == right.data_ptr() and left.shape == right.shape
-
-
-@contextmanager
-def capture_inputs(layer: nn.Module, sites: SiteMap, pick: RowPicker) -> Iterator[None]:
-    """Call pick(site, input (T, d)) for each site of the layer on every forward pass inside."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: pick(name, args[0].reshape(-1, args[0].shape[-1]))
-
-    handles = [layer.get_submodule(n).register_forward_pre_hook(hook(n)) for n in sites.owners]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() and left.shape == right.shape

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ class Checkpoint:
     @property
     def revision(self) -> str | None:
         """The commit that a hub reference resolved to (by its cache path), else as asked."""
-        parts = Path(self.path).parts
-        if "snapshots" in parts[:-1]:
-            return parts[parts.index("snapshots") + 1]
+        folder = Path(self.path)
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.name
         revision: str | None = self.reference.model.revision
         return revision
 
@@ -88,7 +89,7 @@ def _local_path(
     except (OSError, ValueError, RuntimeError) as error:
         raise RainError(
             f"{reference}: model not found: expected a local folder or a hub name that can be "
-            f"downloaded ({_first_line(error)})"
+            f"downloaded ({first_line(error)})"
         ) from None
 
 
@@ -96,7 +97,7 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     try:
         index = ShardedTensorIndex.from_disk(path)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise RainError(f"{reference}: cannot read the checkpoint: {_first_line(error)}") from None
+        raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
     if not index.is_safetensors:
         raise RainError(
             f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
@@ -116,6 +117,18 @@ def _exists(path: str, filename: str) -> bool:
     return os.path.exists(os.path.join(path, filename))
 
 
+@contextmanager
+def _opened(folder: str, filename: str) -> Iterator[Any]:
+    path = os.path.join(folder, filename)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise RainError(
+            f"{path}: cannot read the checkpoint: {first_line(error)}; fetch the file again"
+        ) from None
+
+
 def header_shapes(index: ShardedTensorIndex, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of the named tensors from the safetensors headers, each shard opened once."""
     wanted = set(names)
@@ -123,7 +136,7 @@ def header_shapes(index: ShardedTensorIndex, names: Iterable[str]) -> dict[str, 
     for shard in index.shards:
         keys = wanted.intersection(shard.contained_keys)
         if keys:
-            with safe_open(os.path.join(index.base_path, shard.filename), framework="pt") as file:
+            with _opened(index.base_path, shard.filename) as file:
                 shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in keys})
     return shapes
 
@@ -144,7 +157,7 @@ def fingerprint(path: str) -> dict[str, str]:
     entries: dict[str, str] = {}
     rows: dict[str, bytes] = {}
     for shard, members in by_shard.items():
-        with safe_open(os.path.join(path, shard), framework="pt") as file:
+        with _opened(path, shard) as file:
             for name in members:
                 view = file.get_slice(name)
                 entries[name] = f"{name} {view.get_dtype()} {view.get_shape()}\n"
@@ -177,10 +190,11 @@ def _config_digest(path: str) -> str:
         with open(file, encoding="utf-8") as stream:
             config = json.load(stream)
     except (OSError, ValueError) as error:
-        raise RainError(f"{file}: cannot be read as a model config: {_first_line(error)}") from None
+        raise RainError(f"{file}: cannot be read as a model config: {first_line(error)}") from None
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

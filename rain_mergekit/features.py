@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rain_mergekit.projection import STATISTICS_DTYPE
+from rain_mergekit.rows import STATISTICS_DTYPE, FeatureRows
 
 
 class RowCollector:
@@ -16,7 +16,6 @@ class RowCollector:
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
-        self._folded = False
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
@@ -27,11 +26,26 @@ class RowCollector:
         self.count += rows.shape[0]
         self._fold()
 
-    def rows(self) -> Tensor | None:
+    def put(self, rows: Tensor, count: int) -> None:
+        """Add rows that stand for `count` positions, as `take` gave them."""
+        self._blocks.append(rows)
+        self.count += count
+        self._fold()
+
+    def take(self, width: int, device: torch.device) -> tuple[Tensor, int]:
+        """All rows, float64, and the number of positions; the collector is empty then."""
+        rows = [block.to(device, STATISTICS_DTYPE) for block in self._blocks]
+        empty = torch.zeros(0, width, dtype=STATISTICS_DTYPE, device=device)
+        taken = torch.cat([empty, *rows]), self.count
+        self._blocks, self.count = [], 0
+        return taken
+
+    def rows(self) -> FeatureRows | None:
         """Rows whose Gram matrix is the sum over all rows added; None when there were none."""
         if not self._blocks:
             return None
-        return torch.cat([block.to(STATISTICS_DTYPE) for block in self._blocks])
+        self._blocks = [torch.cat(self._blocks)]  # few large products instead of many small ones
+        return FeatureRows(tuple(self._blocks), (1.0,))
 
     def _fold(self) -> None:
         """Past 4 d rows, keep the triangular factor instead: d rows with the same second moment."""
@@ -50,15 +64,19 @@ class Group:
     weight: float
 
 
-def weighted_rows(collectors: Mapping[str, RowCollector], groups: Sequence[Group]) -> Tensor | None:
+def weighted_rows(
+    collectors: Mapping[str, RowCollector], groups: Sequence[Group]
+) -> FeatureRows | None:
     """Stack groups so that rows^T rows = sum_g weight_g * mean over the group's rows of h h^T."""
-    parts = []
+    blocks: list[Tensor] = []
+    weights: list[float] = []
     for group in groups:
         collector = collectors.get(group.name)
         rows = None if collector is None else collector.rows()
         if rows is not None and collector is not None and group.weight > 0:
-            parts.append(rows * (group.weight / collector.count) ** 0.5)
-    return torch.cat(parts) if parts else None
+            blocks += rows.blocks
+            weights += [(group.weight / collector.count) ** 0.5] * len(rows.blocks)
+    return FeatureRows(tuple(blocks), tuple(weights)) if blocks else None
 
 
 def spread(positions: Sequence[int], limit: int) -> tuple[int, ...]:

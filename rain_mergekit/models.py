@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.checkpoint import Checkpoint, first_line
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.modules import HeadLayout, head_layout
+
+TASK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,21 @@ class Trio:
     config: Any
     layout: HeadLayout
 
-    def task_vector(self, name: str, device: torch.device) -> Tensor:
-        """Delta = theta_I - theta_B of one tensor, float32; RainError if it is not finite."""
-        instruct = self.instruct.get(name).to(device, torch.float32)
-        pretrained = self.pretrained.get(name).to(device, torch.float32)
-        delta = instruct - pretrained
-        if not bool(torch.isfinite(delta).all()):
-            bad = self.pretrained if bool(torch.isfinite(instruct).all()) else self.instruct
-            raise RainError(f"{bad.reference}: tensor {name} contains NaN or Inf")
-        return delta
+    def task_vector(self, name: str, device: torch.device) -> Iterator[Tensor]:
+        """Delta = theta_I - theta_B of one tensor in blocks of rows, float32, in order.
+
+        The blocks are read when asked for. RainError if one is not finite.
+        """
+        instruct, pretrained = self.instruct.get(name), self.pretrained.get(name)
+        blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
+        for tuned, origin in zip(*blocks, strict=True):
+            delta = tuned.to(device, torch.float32, copy=True)
+            delta -= origin.to(device, torch.float32)
+            if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
+                bad = self.pretrained if bool(torch.isfinite(tuned).all()) else self.instruct
+                raise RainError(f"{bad.reference}: tensor {name} contains NaN or Inf")
+            yield delta
+        self.release()
 
     def release(self) -> None:
         """Close all shards."""
@@ -86,9 +94,11 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
 def read_model_config(checkpoint: Checkpoint) -> Any:
     """The transformers config; RainError names the model if it cannot be read."""
     try:
-        return checkpoint.reference.config(trust_remote_code=checkpoint.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
 
 
@@ -129,7 +139,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             path, trust_remote_code=checkpoint.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise RainError(f"{checkpoint.reference}: cannot load its tokenizer: {line}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise RainError(f"{checkpoint.reference}: its tokenizer is a {type(tokenizer).__name__}")

@@ -8,29 +8,56 @@ Equation numbers are those of the RAIN-Merging paper (arXiv 2602.22538).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
-
-STATISTICS_DTYPE = torch.float64
+from rain_mergekit.rows import STATISTICS_DTYPE, FeatureRows
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """Eigen-decomposition of an uncentred second moment of feature rows, largest first.
 
-    vectors: d x k float64, orthonormal columns u_i (Eq. 4's row space of H).
     values: k float64, eigenvalues mu_i > 0 (squared singular values of the weighted rows).
     total: trace of the second moment, the sum over all directions, kept or not.
+
+    Few of the directions are wanted in the end, so they are made on demand from the side that was
+    decomposed: `_left` holds eigenvectors of X X^T (n x k) with `_rows` X of unit energy, or, where
+    `_rows` is None, those of X^T X (d x k), which are the directions themselves.
     """
 
-    vectors: Tensor
     values: Tensor
     total: float
+    width: int
+    _left: Tensor
+    _rows: FeatureRows | None
+
+    @property
+    def vectors(self) -> Tensor:
+        """All directions u_i, d x k float64 with orthonormal columns (Eq. 4's row space of H)."""
+        return self.directions(torch.arange(self.values.numel(), device=self.values.device))
+
+    def directions(self, chosen: Tensor) -> Tensor:
+        """The directions of those indices, d x r float64, orthonormalised in the order given."""
+        columns = self._left[:, chosen]
+        if self._rows is not None:
+            columns = self._rows.transposed_times(columns / self._sigma[chosen])
+        return orthonormal(columns)
+
+    def responses(self, delta: Tensor) -> Tensor:
+        """sigma_i Delta u_i for every direction, d_out x k float32, of unit-energy features."""
+        left = self._left.to(delta.device, torch.float32)
+        if self._rows is not None:
+            return self._rows.applied(delta) @ left
+        return delta.to(torch.float32) @ (left * self._sigma.to(left))
+
+    @property
+    def _sigma(self) -> Tensor:
+        return (self.values / self.total).sqrt()
 
 
 @dataclass(frozen=True)
@@ -48,28 +75,26 @@ def rank_cutoff(values: Tensor, rows: int, width: int) -> float:
     return float(values.max()) * max(rows, width) * torch.finfo(STATISTICS_DTYPE).eps
 
 
-def spectrum(rows: Tensor) -> Spectrum:
-    """Decompose rows^T rows for weighted feature rows (n x d), through the smaller Gram side.
+def spectrum(rows: Tensor | FeatureRows) -> Spectrum:
+    """Decompose X^T X for weighted feature rows X (n x d), through the smaller Gram side.
 
     Raises RainError if a row is not finite. Zero rows give an empty spectrum.
     """
-    rows = rows.to(STATISTICS_DTYPE)
-    if not bool(torch.isfinite(rows).all()):
-        raise RainError("features contain NaN or Inf")
+    rows = FeatureRows.of(rows)
     count, width = rows.shape
-    total = float(rows.square().sum())
-    if count == 0 or total == 0.0:
-        return Spectrum(rows.new_zeros((width, 0)), rows.new_zeros(0), total)
+    total = rows.energy()
+    if not math.isfinite(total):
+        raise RainError("features contain NaN or Inf")
+    if total == 0.0:
+        device = rows.blocks[0].device
+        empty = torch.zeros(width, 0, dtype=STATISTICS_DTYPE, device=device)
+        return Spectrum(empty[0], total, width, empty, None)
     # Scaled to unit trace, so that huge or tiny features neither overflow nor underflow.
-    scaled = rows / math.sqrt(total)
-    gram = scaled @ scaled.T if count < width else scaled.T @ scaled
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0), vectors.flip(1)
-    keep = values > rank_cutoff(values, count, width)
-    values, vectors = values[keep], vectors[:, keep]
-    if count < width:
-        vectors = orthonormal((scaled.T @ vectors) / values.sqrt())
-    return Spectrum(vectors, values * total, total)
+    scaled = rows.scaled(1 / math.sqrt(total))
+    values, vectors = torch.linalg.eigh(scaled.outer() if count < width else scaled.gram())
+    kept = (values > rank_cutoff(values, count, width)).nonzero().flatten().flip(0)
+    values, vectors = values[kept], vectors[:, kept]
+    return Spectrum(values * total, total, width, vectors, scaled if count < width else None)
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -82,17 +107,19 @@ def orthonormal(columns: Tensor) -> Tensor:
     return result
 
 
-def response_energy(vectors: Tensor, values: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+def response_energy(found: Spectrum, deltas: Iterable[Tensor]) -> Tensor:
     """e_i = mu_i * sum_k ||Delta_k u_i||^2 over the modules k that share the site; k float64.
 
-    vectors: d x k, values: k, deltas: each d_out x d. Directions to which no task vector responds
-    need no protection, and massive activations do not swallow the whole budget.
+    deltas: each d_out x d; a matrix may also come as several blocks of its rows. Directions to
+    which no task vector responds need no protection, and massive activations do not swallow the
+    whole budget.
     """
-    energy = torch.zeros_like(values)
+    energy = torch.zeros_like(found.values)
     for delta in deltas:
-        answer = delta.to(torch.float32) @ vectors.to(torch.float32)
-        energy += answer.square().sum(0, dtype=torch.float64).to(energy.device)
-    return energy * values
+        answer = found.responses(delta)
+        # Squared in float64: float32 squares end at 1e19 above and 1e-23 below.
+        energy += answer.to(torch.float64).square().sum(0).to(energy.device)
+    return energy * found.total
 
 
 def count_for_share(energies: Tensor, share: float) -> int:
@@ -116,38 +143,45 @@ def orthogonal_factors(basis: Tensor) -> Factors:
     return Factors(basis, basis)
 
 
-def oblique_factors(basis: Tensor, instruction_rows: Tensor, epsilon: float) -> Factors:
+def oblique_factors(
+    basis: Tensor, instruction_rows: Tensor | FeatureRows, epsilon: float
+) -> Factors:
     """The least-change projection: V = M U (U^T M U)^-1, M = (C_I + gamma I)^-1.
 
     basis: d x r orthonormal; instruction_rows: m x d with C_I = rows^T rows (already weighted);
     gamma = epsilon * tr(C_I) / d. Among all Delta' with Delta' U = 0 it changes least what Delta
     does to the instruction features. Falls back to the orthogonal case when C_I is zero.
     """
-    rows = instruction_rows.to(STATISTICS_DTYPE)
+    rows = FeatureRows.of(instruction_rows)
     basis = basis.to(STATISTICS_DTYPE)
-    if not bool(torch.isfinite(rows).all()):
+    trace = rows.energy()
+    if not math.isfinite(trace):
         raise RainError("instruction features contain NaN or Inf")
-    trace = float(rows.square().sum())
     if trace == 0.0 or basis.shape[1] == 0:
         return orthogonal_factors(basis)
     gamma = epsilon * trace / rows.shape[1]
-    weighted = _regularised_solve(rows, basis, gamma)
-    inner = basis.T @ weighted
-    v = torch.linalg.solve(inner, weighted.T).T
+    try:
+        weighted = _regularised_solve(rows, basis, gamma)
+        v = torch.linalg.solve(basis.T @ weighted, weighted.T).T
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise RainError(
+            f"epsilon = {epsilon:g} is lost in rounding, so C_I + gamma I cannot be inverted; "
+            "use a larger `epsilon` (0.1 is the default)"
+        ) from None
     return Factors(basis, v)
 
 
-def _regularised_solve(rows: Tensor, right: Tensor, gamma: float) -> Tensor:
+def _regularised_solve(rows: FeatureRows, right: Tensor, gamma: float) -> Tensor:
     """gamma * (rows^T rows + gamma I)^-1 right, through the smaller side (Woodbury)."""
     count, width = rows.shape
     if count >= width:
-        system = rows.T @ rows
+        system = rows.gram()
         system.diagonal().add_(gamma)
         return torch.cholesky_solve(right * gamma, torch.linalg.cholesky(system))
-    system = rows @ rows.T
+    system = rows.outer()
     system.diagonal().add_(gamma)
-    inner = torch.cholesky_solve(rows @ right, torch.linalg.cholesky(system))
-    return right - rows.T @ inner
+    inner = torch.cholesky_solve(rows.times(right), torch.linalg.cholesky(system))
+    return right - rows.transposed_times(inner)
 
 
 def soften(factors: Factors, weights: Tensor) -> Factors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from rain_mergekit import projection
 from rain_mergekit.errors import RainError
 from rain_mergekit.projection import Factors
+from rain_mergekit.rows import FeatureRows
 from rain_mergekit.settings import RainSettings
 
 
@@ -35,36 +36,36 @@ class SiteResult:
 
 def solve_site(
     name: str,
-    rows: Tensor,
+    rows: Tensor | FeatureRows,
     positions: int,
-    instruction_rows: Tensor | None,
-    deltas: Sequence[Tensor],
+    instruction_rows: Tensor | FeatureRows | None,
+    deltas: Iterable[Tensor],
     settings: RainSettings,
     max_rank: int,
 ) -> SiteResult:
     """Choose the rank and compute U, V of one site.
 
     rows: n x d weighted features; instruction_rows: m x d or None (orthogonal);
-    deltas: the task vectors (d_out x d) of the modules that share the site.
+    deltas: the task vectors (d_out x d) of the modules that share the site, or blocks of their
+    rows, which are used once and not kept.
     Raises RainError naming the site if the basis would fill the whole space.
     """
     try:
         found = projection.spectrum(rows)
-        energies = projection.response_energy(found.vectors, found.values, deltas)
+        energies = projection.response_energy(found, deltas)
         order, wanted = _select(found.values, energies, settings)
         rank = min(wanted, max_rank)
         chosen = order[:rank]
-        if rank >= rows.shape[1]:
-            raise RainError(_full_space(rows.shape[1]))
-        basis = projection.orthonormal(found.vectors[:, chosen])
-        factors = _factors(basis, instruction_rows, settings)
+        if rank >= found.width:
+            raise RainError(_full_space(found.width))
+        factors = _factors(found.directions(chosen), instruction_rows, settings)
     except RainError as error:
         raise RainError(f"{name}: {error}") from None
     if settings.ridge > 0:
         weights = projection.ridge_weights(found.values[chosen], settings.ridge)
         factors = projection.soften(factors, weights)
     return SiteResult(
-        width=rows.shape[1],
+        width=found.width,
         positions=positions,
         factors=factors,
         spectrum=found.values,
@@ -90,7 +91,9 @@ def _select(values: Tensor, energies: Tensor, settings: RainSettings) -> tuple[T
     return by_value, values.numel()
 
 
-def _factors(basis: Tensor, instruction_rows: Tensor | None, settings: RainSettings) -> Factors:
+def _factors(
+    basis: Tensor, instruction_rows: Tensor | FeatureRows | None, settings: RainSettings
+) -> Factors:
     if settings.projection == "oblique" and instruction_rows is not None:
         return projection.oblique_factors(basis, instruction_rows, settings.epsilon)
     return projection.orthogonal_factors(basis)

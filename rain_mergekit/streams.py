@@ -3,60 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+
+import torch
 
 from rain_mergekit.calibration_data import Samples
 from rain_mergekit.capture import LayerCall, Shell
 from rain_mergekit.data import InstructionTokens, ReasoningTokens
+from rain_mergekit.distributed import World
 from rain_mergekit.features import spread
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.store import ActivationStore
-from rain_mergekit.walk import INSTRUCTION, PositionGroups, Stream
+from rain_mergekit.walk import INSTRUCTION, PositionGroups, Stream, TokenSamples
 
 REASONING = "reasoning"
 MERGED = "merged"
-TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which samples walk through the layers under one name, and which of their rows are used."""
+
+    name: str
+    samples: TokenSamples
+    positions: Sequence[PositionGroups]
+
+    def part(self, world: World) -> StreamPlan:
+        """The share of one process."""
+        return StreamPlan(self.name, world.part(self.samples), world.part(self.positions))
+
+
+def plan_streams(samples: Samples, settings: RainSettings) -> list[StreamPlan]:
+    """Both sets; the instruction set twice where it also passes the merged layers."""
+    members = samples.reasoning.samples
+    plans = [StreamPlan(REASONING, members, _positions(members, settings))]
+    if samples.instruction is not None:
+        others = samples.instruction.samples
+        if settings.projection == "oblique":
+            plans.append(StreamPlan(INSTRUCTION, others, _positions(others, settings)))
+        if settings.coefficients != "off":
+            plans.append(StreamPlan(MERGED, others, [{}] * len(others)))
+    return plans
 
 
 def build_streams(
-    shell: Shell, samples: Samples, settings: RainSettings, budget: int, folder: Path
+    shell: Shell, plans: Sequence[StreamPlan], budget: int, folder: Path, keep_on_device: bool
 ) -> dict[str, Stream]:
-    """Embed both sets; the instruction set twice where it also passes the merged layers."""
-    plans: dict[str, TokenSamples] = {REASONING: samples.reasoning.samples}
-    if samples.instruction is not None:
-        if settings.projection == "oblique":
-            plans[INSTRUCTION] = samples.instruction.samples
-        if settings.coefficients != "off":
-            plans[MERGED] = samples.instruction.samples
-    share = budget // len(plans)
+    """Embed the samples; `budget` bytes of hidden states stay in memory, the rest goes to disk."""
     streams: dict[str, Stream] = {}
-    for name, members in plans.items():
-        positions = [{}] * len(members) if name == MERGED else _positions(members, settings)
-        streams[name] = _stream(shell, name, members, positions, share, folder)
+    for plan in plans:
+        store = ActivationStore(
+            [len(sample.input_ids) for sample in plan.samples],
+            shell.hidden_size,
+            shell.dtype,
+            budget,
+            folder / f"{plan.name}.activations",
+            shell.device if keep_on_device else torch.device("cpu"),
+        )
+        budget -= store.memory_bytes
+        streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples)
+    _embed(shell, plans[0].samples, [streams[REASONING]])
+    if len(plans) > 1:
+        _embed(shell, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
     return streams
 
 
-def _stream(
-    shell: Shell,
-    name: str,
-    samples: TokenSamples,
-    positions: Sequence[PositionGroups],
-    budget: int,
-    folder: Path,
-) -> Stream:
-    lengths = [len(sample.input_ids) for sample in samples]
-    store = ActivationStore(
-        lengths, shell.hidden_size, shell.dtype, budget, folder / f"{name}.activations"
-    )
+def _embed(shell: Shell, samples: TokenSamples, streams: Sequence[Stream]) -> None:
+    """Embed each sample once, for all streams that carry it; they share its layer calls."""
     # Longest first, so that shorter samples share the memory of its rotary tables.
-    order = sorted(range(len(samples)), key=lambda index: -lengths[index])
-    calls: list[list[LayerCall]] = [[] for _ in samples]
+    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
+    calls: list[Sequence[LayerCall]] = [()] * len(samples)
     recorded = shell.record([samples[index].input_ids for index in order])
-    for index, (hidden, layer_calls) in zip(order, recorded, strict=True):
-        store.put(index, hidden)
-        calls[index] = layer_calls
-    return Stream(name, store, calls, positions, [sample.source for sample in samples])
+    for index, (hidden, calls[index]) in zip(order, recorded, strict=True):
+        for stream in streams:
+            stream.store.put(index, hidden)
+    for stream in streams:
+        stream.calls.extend(calls)
 
 
 def _positions(samples: TokenSamples, settings: RainSettings) -> list[PositionGroups]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from rain_mergekit.attention import observe_attention
-from rain_mergekit.capture import LayerCall, SiteMap, capture_inputs, find_sites, run_layer
+from rain_mergekit.capture import LayerCall, SiteMap, capture_inputs, run_layer
+from rain_mergekit.chunks import TokenChunks
 from rain_mergekit.coefficients import HeadAccumulator, HeadStatistics
-from rain_mergekit.data import InstructionTokens
+from rain_mergekit.data import InstructionTokens, ReasoningTokens
+from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, weighted_rows
 from rain_mergekit.probe import SpanProbe
@@ -21,7 +25,8 @@ from rain_mergekit.solve import SiteResult, solve_site
 from rain_mergekit.store import ActivationStore
 
 PositionGroups = Mapping[str, Sequence[int]]
-TaskVector = Callable[[str], Tensor]
+TaskVector = Callable[[str], Iterator[Tensor]]
+TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
 INSTRUCTION = "instruction"
 
 
@@ -31,9 +36,9 @@ class Stream:
 
     name: str
     store: ActivationStore
-    calls: Sequence[Sequence[LayerCall]]
+    calls: list[Sequence[LayerCall]]
     positions: Sequence[PositionGroups]
-    sources: Sequence[str]
+    samples: TokenSamples
 
     def __len__(self) -> int:
         return len(self.store)
@@ -58,32 +63,33 @@ class LayerWalk:
         name: str,
         settings: RainSettings,
         tick: Callable[[int], object],
+        chunks: TokenChunks,
+        world: World,
     ) -> None:
         self.index, self.layer, self.name = index, layer, name
-        self.settings, self._tick = settings, tick
+        self.settings, self._tick, self._chunks = settings, tick, chunks
+        self._world = world
         self._device = next(layer.parameters()).device
-
-    def find_sites(self, modules: Sequence[str], stream: Stream) -> SiteMap:
-        """Group the modules by their input; runs the shortest sample once, its output unused."""
-        shortest = min(range(len(stream)), key=lambda i: stream.store.get(i).shape[0])
-        hidden = stream.store.get(shortest).to(self._device)
-        return find_sites(self.layer, modules, hidden, stream.calls[shortest][self.index])
 
     def features(
         self, sites: SiteMap, streams: Sequence[Stream]
     ) -> dict[str, dict[str, RowCollector]]:
-        """Run every sample once; rows at its positions, by site and group."""
-        collected: dict[str, dict[str, RowCollector]] = {site: {} for site in sites.owners}
+        """Run every sample once; rows at its positions, by site and group. Finds the sites too."""
+        collected: dict[str, dict[str, RowCollector]] = {}
         for stream in streams:
             for sample in range(len(stream)):
                 picker = self._picker(collected, stream, sample)
                 with capture_inputs(self.layer, sites, picker):
                     self._advance(stream, sample)
+        unseen = sorted(set(sites.modules) - set(sites.site_of))
+        if unseen:
+            raise RainError(f"{self.name}: the layer did not use {', '.join(unseen)}")
         return collected
 
     def _picker(
         self, collected: dict[str, dict[str, RowCollector]], stream: Stream, sample: int
     ) -> Callable[[str, Tensor], None]:
+        source = stream.samples[sample].source
         groups = {
             group: torch.tensor(list(positions), dtype=torch.long, device=self._device)
             for group, positions in stream.positions[sample].items()
@@ -92,16 +98,21 @@ class LayerWalk:
 
         def pick(site: str, inputs: Tensor) -> None:
             for group, index in groups.items():
-                rows = inputs.index_select(0, index)
+                rows = inputs.index_select(0, self._inside(index, inputs.shape[0]))
                 if not bool(torch.isfinite(rows).all()):
                     raise RainError(
-                        f"{self.name}.{site}: the features of sample {stream.sources[sample]} "
+                        f"{self.name}.{site}: the features of sample {source} "
                         "contain NaN or Inf: the reasoning model overflows there; try "
                         "--dtype float32, or remove the sample"
                     )
-                collected[site].setdefault(group, RowCollector()).add(rows)
+                collected.setdefault(site, {}).setdefault(group, RowCollector()).add(rows)
 
         return pick
+
+    def _inside(self, index: Tensor, length: int) -> Tensor:
+        """Those of the token indices that are in the chunk at hand, counted from its start."""
+        index = index - self._chunks.start
+        return index[(index >= 0) & (index < length)]
 
     def _advance(self, stream: Stream, sample: int) -> None:
         hidden = stream.store.get(sample).to(self._device)
@@ -111,27 +122,46 @@ class LayerWalk:
     def solve(
         self,
         sites: SiteMap,
-        collected: Mapping[str, Mapping[str, RowCollector]],
+        collected: dict[str, dict[str, RowCollector]],
         task_vector: TaskVector,
         max_rank: int,
         replace: bool,
-    ) -> tuple[dict[str, SiteResult], dict[str, Tensor]]:
-        """Solve each site; with `replace` also the merged weights (alpha = lambda = 1)."""
-        solved: dict[str, SiteResult] = {}
-        merged: dict[str, Tensor] = {}
-        for site in sites.owners:
-            deltas = {module: task_vector(module) for module in sites.members(site)}
-            solved[site] = self._solve_site(site, collected[site], deltas, max_rank)
-            if replace:
-                for module, delta in deltas.items():
-                    merged[f"{module}.weight"] = self._merged(module, delta, solved[site])
-        return solved, merged
+    ) -> dict[str, SiteResult]:
+        """Solve each site; its rows in `collected` are freed then.
+
+        With `replace` the layer's weights become the merged ones (alpha = lambda = 1).
+        """
+        solved: dict[str, SiteResult | None] = {}
+        for index, site in enumerate(sites.owners):
+            rows = self._collect(site, collected.pop(site), self._world.owner(index))
+            deltas = chain.from_iterable(task_vector(module) for module in sites.members(site))
+            mine = self._world.owner(index) == self._world.rank
+            solved[site] = self._solve_site(site, rows, deltas, max_rank) if mine else None
+        results = {
+            site: self._world.share(result, self._world.owner(index))
+            for index, (site, result) in enumerate(solved.items())
+        }
+        if replace:
+            for module, site in sites.site_of.items():
+                self._merge(module, task_vector(module), results[site])
+        return results
+
+    def _collect(
+        self, site: str, collectors: dict[str, RowCollector], owner: int
+    ) -> dict[str, RowCollector]:
+        """All processes' rows of a site at its owner; they agree on the order of the groups."""
+        width = self.layer.get_parameter(f"{site}.weight").shape[1]
+        names = [*(group.name for group in protected_groups(self.settings)), INSTRUCTION]
+        everywhere = {name: collectors.get(name, RowCollector()) for name in names}
+        for collector in everywhere.values():
+            self._world.collect(collector, width, owner)
+        return everywhere
 
     def _solve_site(
         self,
         site: str,
         collectors: Mapping[str, RowCollector],
-        deltas: Mapping[str, Tensor],
+        deltas: Iterator[Tensor],
         max_rank: int,
     ) -> SiteResult:
         rows = weighted_rows(collectors, protected_groups(self.settings))
@@ -144,21 +174,25 @@ class LayerWalk:
             rows,
             count,
             instruction,
-            list(deltas.values()),
+            deltas,
             self.settings,
             max_rank,
         )
 
-    def _merged(self, module: str, delta: Tensor, result: SiteResult) -> Tensor:
+    def _merge(self, module: str, deltas: Iterator[Tensor], result: SiteResult) -> None:
         weight = self.layer.get_parameter(f"{module}.weight")
-        return (weight.float() + project(delta, result.factors)).to(weight.dtype)
+        merged, start = torch.empty_like(weight), 0
+        for delta in deltas:
+            rows = slice(start, start := start + delta.shape[0])
+            merged[rows] = weight[rows].float() + project(delta, result.factors)
+        weight.data = merged
 
-    def statistics(
-        self, stream: Stream, samples: Sequence[InstructionTokens], heads: int
-    ) -> HeadStatistics:
+    def statistics(self, stream: Stream, heads: int) -> HeadStatistics:
         """Run the instruction samples through the merged layer; mean attention statistics."""
         accumulator = HeadAccumulator(heads)
-        for index, sample in enumerate(samples):
+        for index, sample in enumerate(stream.samples):
+            if not isinstance(sample, InstructionTokens):
+                continue
             probe = SpanProbe(sample, leakage_from_thinking=self.settings.leakage_from_thinking)
             with observe_attention(probe):
                 self._advance(stream, index)
@@ -167,8 +201,14 @@ class LayerWalk:
                     f"{self.name}: the layer computed no attention that can be observed; "
                     "set `coefficients: off`"
                 )
+            if not bool(torch.isfinite(probe.alignment + probe.leakage).all()):
+                raise RainError(
+                    f"{self.name}: the attention of sample {sample.source} contains NaN or "
+                    "Inf in the model merged at alpha = 1; try --dtype float32, more protection "
+                    "(`rank_share`), or `coefficients: off`"
+                )
             accumulator.add(probe.alignment, probe.leakage)
-        return accumulator.result()
+        return accumulator.summed(self._world.sum).result()
 
 
 def protected_groups(settings: RainSettings) -> list[Group]:

@@ -1,0 +1,108 @@
+"""Feature rows: stored as they were seen, computed with in float64, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STATISTICS_DTYPE = torch.float64
+BLOCK_BYTES = 32 * 1024**2
+STRIP = 512
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """X (n x d): the blocks stacked, each times its weight.
+
+    Products with X are float64 without a float64 copy of X, which for wide sites would be larger
+    than the layer itself. Symmetric products fill only the lower triangle, which is the one that
+    `eigh` and `cholesky` read.
+    """
+
+    blocks: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rows: Tensor | FeatureRows) -> FeatureRows:
+        """A plain matrix as one block of weight 1."""
+        return rows if isinstance(rows, FeatureRows) else cls((rows,), (1.0,))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n, d."""
+        return sum(block.shape[0] for block in self.blocks), int(self.blocks[0].shape[1])
+
+    def scaled(self, factor: float) -> FeatureRows:
+        """Factor times X; shares the blocks."""
+        return FeatureRows(self.blocks, tuple(weight * factor for weight in self.weights))
+
+    def dense(self) -> Tensor:
+        """X as one float64 matrix; for small ones."""
+        return self._columns(slice(None))
+
+    def energy(self) -> float:
+        """Sum of squares, the trace of X^T X; not finite if an element is not."""
+        return sum(float(part.square().sum()) for part in self._row_blocks())
+
+    def outer(self) -> Tensor:
+        """X X^T, n x n; lower triangle."""
+        count, _ = self.shape
+        result = self._zeros(count, count)
+        for columns in self._column_slices():
+            _add_lower(result, self._columns(columns))
+        return result
+
+    def gram(self) -> Tensor:
+        """X^T X, d x d; lower triangle."""
+        _, width = self.shape
+        result = self._zeros(width, width)
+        for part in self._row_blocks():
+            _add_lower(result, part.mT)
+        return result
+
+    def times(self, right: Tensor) -> Tensor:
+        """X right (n x k) for right d x k float64."""
+        return torch.cat([part @ right for part in self._row_blocks()])
+
+    def transposed_times(self, left: Tensor) -> Tensor:
+        """X^T left (d x k) for left n x k float64."""
+        result = self._zeros(self.shape[1], left.shape[1])
+        start = 0
+        for part in self._row_blocks():
+            result.addmm_(part.mT, left[start : start + part.shape[0]])
+            start += part.shape[0]
+        return result
+
+    def applied(self, matrix: Tensor) -> Tensor:
+        """Matrix X^T (m x n) for matrix m x d, in float32."""
+        matrix = matrix.to(torch.float32)
+        parts = zip(self.blocks, self.weights, strict=True)
+        return torch.cat([matrix @ (b * w).to(torch.float32).mT for b, w in parts], 1)
+
+    def _zeros(self, rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, dtype=STATISTICS_DTYPE, device=self.blocks[0].device)
+
+    def _row_blocks(self) -> Iterator[Tensor]:
+        step = max(1, BLOCK_BYTES // (self.shape[1] * STATISTICS_DTYPE.itemsize))
+        for block, weight in zip(self.blocks, self.weights, strict=True):
+            for part in torch.split(block, step):
+                yield part.to(STATISTICS_DTYPE) * weight
+
+    def _column_slices(self) -> Iterator[slice]:
+        count, width = self.shape
+        step = max(1, BLOCK_BYTES // (count * STATISTICS_DTYPE.itemsize))
+        return (slice(start, start + step) for start in range(0, width, step))
+
+    def _columns(self, columns: slice) -> Tensor:
+        parts = zip(self.blocks, self.weights, strict=True)
+        return torch.cat([b[:, columns].to(STATISTICS_DTYPE) * w for b, w in parts])
+
+
+def _add_lower(result: Tensor, factor: Tensor) -> None:
+    """Add factor factor^T to `result`, in strips that leave out most of the upper triangle."""
+    for start in range(0, result.shape[0], STRIP):
+        strip = factor[start : start + STRIP]
+        result[start:, start : start + STRIP].addmm_(factor[start:], strip.mT)

@@ -1,0 +1,143 @@
+"""Eqs. 9-15 against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rain_mergekit import coefficients
+from rain_mergekit.attention import AttentionCall
+from rain_mergekit.coefficients import HeadAccumulator, HeadStatistics
+from rain_mergekit.data import InstructionTokens, SpanPositions
+from rain_mergekit.errors import RainError
+from rain_mergekit.probe import SpanProbe
+
+masses = st.lists(st.floats(0, 1), min_size=2, max_size=6)
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def sample(*spans: SpanPositions, thinking: tuple[int, ...] = ()) -> InstructionTokens:
+    return InstructionTokens("here:1", tuple(range(12)), (), thinking, (8, 9, 10, 11), spans)
+
+
+def causal(heads: int, kv_heads: int, length: int) -> tuple[AttentionCall, Tensor]:
+    """An attention call, and its probabilities from an explicit double loop."""
+    query = torch.randn(1, heads, length, 5)
+    key = torch.randn(1, kv_heads, length, 5)
+    probabilities = torch.zeros(heads, length, length, dtype=torch.float64)
+    for head in range(heads):
+        for row in range(length):
+            scores = [
+                float(query[0, head, row] @ key[0, head // (heads // kv_heads), column]) * 0.3
+                for column in range(row + 1)
+            ]
+            probabilities[head, row, : row + 1] = torch.tensor(scores).double().softmax(0)
+    return AttentionCall(torch.nn.Identity(), query, key, None, 0.3, None, None), probabilities
+
+
+@given(masses, st.floats(0, 5))
+def test_the_closed_form_is_gain_over_curvature(values: list[float], rho: float) -> None:
+    alignment, leakage = vector(*values), vector(*values[::-1])
+    statistics = HeadStatistics(alignment, leakage)
+    found = coefficients.closed_form(statistics, rho).tolist()
+    for alpha, a, u in zip(found, values, values[::-1], strict=True):
+        assert alpha == pytest.approx((a - rho * u) / (1 + u), abs=1e-12)
+        # the minimum of the quadratic that Eq. 13 asks for: 1/2 H alpha^2 - g alpha
+        gradient = (1 + u) * alpha - (a - rho * u)
+        assert gradient == pytest.approx(0, abs=1e-9)
+
+
+def test_clipping_keeps_to_the_bounds() -> None:
+    clipped = coefficients.clip(vector(-1, 0.2, 0.7, 9), 0.5, 1.5)
+    assert clipped.tolist() == [0.5, 0.5, 0.7, 1.5]
+
+
+def test_normalised_coefficients_have_mean_one_before_clipping() -> None:
+    layers = [vector(0.02, 0.04), vector(0.06, 0.08)]
+    first, second = coefficients.normalised(layers, 0.0, 10.0)
+    torch.testing.assert_close(torch.cat([first, second]), vector(0.4, 0.8, 1.2, 1.6))
+    first, second = coefficients.normalised(layers, 0.5, 1.5)
+    torch.testing.assert_close(torch.cat([first, second]), vector(0.5, 0.8, 1.2, 1.5))
+
+
+def test_a_head_that_leaks_more_than_it_follows_ends_at_the_lower_bound() -> None:
+    layers = coefficients.normalised([vector(-0.5, 0.1), vector(0.1, 0.1)], 0.5, 9.0)
+    assert layers[0][0] == 0.5
+    # the mean is of the positive parts: 0.3 / 4
+    torch.testing.assert_close(layers[1], vector(4 / 3, 4 / 3))
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (-0.1, -0.2)])
+def test_without_a_positive_head_the_normalised_scale_is_refused(values: tuple[float]) -> None:
+    with pytest.raises(RainError, match=r"no head follows .* `coefficients: off`"):
+        coefficients.normalised([vector(*values)], 0.5, 1.5)
+
+
+def test_the_accumulator_means_over_samples_and_refuses_none() -> None:
+    accumulator = HeadAccumulator(2)
+    with pytest.raises(RainError, match="no instruction sample"):
+        accumulator.result()
+    accumulator.add(vector(0.1, 0.2), vector(0, 0.4))
+    accumulator.add(vector(0.3, 0.2), vector(0, 0.2))
+    statistics = accumulator.result()
+    torch.testing.assert_close(statistics.alignment, vector(0.2, 0.2))
+    torch.testing.assert_close(statistics.leakage, vector(0, 0.3))
+
+
+def test_heads_expand_to_blocks_of_rows() -> None:
+    alpha = vector(1, 2, 3, 4, 5, 6)
+    assert coefficients.expand_query(alpha, 2).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    # heads 0-2 share the first KV head, 3-5 the second (h // 3), each block occurs once
+    assert coefficients.expand_key_value(alpha, 2, 2).tolist() == [2, 2, 5, 5]
+    assert coefficients.expand_key_value(alpha, 6, 1).tolist() == alpha.tolist()
+    assert coefficients.expand_key_value(alpha, 1, 3).tolist() == [3.5] * 3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_span_statistics_equal_explicit_sums(heads: int, kv_heads: int) -> None:
+    call, probabilities = causal(heads, kv_heads, 12)
+    spans = (
+        SpanPositions("one", (1, 2, 3), (8, 10), (9, 11)),
+        SpanPositions("two", (5,), (11,), ()),
+    )
+    probe = SpanProbe(sample(*spans), leakage_from_thinking=False)
+    probe(call)
+    alignment, leakage = torch.zeros(heads).double(), torch.zeros(heads).double()
+    for head in range(heads):
+        grid = probabilities[head]
+        one = (grid[8, 1:4].sum() + grid[10, 1:4].sum()) / 2
+        alignment[head] = (one + grid[11, 5]) / 2
+        # the second instruction has no unrelated token: it counts as 0
+        leakage[head] = ((grid[9, 1:4].sum() + grid[11, 1:4].sum()) / 2 + 0) / 2
+    assert probe.alignment is not None
+    assert probe.leakage is not None
+    torch.testing.assert_close(probe.alignment, alignment, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probe.leakage, leakage, rtol=0, atol=1e-6)
+
+
+def test_the_thinking_can_count_as_unrelated() -> None:
+    call, probabilities = causal(2, 2, 12)
+    span = SpanPositions("one", (1, 2), (8,), (9,))
+    probe = SpanProbe(sample(span, thinking=(4, 5)), leakage_from_thinking=True)
+    probe(call)
+    rows = probabilities[:, [4, 5, 9]][:, :, 1:3].sum(-1)
+    assert probe.leakage is not None
+    torch.testing.assert_close(probe.leakage, rows.mean(1), rtol=0, atol=1e-6)
+
+
+def test_small_blocks_give_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, _ = causal(4, 2, 12)
+    span = SpanPositions("one", (1, 2), (8, 9, 10), (11,))
+    whole, parts = (SpanProbe(sample(span), leakage_from_thinking=False) for _ in range(2))
+    whole(call)
+    monkeypatch.setattr("rain_mergekit.attention.BLOCK_BYTES", 1)
+    parts(call)
+    assert whole.alignment is not None
+    assert parts.alignment is not None
+    torch.testing.assert_close(whole.alignment, parts.alignment, rtol=0, atol=1e-7)

@@ -1,0 +1,167 @@
+"""The YAML that drives both steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.errors import RainError
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    base = {
+        "merge_method": "rain",
+        "base_model": "org/reasoning",
+        "models": [
+            {"model": "org/instruct", "parameters": {"role": "instruct"}},
+            {"model": "org/pretrained", "parameters": {"role": "pretrained"}},
+        ],
+        "parameters": {"calibration": "./c.rain.safetensors", "lambda": 1.0},
+        "dtype": "bfloat16",
+        "rain": {"reasoning_data": "r.jsonl", "instruction_data": "i.jsonl"},
+    }
+    base.update(changes)
+    return {key: value for key, value in base.items() if value is not None}
+
+
+Read = Callable[..., RainConfig]
+
+
+@pytest.fixture(name="read")
+def _read(tmp_path: Path) -> Read:
+    def read(**changes: Any) -> RainConfig:
+        path = tmp_path / "c.yml"
+        path.write_text(yaml.safe_dump(content(**changes)))
+        return read_config(path)
+
+    return read
+
+
+def model(name: str, role: str | None = None) -> dict[str, Any]:
+    return {"model": name, **({} if role is None else {"parameters": {"role": role}})}
+
+
+def test_a_full_configuration(read: Read) -> None:
+    config = read()
+    assert {role: str(m) for role, m in config.models.items()} == {
+        "reasoning": "org/reasoning",
+        "instruct": "org/instruct",
+        "pretrained": "org/pretrained",
+    }
+    assert config.calibration == Path("c.rain.safetensors")
+    assert config.settings.reasoning_data == "r.jsonl"
+
+
+def test_references_with_revision_and_adapter_are_mergekits_own(read: Read) -> None:
+    models = [model("org/i@v1+org/lora@v2", "instruct"), model("org/p", "pretrained")]
+    config = read(models=models)
+    assert config.instruct.model.revision == "v1"
+    assert config.instruct.lora is not None
+    assert config.instruct.lora.path == "org/lora"
+
+
+def test_the_order_of_the_models_and_a_listed_base_do_not_matter(read: Read) -> None:
+    models = [
+        model("org/reasoning"),
+        model("org/pretrained", "pretrained"),
+        model("org/instruct", "instruct"),
+    ]
+    assert read(models=models).models == read().models
+
+
+def test_the_reasoning_model_may_stand_for_the_pretrained_one(read: Read) -> None:
+    models = [model("org/instruct", "instruct"), model("org/reasoning", "pretrained")]
+    assert str(read(models=models).pretrained) == "org/reasoning"
+
+
+ITM, PRE = model("org/instruct", "instruct"), model("org/pretrained", "pretrained")
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"merge_method": "linear"}, "merge_method is 'linear', expected 'rain'"),
+    ({"merge_method": None}, "merge_method"),
+    ({"base_model": None}, "base_model is missing"),
+    ({"base_model": 5}, "base_model"),
+    ({"models": None}, "models"),
+    ({"models": []}, "models"),
+    ({"models": "org/a"}, "models"),
+    ({"models": [ITM]}, "expected exactly two besides base_model .* found 1"),
+    ({"models": [ITM, PRE, model("org/x", "instruct")]}, "expected exactly two .* found 3"),
+    ({"models": [ITM, model("org/x")]}, "org/x: parameters.role is None, expected 'instruct' or"),
+    ({"models": [ITM, model("org/x", "teacher")]}, "role is 'teacher'"),
+    ({"models": [ITM, model("org/x", "instruct")]}, "role 'instruct' is given twice .*org/x"),
+    ({"parameters": None}, "parameters.calibration is None, expected the path"),
+    ({"parameters": {"calibration": ""}}, "parameters.calibration is ''"),
+    ({"parameters": {"calibration": 3}}, "parameters.calibration is 3"),
+    ({"parameters": {"calibration": ["a", "b"]}}, "parameters.calibration"),
+    ({"rain": None}, "`rain:` section is missing"),
+    ({"rain": {"reasoning_data": "r"}}, "instruction_data is missing"),
+    (
+        {
+            "models": None,
+            "slices": [{"sources": [{"model": "org/a", "layer_range": [0, 2]}]}],
+        },
+        "slices and modules are not supported",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES)
+def test_each_mistake_has_one_message_naming_the_file(
+    read: Read, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RainError, match=message) as caught:
+        read(**change)
+    assert str(caught.value).startswith(f"{tmp_path / 'c.yml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "expected a mapping"),
+        (b"- a\n- b\n", "expected a mapping"),
+        (b"a: [1\n", "not valid YAML"),
+        (b"a: !!python/object:os.system x\n", "not valid YAML"),
+        (b"a: \xff\xfe\n", "cannot read the configuration"),
+        (b"a: 2001-99-99\n", "not valid YAML"),
+        (b"[" * 1200, "not valid YAML"),
+        (b"a: &x [*x, *x]\nmerge_method: rain\n", r"c\.yml"),
+        (b"1: 2\n", r"c\.yml"),
+    ],
+)
+def test_what_is_no_configuration_says_so(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "c.yml"
+    path.write_bytes(data)
+    with pytest.raises(RainError, match=message):
+        read_config(path)
+
+
+def test_a_missing_file_or_a_folder_says_so(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yml", tmp_path):
+        with pytest.raises(RainError, match="cannot read the configuration"):
+            read_config(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(content())), VALUES, max_size=3))
+def test_any_value_in_any_field_gives_a_configuration_or_one_message(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "c.yml"
+    path.write_text(yaml.safe_dump(content(**changes)))
+    try:
+        read_config(path)
+    except RainError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017 - either outcome is right

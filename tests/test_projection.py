@@ -1,0 +1,340 @@
+"""Spectra, ranks and factors against numpy's SVD and explicitly formed float64 matrices."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rain_mergekit import projection
+from rain_mergekit.errors import RainError
+from rain_mergekit.features import Group, RowCollector, spread, weighted_rows
+from rain_mergekit.projection import Factors
+from rain_mergekit.settings import RainSettings
+from rain_mergekit.solve import solve_site
+
+FEW = settings(max_examples=40)
+shapes = st.tuples(st.integers(1, 24), st.integers(2, 16))
+seeds = st.integers(0, 2**31 - 1)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def options(**changes: object) -> RainSettings:
+    base = {"reasoning_data": "r", "projection": "orthogonal", "coefficients": "off"}
+    return RainSettings.model_validate({**base, **changes})
+
+
+def residual(rows: Tensor, factors: Factors, delta: Tensor) -> float:
+    """||Delta' H^T|| / ||Delta H^T|| with Delta' from explicit matrices."""
+    keep = torch.eye(rows.shape[1], dtype=torch.float64) - factors.u @ factors.v.mT
+    change = (delta @ keep @ rows.mT).norm()
+    return float(change / (delta @ rows.mT).norm())
+
+
+@pytest.mark.parametrize("count", [5, 12, 40])
+def test_spectrum_equals_the_singular_values_of_a_dense_svd(count: int) -> None:
+    rows = normal(count, 12)
+    _, sigma, right = np.linalg.svd(rows.numpy(), full_matrices=False)
+    found = projection.spectrum(rows)
+    np.testing.assert_allclose(found.values.numpy(), sigma**2, rtol=1e-10)
+    for index in range(len(sigma)):
+        overlap = abs(float(found.vectors[:, index] @ torch.from_numpy(right[index])))
+        assert overlap == pytest.approx(1.0, abs=1e-9)
+    assert found.total == pytest.approx(float((sigma**2).sum()))
+
+
+@FEW
+@given(shapes, seeds, st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]), st.integers(1, 8))
+def test_the_basis_of_any_rank_and_scale_is_orthonormal_and_spans_the_rows(
+    shape: tuple[int, int], seed: int, scale: float, rank: int
+) -> None:
+    count, width = shape
+    rank = min(rank, count, width)
+    rows = (normal(count, rank, seed=seed) @ normal(rank, width, seed=seed + 1)) * scale
+    found = projection.spectrum(rows)
+    assert 1 <= found.vectors.shape[1] <= rank
+    gram = found.vectors.mT @ found.vectors
+    torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-10, rtol=0)
+    left = rows - rows @ found.vectors @ found.vectors.mT
+    assert float(left.norm()) <= 1e-6 * float(rows.norm())
+    assert bool((found.values[:-1] >= found.values[1:]).all())
+    assert float(found.values.sum()) == pytest.approx(found.total, rel=1e-9)
+
+
+@FEW
+@given(st.integers(2, 20), seeds, st.floats(1e-15, 1e-6))
+def test_nearly_parallel_rows_are_protected_up_to_float64(
+    count: int, seed: int, distance: float
+) -> None:
+    line = normal(1, 10, seed=seed)
+    rows = line + distance * normal(count, 10, seed=seed + 1)
+    found = projection.spectrum(rows)
+    delta = normal(7, 10, seed=seed + 2)
+    factors = projection.orthogonal_factors(found.vectors)
+    assert residual(rows, factors, delta) <= 1e-6
+    assert bool(torch.isfinite(found.vectors).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_extremes_of_half_precision_are_ordinary_numbers(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    rows = torch.tensor(
+        [[limits.max, 0, 0, 0], [0, limits.tiny, 0, 0], [0, 0, -limits.max, limits.max]],
+        dtype=dtype,
+    )
+    collector = RowCollector()
+    collector.add(rows)
+    stored = collector.rows()
+    assert stored is not None
+    assert torch.equal(stored.dense(), rows.double())
+    found = projection.spectrum(stored)
+    assert bool(torch.isfinite(found.values).all())
+    assert found.values[0] == pytest.approx(2 * float(limits.max) ** 2, rel=1e-9)
+
+
+def test_zero_rows_and_no_rows_protect_nothing() -> None:
+    for rows in (torch.zeros(3, 5), torch.zeros(0, 5)):
+        found = projection.spectrum(rows)
+        assert found.vectors.shape == (5, 0)
+        assert found.values.shape == (0,)
+    assert projection.orthonormal(torch.zeros(5, 0)).shape == (5, 0)
+
+
+def test_a_zero_row_among_others_changes_nothing() -> None:
+    rows = normal(3, 6)
+    padded = torch.cat([rows, torch.zeros(2, 6)])
+    one, two = projection.spectrum(rows), projection.spectrum(padded)
+    torch.testing.assert_close(one.values, two.values)
+    torch.testing.assert_close(one.vectors @ one.vectors.mT, two.vectors @ two.vectors.mT)
+
+
+def test_a_single_row_gives_its_direction() -> None:
+    row = normal(1, 9)
+    found = projection.spectrum(row)
+    torch.testing.assert_close(found.vectors[:, 0].abs(), (row / row.norm())[0].abs())
+    assert float(found.values[0]) == pytest.approx(float(row.norm()) ** 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(bad: float) -> None:
+    rows = normal(3, 4)
+    rows[1, 2] = bad
+    with pytest.raises(RainError, match="NaN or Inf"):
+        projection.spectrum(rows)
+    with pytest.raises(RainError, match="NaN or Inf"):
+        projection.oblique_factors(projection.spectrum(normal(2, 4)).vectors, rows, 0.1)
+
+
+@FEW
+@given(seeds, st.sampled_from(["response_energy", "energy"]), st.floats(0.3, 0.999))
+def test_an_energy_cap_leaves_exactly_what_the_dropped_directions_explain(
+    seed: int, rule: str, share: float
+) -> None:
+    rows, delta = normal(9, 14, seed=seed), normal(6, 14, seed=seed + 1)
+    chosen = options(rank_by=rule, rank_share=share)
+    result = solve_site("site", rows, 9, None, [delta], chosen, 100)
+    _, sigma, right = np.linalg.svd(rows.numpy(), full_matrices=False)
+    answers = sigma**2 * np.square(delta.numpy() @ right.T).sum(0)
+    energy = sigma**2 if rule == "energy" else answers
+    order = np.argsort(-energy)
+    count = int(np.searchsorted(np.cumsum(energy[order]), share * energy.sum()) + 1)
+    assert result.rank == count
+    keep = torch.eye(14, dtype=torch.float64) - result.factors.u @ result.factors.v.mT
+    left = float((delta @ keep @ rows.mT).square().sum())
+    dropped = answers[order[count:]].sum()
+    assert left == pytest.approx(dropped, rel=1e-6, abs=1e-12 * answers.sum())
+    assert result.kept_response_energy == pytest.approx(1 - dropped / answers.sum(), abs=1e-6)
+    kept = (sigma**2)[order[:count]].sum() / (sigma**2).sum()
+    assert result.kept_energy == pytest.approx(kept, abs=1e-9)
+
+
+def test_other_rank_rules_count_directions() -> None:
+    rows = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5], dtype=torch.float64))[:4]
+    delta = normal(3, 5)
+
+    def rank(cap: int = 100, **changes: object) -> int:
+        return solve_site("s", rows, 4, None, [delta], options(**changes), cap).rank
+
+    assert rank(rank_by="full") == 4
+    assert rank(rank_by="count", rank_count=3) == 3
+    assert rank(rank_by="count", rank_count=30) == 4
+    assert rank(rank_by="tolerance", rank_tolerance=0.2) == 3
+    assert rank(rank_by="tolerance", rank_tolerance=0.25) == 2  # strictly above
+    assert rank(rank_by="energy", rank_share=1.0) == 4
+    assert rank(rank_by="energy", rank_share=64 / 85) == 1
+    assert rank(cap=2, rank_by="full") == 2
+
+
+def test_the_cap_is_reported_and_a_basis_of_the_whole_space_is_refused() -> None:
+    rows, delta = normal(12, 6), normal(3, 6)
+    capped = solve_site("s", rows, 12, None, [delta], options(rank_by="full"), 4)
+    assert capped.capped
+    assert capped.rank == 4
+    with pytest.raises(RainError, match=r"here\.q: the protected basis fills all 6 directions"):
+        solve_site("here.q", rows, 12, None, [delta], options(rank_by="full"), 96)
+
+
+def test_response_energy_ignores_planted_outliers_and_raw_energy_does_not() -> None:
+    """One feature and one token 1000 times larger, to both of which Delta hardly responds."""
+    width, count = 40, 30
+    signal = normal(count, 6, seed=1) @ normal(6, width, seed=2)
+    rows = signal.clone()
+    rows[:, 0] = 1000 * signal[:, 0].abs().mean()  # a massive dimension
+    odd = normal(1, width, seed=3)[0]
+    odd[0] = 0
+    rows[7] = 1000 * odd / odd.norm() * signal[7].norm()  # a massive token
+    delta = normal(20, width, seed=4)
+    delta[:, 0] *= 1e-5
+    delta -= 0.99999 * torch.outer(delta @ odd, odd) / odd.square().sum()
+    others = [index for index in range(count) if index != 7]
+
+    def left(rule: str) -> tuple[float, int]:
+        chosen = options(rank_by=rule, rank_share=0.99)
+        result = solve_site("s", rows, count, None, [delta], chosen, 100)
+        return residual(rows[others], result.factors, delta), result.rank
+
+    raw, raw_rank = left("energy")
+    assert raw > 0.9
+    assert raw_rank <= 2
+    response, rank = left("response_energy")
+    assert response < 0.11  # sqrt(1 - 0.99)
+    assert rank <= 8
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_response_energy_has_no_range_of_scales(scale: float) -> None:
+    found, delta = projection.spectrum(normal(4, 6)), normal(5, 6)
+    expected = found.values * (delta @ found.vectors).square().sum(0)
+    scaled = projection.response_energy(found, [delta * scale])
+    torch.testing.assert_close(scaled / scale**2, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("count", [4, 11, 30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_oblique_factors_equal_the_explicit_formula(count: int, scale: float) -> None:
+    basis = projection.spectrum(normal(3, 11)).vectors
+    features = normal(count, 11, seed=5) * scale
+    found = projection.oblique_factors(basis, features, 0.1)
+    moment = features.mT @ features / scale**2
+    gamma = 0.1 * moment.trace() / 11
+    metric = torch.linalg.inv(moment + gamma * torch.eye(11, dtype=torch.float64))
+    expected = metric @ basis @ torch.linalg.inv(basis.mT @ metric @ basis)
+    torch.testing.assert_close(found.u, basis)
+    torch.testing.assert_close(found.v, expected, rtol=1e-7, atol=1e-9)
+    identity = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(found.v.mT @ basis, identity, rtol=0, atol=1e-10)
+
+
+@FEW
+@given(seeds, st.floats(0.001, 10), st.floats(0.01, 10))
+def test_no_other_projection_changes_instruction_features_less(
+    seed: int, epsilon: float, size: float
+) -> None:
+    """Among all Delta' with Delta' U = 0 ours minimises tr(D (C + gamma I) D^T)."""
+    basis = projection.spectrum(normal(3, 10, seed=seed)).vectors
+    features, delta = normal(7, 10, seed=seed + 1), normal(4, 10, seed=seed + 2)
+    factors = projection.oblique_factors(basis, features, epsilon)
+    ours = projection.project(delta, factors)
+    torch.testing.assert_close(ours @ basis, torch.zeros(4, 3).double(), rtol=0, atol=1e-10)
+    moment = features.mT @ features
+    metric = moment + epsilon * moment.trace() / 10 * torch.eye(10, dtype=torch.float64)
+
+    def cost(candidate: Tensor) -> float:
+        change = candidate - delta
+        return float((change @ metric @ change.mT).trace())
+
+    orthogonal = projection.project(delta, projection.orthogonal_factors(basis))
+    assert cost(ours) <= cost(orthogonal) * (1 + 1e-12)
+    for other in range(5):
+        step = size * normal(4, 10, seed=seed + 10 + other)
+        feasible = ours + step - step @ basis @ basis.mT
+        assert cost(feasible) > cost(ours)
+
+
+def test_without_instruction_features_the_oblique_projection_is_the_orthogonal_one() -> None:
+    basis = projection.spectrum(normal(3, 10)).vectors
+    factors = projection.oblique_factors(basis, torch.zeros(4, 10), 0.1)
+    assert factors.v is factors.u
+
+
+def test_a_regularisation_lost_in_rounding_is_refused() -> None:
+    basis = projection.spectrum(normal(3, 10)).vectors
+    features = normal(1, 10, seed=1).expand(20, 10)
+    with pytest.raises(RainError, match="epsilon"):
+        projection.oblique_factors(basis, features, 1e-300)
+
+
+def test_stored_in_float32_the_oblique_projection_stays_exact_in_bad_geometry() -> None:
+    """Instruction features almost parallel to the protected ones: V is as long as it gets."""
+    rows = normal(20, 64)
+    features = 1e3 * (rows[:10] + 1e-2 * normal(10, 64, seed=1))
+    factors = projection.oblique_factors(projection.spectrum(rows).vectors, features, 0.1)
+    stored = Factors(factors.u.float().double(), factors.v.float().double())
+    assert residual(rows, stored, normal(30, 64, seed=2)) <= 1e-5
+
+
+def test_a_soft_projection_damps_by_relative_energy() -> None:
+    rows, delta = normal(4, 9), normal(5, 9)
+    found = projection.spectrum(rows)
+    result = solve_site("s", rows, 4, None, [delta], options(rank_by="full", ridge=0.3), 100)
+    damping = found.values / (found.values + 0.3 * found.values[0])
+    soft = found.vectors @ torch.diag(damping) @ found.vectors.mT
+    torch.testing.assert_close(result.factors.u @ result.factors.v.mT, soft)
+    assert projection.ridge_weights(torch.zeros(0), 0.1).shape == (0,)
+
+
+def test_folding_many_rows_keeps_their_second_moment() -> None:
+    collector, blocks = RowCollector(), [normal(n, 5, seed=n).float() for n in (3, 9, 30, 1, 40)]
+    for block in blocks:
+        collector.add(block)
+    collector.add(torch.zeros(0, 5))
+    stacked = torch.cat(blocks).double()
+    stored = collector.rows()
+    assert stored is not None
+    kept = stored.dense()
+    assert len(kept) <= 4 * 5
+    assert collector.count == len(stacked)
+    torch.testing.assert_close(kept.mT @ kept, stacked.mT @ stacked)
+
+
+def test_collected_rows_do_not_alias_the_layer_input() -> None:
+    collector, rows = RowCollector(), torch.ones(2, 3)
+    collector.add(rows)
+    rows.zero_()
+    stored = collector.rows()
+    assert stored is not None
+    assert torch.equal(stored.dense(), torch.ones(2, 3).double())
+
+
+def test_groups_are_weighted_means_of_second_moments() -> None:
+    collectors = {name: RowCollector() for name in ("think", "content", "unused", "empty")}
+    think, content = normal(3, 4).float(), normal(9, 4, seed=1).float()
+    collectors["think"].add(think)
+    collectors["content"].add(content)
+    collectors["unused"].add(content)
+    groups = [Group("think", 1.0), Group("content", 0.25), Group("unused", 0.0)]
+    found = weighted_rows(collectors, [*groups, Group("empty", 1.0), Group("absent", 1.0)])
+    assert found is not None
+    rows = found.dense()
+    parts = [(think.double(), 1.0), (content.double(), 0.25)]
+    expected = sum(weight * part.mT @ part / len(part) for part, weight in parts)
+    torch.testing.assert_close(rows.mT @ rows, expected)
+    assert weighted_rows(collectors, [Group("absent", 1.0)]) is None
+
+
+@given(st.integers(0, 60), st.integers(1, 20))
+def test_spread_takes_evenly_distributed_positions(total: int, limit: int) -> None:
+    chosen = spread(range(total), limit)
+    assert len(chosen) == min(total, limit)
+    assert list(chosen) == sorted(set(chosen))
+    if total > limit:
+        gaps = [b - a for a, b in pairwise(chosen)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
