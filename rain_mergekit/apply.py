@@ -21,7 +21,7 @@ class Factors:
     v: Tensor | None
 
 
-def merged_weight(  # noqa: PLR0913, PLR0917 - the terms of the equation
+def merged_weight(
     reasoning: Tensor,
     instruct: Tensor,
     pretrained: Tensor,

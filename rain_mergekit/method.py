@@ -99,6 +99,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; returns the base tensor itself where nothing is to be done."""
+        self._planned.take()  # tensors merged in memory are validated first and bound afterwards
         with reported(), torch.no_grad():
             return self._merge(group, parameters)
 

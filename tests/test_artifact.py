@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rain_mergekit import atomic
 from rain_mergekit.artifact import CalibrationFile, write_calibration
 from rain_mergekit.errors import RainError
 
@@ -61,6 +62,7 @@ def stored() -> dict[str, torch.Tensor]:
         "c": torch.rand(6),
         "counts": torch.arange(3),
         "nothing": torch.empty(0, 4),
+        "flat": torch.empty(4, 0),
     }
 
 
@@ -159,6 +161,19 @@ def test_stock_safetensors_reads_it(tmp_path: Path) -> None:
             assert torch.equal(file.get_tensor(key), tensor)
 
 
+def test_every_tensor_is_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    odd = {f"odd{i}": torch.ones(i, dtype=torch.float16) for i in (1, 2, 5)}
+    write_calibration(path, HEADER, {**odd, **stored()})
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    widths = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    for key, entry in json.loads(data[8 : 8 + length]).items():
+        if key != "__metadata__":
+            assert entry["data_offsets"][0] % widths[entry["dtype"]] == 0, key
+
+
 def test_same_content_same_bytes(tmp_path: Path) -> None:
     tensors = stored()
     write_calibration(tmp_path / "1", HEADER, tensors)
@@ -254,6 +269,7 @@ def test_a_failing_source_changes_nothing(tmp_path: Path, *, existing: bool) -> 
 
 KILLED = """
 import os, signal, sys, torch
+from rain_mergekit import atomic
 from rain_mergekit.artifact import write_calibration
 def die():
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
@@ -274,6 +290,17 @@ def test_a_killed_process_leaves_nothing_behind(path: Path, sent: str) -> None:
     use(path)
 
 
+def test_file_systems_without_unnamed_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "_UNNAMED", 0)
+    write_calibration(path, HEADER, stored())
+    use(path)
+    before = path.read_bytes()
+    with pytest.raises(KeyError):
+        write_calibration(path, HEADER, {**stored(), "counts": failing})
+    assert names(path.parent) == [path.name]
+    assert path.read_bytes() == before
+
+
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -290,7 +317,7 @@ def test_read_only_folder() -> None:
         if user == 0:  # root may write everywhere
             os.seteuid(65534)
         try:
-            with pytest.raises(RainError, match="cannot write .*Permission denied"):
+            with pytest.raises(RainError, match=r"cannot write .*Permission denied"):
                 write_calibration(Path(folder) / "c", HEADER, stored())
         finally:
             os.seteuid(user)
@@ -377,6 +404,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "not valid JSON"),
         ((90_000).to_bytes(8, "little") + b"[" * 90_000, "nested too deeply|not valid JSON"),
+        ((19).to_bytes(8, "little") + b'{"__metadata__": 3}', "metadata is not an object"),
         ((2).to_bytes(8, "little") + b"{}x", "bytes that belong to nothing"),
     ],
 )
@@ -530,6 +558,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("sites.a.u", "counts", "floating-point"),
     ("sites.a.v", "r", "shape"),
     ("sites.c.v", "nothing", "v"),
+    ("sites.c", {"width": 4, "rank": 0, "v": "flat"}, "null where u is null"),
     ("sites.b.spectrum", "a.u", "spectrum"),
     ("sites.b.damping", "s", "damping"),
     ("sites.a.kept_energy", "0.9", "finite number"),

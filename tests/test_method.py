@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_lambda_zero_is_the_reasoning_model_bit_for_bit(
     found = merge(tmp_path, config(trio, file, parameters={"lambda": 0})).weights()
     for name, tensor in trio.weights("reasoning").items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_lambda_zero_looks_at_nothing_else(trio: Trio, file: Path) -> None:
+    base, tuned, origin = all_weights(trio, Q0)
+    base[0, 0] = -0.0
+    found = direct(file, Q0, [base, tuned * float("nan"), origin], **{"lambda": 0.0})
+    assert torch.equal(found.view(torch.int32), base.view(torch.int32))
 
 
 def test_without_projection_and_scales_it_is_task_arithmetic(trio: Trio, tmp_path: Path) -> None:
@@ -365,6 +373,37 @@ def test_not_a_number_in_a_model(tmp_path: Path, role: str) -> None:
     assert f"{role} model {getattr(trio, role)}" in message
 
 
+@pytest.mark.parametrize("role", ["reasoning", "instruct"])
+def test_shard_that_cannot_be_read(trio: Trio, file: Path, tmp_path: Path, role: str) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(getattr(trio, role), folder)
+    whole = folder / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(trio.weights(role), "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(whole.read_bytes()[:500])
+    whole.unlink()
+    content = config(trio, file)
+    if role == "reasoning":
+        content["base_model"] = str(folder)
+    else:
+        content["models"][0]["model"] = str(folder)
+    message = merge(tmp_path / "run", content).error()
+    assert str(folder / "model-1.safetensors") in message
+    assert "cannot read" in message
+
+
+def test_other_models_may_be_pickled(
+    trio: Trio, calibration: Calibration, file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(trio.instruct, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(trio.weights("instruct"), folder / "pytorch_model.bin")
+    content = config(trio, file)
+    content["models"][0]["model"] = str(folder)
+    check_merge(merge(tmp_path / "run", content).weights(), trio, calibration, 1.0)
+
+
 def test_result_that_overflows(tmp_path: Path) -> None:
     trio = Trio.make(tmp_path / "models", dtype=torch.float16)
     path = make_calibration(trio).write(tmp_path / "c.safetensors")
@@ -426,6 +465,25 @@ def test_merge_state_dicts(trio: Trio, calibration: Calibration, file: Path) -> 
         },
     )
     check_merge(found, trio, calibration, 1.0)
+
+
+def test_roles_of_one_direct_merge_say_nothing_about_the_next(trio: Trio, file: Path) -> None:
+    weights = all_weights(trio, Q0)
+    found = [
+        merge_tensors(
+            [weights[0], *(weights[i] for i in order)],
+            "rain",
+            parameters={
+                "calibration": file,
+                "role": [("instruct", "pretrained")[i - 1] for i in order],
+            },
+            ids=["r", *((str(trio.instruct), str(trio.pretrained))[i - 1] for i in order)],
+            base_index=0,
+            name=Q0,
+        )
+        for order in ((1, 2), (2, 1))
+    ]
+    assert torch.equal(*found)
 
 
 def test_direct_use_without_name_or_with_another_shape(trio: Trio, file: Path) -> None:
@@ -502,7 +560,8 @@ def test_a_changed_file_is_opened_again(trio: Trio, tmp_path: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         calibration = make_calibration(trio)
-        calibration.write(path)
+        fresh = calibration.write(tmp_path / "fresh")
+        path.write_bytes(fresh.read_bytes())  # the same inode and size
         wanted = calibration.expected(trio, Q0, 1.0)
         found = direct(path, Q0, all_weights(trio, Q0))
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
