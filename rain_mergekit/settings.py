@@ -24,8 +24,12 @@ class MarkerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    open: Annotated[str, Field(min_length=1)] = "<think>"
-    close: Annotated[str, Field(min_length=1)] = "</think>"
+    open: Annotated[str, Field(min_length=1, description="Text that opens the thinking block.")] = (
+        "<think>"
+    )
+    close: Annotated[
+        str, Field(min_length=1, description="Text that closes the thinking block.")
+    ] = "</think>"
 
 
 class RainSettings(BaseModel):
@@ -33,34 +37,131 @@ class RainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    reasoning_data: str
-    instruction_data: str | None = None
+    reasoning_data: Annotated[
+        str, Field(description="The reasoning set, JSON or JSONL: what must stay as it is.")
+    ]
+    instruction_data: Annotated[
+        str | None,
+        Field(
+            description="The instruction set, JSON or JSONL; needed for the oblique projection and "
+            "for coefficients."
+        ),
+    ] = None
     markers: MarkerSettings = MarkerSettings()
-    window: Annotated[int, Field(ge=0)] = 5
-    max_tokens: PositiveInt | None = None
+    window: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Tokens protected after the open marker and before the close marker, "
+            "besides the markers.",
+        ),
+    ] = 5
+    max_tokens: Annotated[
+        PositiveInt | None,
+        Field(description="Longer samples are skipped, counted and reported; null: no limit."),
+    ] = None
 
-    projection: Literal["oblique", "orthogonal"] = "oblique"
-    rank_by: Literal["response_energy", "energy", "tolerance", "count", "full"] = "response_energy"
-    rank_share: Share = 0.99
-    rank_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-3
-    rank_count: PositiveInt | None = None
-    max_rank: PositiveInt | None = None
-    size_budget: Share = 0.10
-    epsilon: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
-    ridge: NonNegative = 0.0
-    instruction_rows: PositiveInt = 4096
+    projection: Annotated[
+        Literal["oblique", "orthogonal"],
+        Field(
+            description="oblique spares what the instruct model does to instruction features; "
+            "orthogonal is the paper's."
+        ),
+    ] = "oblique"
+    rank_by: Annotated[
+        Literal["response_energy", "energy", "tolerance", "count", "full"],
+        Field(
+            description="How many directions are protected at each site: a share of the task "
+            "vector's response to the features, a share of the features' energy, singular values "
+            "above a tolerance, a count, or all that the features span."
+        ),
+    ] = "response_energy"
+    rank_share: Annotated[
+        Share, Field(description="The share for rank_by: response_energy and energy.")
+    ] = 0.99
+    rank_tolerance: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            lt=1.0,
+            description="For rank_by: tolerance; relative to the largest singular value.",
+        ),
+    ] = 1e-3
+    rank_count: Annotated[
+        PositiveInt | None, Field(description="For rank_by: count, and required there.")
+    ] = None
+    max_rank: Annotated[
+        PositiveInt | None,
+        Field(description="Upper bound of the rank of every site; null: set by size_budget."),
+    ] = None
+    size_budget: Annotated[
+        Share,
+        Field(
+            description="Largest calibration file as a share of the reasoning model's bytes; "
+            "bounds the rank of every site (never below 96) where max_rank is null."
+        ),
+    ] = 0.10
+    epsilon: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            allow_inf_nan=False,
+            description="Regularisation of the oblique projection, relative to the mean energy of "
+            "an instruction feature; the larger, the closer to orthogonal.",
+        ),
+    ] = 0.1
+    ridge: Annotated[
+        NonNegative,
+        Field(
+            description="0: protected directions are exact. Above: a direction is protected by "
+            "s²/(s² + ridge · s₁²), so weak ones only partly."
+        ),
+    ] = 0.0
+    instruction_rows: Annotated[
+        PositiveInt,
+        Field(
+            description="Response tokens of the instruction set that the oblique projection uses, "
+            "over all samples (at least one each)."
+        ),
+    ] = 4096
 
-    protect_thinking: NonNegative = 1.0
-    protect_response: NonNegative = 0.0
-    content_rows: PositiveInt = 2048
+    protect_thinking: Annotated[
+        NonNegative,
+        Field(
+            description="Weight of the thinking block's content beside the marker positions "
+            "(which weigh 1); 0: only the markers are protected."
+        ),
+    ] = 1.0
+    protect_response: Annotated[
+        NonNegative,
+        Field(description="Weight of the reasoning set's responses, in the same way."),
+    ] = 0.0
+    content_rows: Annotated[
+        PositiveInt,
+        Field(
+            description="Tokens of the thinking content, and of the responses, that are used, over "
+            "all samples (at least one each)."
+        ),
+    ] = 2048
 
     coefficients: Annotated[
-        Literal["off", "normalized", "closed_form"], BeforeValidator(_yaml_off)
+        Literal["off", "normalized", "closed_form"],
+        BeforeValidator(_yaml_off),
+        Field(
+            description="One factor per attention head and layer: none, the closed form divided by "
+            "its mean, or the closed form as it is."
+        ),
     ] = "off"
-    rho: NonNegative = 1.0
-    alpha_min: NonNegative = 0.5
-    alpha_max: NonNegative = 1.5
-    leakage_from_thinking: bool = False
+    rho: Annotated[
+        NonNegative,
+        Field(description="Weight of leakage against alignment in the coefficients."),
+    ] = 1.0
+    alpha_min: Annotated[NonNegative, Field(description="Smallest coefficient.")] = 0.5
+    alpha_max: Annotated[NonNegative, Field(description="Largest coefficient.")] = 1.5
+    leakage_from_thinking: Annotated[
+        bool,
+        Field(description="Count attention from the thinking block to the instruction as leakage."),
+    ] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> RainSettings:

@@ -1,0 +1,85 @@
+"""The table of docs/settings.md, from RainSettings; `python tests/settings_table.py` writes it.
+
+Names, types, limits and defaults come from the JSON schema that pydantic derives, so the table
+says what the code accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rain_mergekit.settings import RainSettings
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+BEGIN = "<!-- made from rain_mergekit/settings.py: begin -->\n"
+END = "<!-- made from rain_mergekit/settings.py: end -->\n"
+_WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false"}
+_LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def table() -> str:
+    """The Markdown table, one row a setting."""
+    schema = RainSettings.model_json_schema()
+    rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
+    for name, value, default, meaning in _rows(schema, schema["properties"], "", required(schema)):
+        rows.append(f"| `{name}` | {value} | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def required(schema: Mapping[str, Any]) -> frozenset[str]:
+    """The settings without a default."""
+    return frozenset(schema.get("required", ()))
+
+
+def _rows(
+    schema: Mapping[str, Any], fields: Mapping[str, Any], prefix: str, needed: frozenset[str]
+) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in fields.items():
+        label = prefix + name
+        if "$ref" in field:
+            part = schema["$defs"][field["$ref"].rpartition("/")[2]]
+            yield from _rows(schema, part["properties"], f"{label}.", required(part))
+            continue
+        default = "required" if name in needed else f"`{_yaml(field['default'])}`"
+        yield label, _value(field), default, field["description"]
+
+
+def _value(field: Mapping[str, Any]) -> str:
+    """The type, choices and limits in words."""
+    choices = field.get("anyOf", [field])
+    parts = [_one(choice) for choice in choices]
+    return ", or ".join(parts)
+
+
+def _one(choice: Mapping[str, Any]) -> str:
+    if "enum" in choice:
+        return ", ".join(f"`{item}`" for item in choice["enum"])
+    if choice["type"] == "null":
+        return "null"
+    limits = [f"{sign} {choice[key]:g}" for key, sign in _LIMITS.items() if key in choice]
+    return " ".join([_WORDS[choice["type"]], ", ".join(limits)]).strip()
+
+
+def _yaml(value: object) -> str:
+    return str(yaml.safe_dump(value)).removesuffix("\n").removesuffix("\n...").strip("'")
+
+
+def parts(text: str) -> tuple[str, str, str]:
+    """Split the page into what is before, in, and after the table."""
+    before, _, rest = text.partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    return before, inside, after
+
+
+def write() -> None:
+    """Put the table into its place on the page."""
+    before, _, after = parts(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,87 @@
+"""The shipped configurations are ones that our reader and mergekit accept, and are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mergekit.config import MergeConfiguration
+
+from rain_mergekit import data
+from rain_mergekit.config import read_config
+from rain_mergekit.settings import RainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
+PAIRS = {
+    "qwen2.5-1.5b-r1-distill": "Qwen2.5-1.5B",
+    "qwen2.5-7b-r1-distill": "Qwen2.5-7B",
+    "qwen2.5-14b-r1-distill": "Qwen2.5-14B",
+    "qwen2.5-32b-r1-distill": "Qwen2.5-32B",
+    "llama3.1-8b-r1-distill": "Llama-3.1-8B",
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_every_configuration_is_here() -> None:
+    assert {path.stem for path in CONFIGS} == {*PAIRS, "reference"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_is_read(path: Path) -> None:
+    config = read_config(path)
+    assert len({str(model) for model in config.models.values()}) == 3
+    assert str(config.calibration).endswith(".rain.safetensors")
+    merge = MergeConfiguration.model_validate(load(path))
+    assert merge.dtype == "bfloat16"
+    # The paths are meant for the project's folder.
+    assert data.read_reasoning(ROOT / config.settings.reasoning_data)
+    assert config.settings.instruction_data is not None
+    assert data.read_instruction(ROOT / config.settings.instruction_data)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_published_pairs(name: str) -> None:
+    config = read_config(ROOT / "configs" / f"{name}.yml")
+    pretrained = str(config.pretrained)
+    size = PAIRS[name].rpartition("-")[2]
+    assert pretrained.endswith("/" + PAIRS[name])
+    assert str(config.instruct) == f"{pretrained}-Instruct"
+    family = "Llama" if "llama" in name else "Qwen"
+    assert str(config.reasoning) == f"deepseek-ai/DeepSeek-R1-Distill-{family}-{size}"
+    assert config.settings == settings_with_defaults(config.settings)
+
+
+def test_calibration_files_do_not_collide() -> None:
+    pairs = [read_config(ROOT / "configs" / f"{name}.yml").calibration for name in PAIRS]
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_reference_shows_every_setting_with_its_default() -> None:
+    path = ROOT / "configs" / "reference.yml"
+    shown = load(path)["rain"]
+    defaults = settings_with_defaults(read_config(path).settings).model_dump(mode="json")
+    shown["coefficients"] = "off" if shown["coefficients"] is False else shown["coefficients"]
+    assert list(shown) == list(RainSettings.model_fields)  # the same order, too
+    assert shown == defaults
+
+
+def test_every_setting_of_the_reference_is_explained() -> None:
+    text = (ROOT / "configs" / "reference.yml").read_text(encoding="utf-8")
+    section = text[text.index("\nrain:\n") :]
+    blocks = re.split(r"\n\s*\n", section)
+    assert not [block for block in blocks if "#" not in block]
+
+
+def settings_with_defaults(settings: RainSettings) -> RainSettings:
+    """Everything at its default but the data, which have none."""
+    return RainSettings(
+        reasoning_data=settings.reasoning_data, instruction_data=settings.instruction_data
+    )
