@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,9 @@ from rain_mergekit.errors import RainError
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
 _SAMPLED_TENSORS = 2048
+# The hub client raises its HTTP library's own errors when there is no network; that library
+# changes with the version of the client.
+_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 
 
 class Checkpoint:
@@ -32,11 +36,14 @@ class Checkpoint:
         *,
         cache_dir: str | None = None,
         lora_cache_dir: str | None = None,
+        lora_merge_dtype: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.reference = reference
         self.trust_remote_code = trust_remote_code
-        self.path = _local_path(reference, cache_dir, lora_cache_dir, trust_remote_code)
+        self.path = _local_path(
+            reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust_remote_code
+        )
         index = _index(self.path, reference)
         self.names = frozenset(index.tensor_paths)
         self._loader = LazyTensorLoader(index, lazy_unpickle=False)
@@ -76,7 +83,11 @@ class Checkpoint:
 
 
 def _local_path(
-    reference: ModelReference, cache_dir: str | None, lora_dir: str | None, trust: bool
+    reference: ModelReference,
+    cache_dir: str | None,
+    lora_dir: str | None,
+    lora_dtype: str | None,
+    trust: bool,
 ) -> str:
     if reference.lora is not None and lora_dir is None:
         raise RainError(
@@ -84,9 +95,11 @@ def _local_path(
             "name the folder with --lora-merge-cache"
         )
     try:
-        merged = reference.merged(cache_dir=lora_dir, trust_remote_code=trust)
+        merged = reference.merged(
+            cache_dir=lora_dir, trust_remote_code=trust, lora_merge_dtype=lora_dtype
+        )
         return str(merged.local_path(cache_dir=cache_dir))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:
         raise RainError(
             f"{reference}: model not found: expected a local folder or a hub name that can be "
             f"downloaded ({first_line(error)})"

@@ -55,9 +55,12 @@ def read_config(path: str | Path) -> RainConfig:
             f"{source}: list the instruct and the pretrained model under `models:` "
             "(slices and modules are not supported by rain)"
         )
-    others = [model for model in merge.models if model.model != merge.base_model]
-    if len(others) != len(merge.models) and len(others) < 2:
-        others = list(merge.models)  # a proxy: the reasoning model given as the pretrained one
+    # The base model may be listed without a role, as mergekit allows; with one it is a proxy.
+    others = [
+        model
+        for model in merge.models
+        if model.model != merge.base_model or "role" in (model.parameters or {})
+    ]
     roles = _roles(others, source)
     return RainConfig(
         path=source,

@@ -27,6 +27,7 @@ class LoadOptions:
     transformers_cache: str | None = None
     lora_merge_cache: str | None = None
     trust_remote_code: bool = False
+    lora_merge_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
             reference,
             cache_dir=options.transformers_cache,
             lora_cache_dir=options.lora_merge_cache,
+            lora_merge_dtype=options.lora_merge_dtype,
             trust_remote_code=options.trust_remote_code,
         )
         for role, reference in config.models.items()

@@ -104,7 +104,7 @@ class RainSettings(BaseModel):
     epsilon: Annotated[
         float,
         Field(
-            gt=0.0,
+            ge=1e-8,
             allow_inf_nan=False,
             description="Regularisation of the oblique projection, relative to the mean energy of "
             "an instruction feature; the larger, the closer to orthogonal.",
