@@ -1,0 +1,105 @@
+"""`mergekit-rain`: the command group. Commands are imported when called, so help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from rain_mergekit import __version__
+from rain_mergekit.errors import RainError
+
+# Name -> (module:object, one line of help); the modules are heavy.
+_COMMANDS = {
+    "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
+    "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
+    "verify": ("rain_mergekit.commands.verify:verify", "Measure what a merge did to thinking."),
+    "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
+    "report": ("rain_mergekit.commands.report:report", "Draw it, as one HTML page."),
+    "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
+}
+_INTERRUPTED, _TERMINATED = 130, 143
+_HELP = """\
+RAIN-Merging for mergekit: a reasoning model learns to follow instructions and keeps its thinking.
+
+One YAML file drives both steps:
+
+\b
+  mergekit-rain calibrate config.yml      writes the file that the YAML names
+  mergekit-yaml config.yml ./merged       stock mergekit does the merge
+
+Or both in one, or a first look without any download:
+
+\b
+  mergekit-rain merge config.yml ./merged
+  mergekit-rain demo ./rain-demo
+"""
+
+
+class RainGroup(click.Group):
+    """Loads commands on demand; turns RainError and Ctrl-C into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
+        """In the order in which a user needs them."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import the module of one command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a user's mistake ends as `Error: ...` and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException:
+            raise
+        except RainError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt as error:
+            detail = f": {error}" if str(error) else ""
+            click.echo(f"Interrupted{detail}", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(
+    cls=RainGroup,
+    help=_HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 an input cannot be used (one line says why); 2 wrong usage; "
+    "3 verify found that the thinking was damaged; 130 interrupted.",
+)
+@click.version_option(__version__, "--version", prog_name="mergekit-rain")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """The group; what it says is `_HELP`."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+def main() -> None:
+    """Run the command line; leave by an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli(prog_name="mergekit-rain")
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    """As Ctrl-C: unwind, so that temporary files go away."""
+    sys.exit(_TERMINATED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `mergekit-rain`, one module each; imported only when one is called."""

@@ -1,0 +1,89 @@
+"""What the commands say, and to whom: results to stdout, remarks to stderr, plain in a pipe."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+KIB = 1024
+
+
+class Console:
+    """Printing with one switch; nothing else in the package prints."""
+
+    def __init__(self, *, quiet: bool = False, verbosity: int = 0) -> None:
+        self.quiet = quiet
+        self.verbosity = verbosity
+        self._warned: set[str] = set()
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress bars make sense: somebody watches them."""
+        return not self.quiet and sys.stderr.isatty()
+
+    def say(self, text: str = "") -> None:
+        """A line of the result."""
+        if not self.quiet:
+            click.echo(text)
+
+    def head(self, text: str) -> None:
+        """A line that begins a part."""
+        self.say(click.style(text, bold=True))
+
+    def warn(self, text: str) -> None:
+        """A remark that must not be missed; each one once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            click.echo(click.style("Warning:", fg="yellow") + f" {text}", err=True)
+
+    def setup(self, *, logs: bool = True) -> None:
+        """Set up logging, unless mergekit does; silence other libraries; imports transformers."""
+        from transformers.utils import logging as chatter  # noqa: PLC0415 - heavy
+
+        if logs:
+            level = {0: logging.WARNING, 1: logging.INFO}.get(self.verbosity, logging.DEBUG)
+            for name in ("rain_mergekit", "mergekit"):
+                _log_to_terminal(logging.getLogger(name), level)
+        if not self.progress:
+            chatter.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if not self.verbosity:
+            chatter.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+class _Terminal(logging.Handler):
+    """Log records as lines on stderr, whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        click.echo(f"{record.levelname}: {record.getMessage()}", err=True)
+
+
+def _log_to_terminal(logger: logging.Logger, level: int) -> None:
+    logger.setLevel(level)
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        logger.addHandler(_Terminal())
+
+
+def size(count: int) -> str:
+    """Bytes for people: `1.2 MiB`."""
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= KIB and len(units) > 1:
+        value, units = value / KIB, units[1:]
+    return f"{count} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `4.2 s`, `3 min 5 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 layer`, `4 layers`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

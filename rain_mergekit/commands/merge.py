@@ -1,0 +1,106 @@
+"""`mergekit-rain merge`: calibrate if needed, then mergekit's own merge with all its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions, add_merge_options
+
+from rain_mergekit.calibrate import RunOptions
+from rain_mergekit.commands.calibration import run_calibration
+from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.errors import RainError
+from rain_mergekit.method import register
+from rain_mergekit.models import LoadOptions
+from rain_mergekit.staging import staged_folder
+from rain_mergekit.staleness import compare
+
+
+@click.command(
+    epilog="\b\nExample:\n  mergekit-rain merge config.yml ./merged --cuda --out-shard-size 2B"
+)
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--recalibrate", is_flag=True, help="Calibrate even if the file is up to date.")
+@dtype_option("--calibration-dtype")
+@budget_option
+@add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
+def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) -> None:
+    """Calibrate if the file is missing or was made from something else, then merge into OUT.
+
+    The merge is mergekit's own and takes all options of `mergekit-yaml`; the calibration uses the
+    same device, caches and verbosity. OUT is filled only when everything has succeeded.
+    """
+    console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
+    console.setup(logs=False)
+    merge_options.apply_global_options()
+    if not console.progress:
+        merge_options = merge_options.model_copy(update={"quiet": True})
+    parsed = read_config(config)
+    _refuse_input(parsed, out)
+    with staged_folder(out) as stage:
+        _calibrate(parsed, merge_options, options, console)
+        try:
+            _merge(parsed, stage, merge_options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{config} is calibrated, but {out} was not written; the same command goes on"
+            ) from None
+    console.head(f"Wrote {out}")
+
+
+def _refuse_input(config: RainConfig, out: str) -> None:
+    for role, model in config.models.items():
+        folder = Path(model.model.path)
+        if folder.exists() and folder.resolve() == Path(out).expanduser().resolve():
+            raise RainError(f"{out}: is the {role} model itself; name another output folder")
+
+
+def _calibrate(
+    config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
+) -> None:
+    run = RunOptions(
+        load=LoadOptions(
+            merge_options.transformers_cache,
+            merge_options.lora_merge_cache,
+            merge_options.trust_remote_code,
+            merge_options.lora_merge_dtype,
+        ),
+        device=pick_device(str(merge_options.device or "cpu")),
+        dtype=pick_dtype(options["calibration_dtype"]),
+        activation_budget=options["activation_budget"],
+        quiet=not console.progress,
+    )
+    found = compare(config, run.load)
+    for text in found.unchecked:
+        console.warn(f"{text}; the calibration is taken as it is")
+    if found.current and not options["recalibrate"]:
+        console.say(f"{config.calibration} is up to date: not calibrated again")
+        return
+    for text in found.differences:
+        console.say(f"Calibration needed: {text}")
+    run_calibration(config, run, console)
+
+
+def _merge(config: RainConfig, stage: Path, options: MergeOptions) -> None:
+    """mergekit's run_merge, as mergekit-yaml calls it."""
+    register()  # also where auto-loading is switched off
+    try:
+        run_merge(
+            MergeConfiguration.model_validate(yaml.safe_load(config.text)),
+            str(stage),
+            options=options,
+            config_source=config.text,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if options.verbosity:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error

@@ -1,0 +1,108 @@
+"""Options and parameter types that several commands share; light, for `--help`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rain_mergekit.errors import RainError
+
+if TYPE_CHECKING:
+    import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_size(value: str) -> int:
+    """A number of bytes from `2GiB`, `500MB` or `1048576`; a usage error names what is allowed."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 2GiB, 500MB or 1048576")
+    return int(float(found.group(1)) * {**_UNITS, **_BINARY}[found.group(2) or ""])
+
+
+def parse_device(value: str) -> str:
+    """`cpu`, `cuda`, `cuda:1` or `auto` as it is; a usage error names what is allowed."""
+    if not re.fullmatch(r"cpu|auto|(cuda|xpu)(:\d+)?|mps", str(value)):
+        raise click.BadParameter(f"{value!r} is not one of cpu, cuda, cuda:N, auto")
+    return str(value)
+
+
+def device_option(name: str = "--device", text: str = "Where to compute.") -> Callable[[F], F]:
+    """The device; `auto` is the GPU if there is one."""
+    return click.option(
+        name,
+        type=parse_device,
+        metavar="cpu|cuda|auto",
+        default="auto",
+        show_default=True,
+        help=text,
+    )
+
+
+def dtype_option(name: str = "--dtype") -> Callable[[F], F]:
+    """The type in which the model's layers compute."""
+    text = "Type of the forward pass  [default: float32 on the CPU, else the model's own]"
+    return click.option(name, type=click.Choice(DTYPES), help=text)
+
+
+def budget_option(function: F) -> F:
+    """Memory for hidden states."""
+    return click.option(
+        "--activation-budget",
+        type=parse_size,
+        metavar="SIZE",
+        default="2GiB",
+        show_default=True,
+        help="Memory for hidden states; the rest goes to disk.",
+    )(function)
+
+
+def loading_options(function: F) -> F:
+    """How models are found, under mergekit's names."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
+        click.option("--lora-merge-cache", metavar="DIR", help="Where to merge adapters."),
+        click.option("--lora-merge-dtype", metavar="DTYPE", help="In which type to merge them."),
+        click.option("--transformers-cache", metavar="DIR", help="Where downloads are stored."),
+    ):
+        function = option(function)
+    return function
+
+
+def output_options(function: F) -> F:
+    """--quiet and -v."""
+    quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
+    verbose = click.option("-v", "verbosity", count=True, help="Log more; -vv logs everything.")
+    return quiet(verbose(function))
+
+
+def pick_device(name: str) -> str:
+    """Resolve `auto`; RainError if the device is not there."""
+    import torch  # noqa: PLC0415 - keeps --help fast
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return name
+    backend: Any = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+    if backend is None or not backend.is_available():
+        raise RainError(f"--device {name}: this torch sees no such device; use --device cpu")
+    if index and int(index) >= backend.device_count():
+        count = backend.device_count()
+        raise RainError(f"--device {name}: there are only {count} of them, numbered from 0")
+    return name
+
+
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    """The torch type of that name; None stays None."""
+    import torch  # noqa: PLC0415 - keeps --help fast
+
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,109 @@
+"""What the demo writes into a folder, and what it must not touch there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rain_mergekit.errors import RainError
+
+TRIO = Path(__file__).parent / "trio"
+REPORT = "demo.json"
+AUTHOR = "mergekit-rain demo"
+CALIBRATION = "trio.rain.safetensors"
+HELD_OUT = "held-out.jsonl"
+# Name of the configuration and of the merged model's folder -> how the table calls it.
+MERGES = {
+    "task-arithmetic": "task_arithmetic 1.0",
+    "task-arithmetic-linear": "task_arithmetic 1.0, linear",
+    "task-arithmetic-linear-0.7": "task_arithmetic 0.7, linear",
+    "rain": "rain 1.0",
+}
+
+
+def configurations(folder: Path) -> dict[str, str]:
+    """The text of every configuration, by file name; paths are absolute, to work from anywhere."""
+    texts = {f"{name}.yml": _task_arithmetic(name) for name in MERGES if name != "rain"}
+    roles = {role: f"{{role: {role}}}" for role in ("instruct", "pretrained")}
+    tail = (
+        f"parameters:\n  calibration: {_quoted(folder.resolve() / CALIBRATION)}\n"
+        "  lambda: 1.0 # may be changed without calibrating again\ndtype: bfloat16\n"
+        f"rain:\n  reasoning_data: {_quoted(TRIO / 'reasoning.jsonl')}\n"
+        f"  instruction_data: {_quoted(TRIO / 'instruction.jsonl')}\n"
+    )
+    return {"rain.yml": _head("rain", roles) + tail, **texts}
+
+
+def _task_arithmetic(name: str) -> str:
+    """On all tensors as mergekit does it, or fairer: on those alone that rain changes too."""
+    strength = "0.7" if name.endswith("0.7") else "1.0"
+    weights = {"instruct": strength, "pretrained": f"-{strength}"}
+    if "linear" in name:
+        linear = "[{{filter: proj.weight, value: {}}}, {{value: 0}}]"
+        weights = {role: linear.format(weight) for role, weight in weights.items()}
+    parameters = {role: f"{{weight: {weight}}}" for role, weight in weights.items()}
+    return _head("task_arithmetic", parameters) + "dtype: bfloat16\n"
+
+
+def _head(method: str, parameters: Mapping[str, str]) -> str:
+    return (
+        f"# Written by `{AUTHOR}`.\n"
+        f"merge_method: {method}\n"
+        f"base_model: {_quoted(TRIO / 'reasoning')}\n"
+        "models:\n"
+        f"  - model: {_quoted(TRIO / 'instruct')}\n"
+        f"    parameters: {parameters['instruct']}\n"
+        f"  - model: {_quoted(TRIO / 'pretrained')}\n"
+        f"    parameters: {parameters['pretrained']}\n"
+    )
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)  # a JSON text is a YAML text
+
+
+def claim(folder: Path) -> dict[str, str]:
+    """Write the report's first line and the configurations; returns their texts by file name.
+
+    Raises RainError if the folder cannot be written, holds files of these names that no demo has
+    written, or configurations that were changed since.
+    """
+    texts = configurations(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if taken := _taken(folder, texts):
+            raise RainError(
+                f"{folder}: {', '.join(taken)} there would be overwritten; name another folder"
+            )
+        write_report(folder, {})
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RainError(
+            f"{folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from None
+    return texts
+
+
+def _taken(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Files that are the user's: all without a demo's report, changed ones with it."""
+    if f'"created_by": "{AUTHOR}"' in _read(folder / REPORT):
+        return [name for name in texts if _read(folder / name) not in ("", texts[name])]
+    ours = (REPORT, CALIBRATION, HELD_OUT, *MERGES, *texts)
+    return [name for name in ours if (folder / name).exists()]
+
+
+def _read(path: Path) -> str:
+    """The text of a file; empty if there is none."""
+    with suppress(FileNotFoundError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def write_report(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write demo.json: who made the folder, and the numbers once there are some."""
+    text = json.dumps({"created_by": AUTHOR, **content}, indent=1)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""Greedy answers of a model to many prompts, in batches padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.rendering import Markers
+from rain_mergekit.thinking import Thought, split_thinking
+
+_DEFAULT_MARKERS = Markers()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote to one prompt; `finished`: it ended its turn within the token limit."""
+
+    prompt: str
+    text: str
+    thought: Thought
+    finished: bool
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    markers: Markers = _DEFAULT_MARKERS,
+    tick: Callable[[int], object] = lambda _done: None,
+) -> list[Answer]:
+    """One answer to each prompt, in their order; `tick` is told of every finished batch.
+
+    Prompts go through the chat template as a user's turn. Greedy: the same call gives the same
+    answers, up to rounding that depends on the padding. Raises RainError without a chat template.
+    """
+    heads = [_render(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(heads)), key=lambda index: len(heads[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        written = _continue(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
+        for index, (text, finished) in zip(batch, written, strict=True):
+            opened = heads[index].rstrip().endswith(markers.open)
+            thought = split_thinking(text, markers.open, markers.close, opened_by_template=opened)
+            answers[index] = Answer(prompts[index], text, thought, finished)
+        tick(len(batch))
+    return [answers[index] for index in range(len(heads))]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise RainError(f"the tokenizer {tokenizer.name_or_path} has no chat template")
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _continue(
+    model: Any, tokenizer: PreTrainedTokenizerBase, heads: list[str], limit: int
+) -> list[tuple[str, bool]]:
+    """Text and whether it ended, without the token that ends a turn."""
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    encoded = [tokenizer(head, add_special_tokens=False)["input_ids"] for head in heads]
+    width = max(len(ids) for ids in encoded)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    with torch.inference_mode():
+        produced = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    rows: list[list[int]] = produced[:, width:].tolist()
+    return [_until_end(tokenizer, row, ends) for row in rows]
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _until_end(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int]
+) -> tuple[str, bool]:
+    length = next((i for i, token in enumerate(row) if token in ends), None)
+    return str(tokenizer.decode(row[:length])), length is not None

@@ -1,0 +1,358 @@
+"""The commands as a user calls them: what they do, say, and leave."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import (
+    MAIN,
+    TRIO,
+    Workplace,
+    make_models,
+    make_workplace,
+    run,
+    run_process,
+    succeed,
+)
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+
+import rain_mergekit
+from rain_mergekit.cli import cli
+from rain_mergekit.commands.console import duration, size
+from rain_mergekit.commands.merge import merge as merge_command
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, models: Path) -> Workplace:
+    return make_workplace(tmp_path, models)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple[Workplace, str]:
+    """A workplace with its calibration, and what the command said; not to be changed."""
+    place = make_workplace(tmp_path_factory.mktemp("calibrated"), models)
+    return place, succeed("calibrate", place.yaml)
+
+
+@pytest.fixture
+def ready(tmp_path: Path, calibrated: tuple[Workplace, str]) -> Workplace:
+    """The same files and the same paths' content, in a folder of its own."""
+    source = calibrated[0]
+    place = make_workplace(tmp_path, source.folder)
+    shutil.copy2(source.calibration, place.calibration)
+    return place
+
+
+# Help, version, output
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; from rain_mergekit.cli import cli; cli(['--help'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # noqa: PLW1510
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("calibrate", "merge", "verify", "demo", "Exit codes: 0 done"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("command", ["calibrate", "merge", "verify", "demo"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    text = succeed(command, "--help")
+    assert f"Example:\n    mergekit-rain {command}" in text
+
+
+def test_version() -> None:
+    assert succeed("--version").strip().endswith(rain_mergekit.__version__)
+
+
+def test_unknown_command_and_wrong_option_are_usage_errors(place: Workplace) -> None:
+    assert run("calibrat", place.yaml).code == 2
+    for option in (("--activation-budget", "lots"), ("--device", "tpu"), ("--dtype", "int8")):
+        outcome = run("calibrate", place.yaml, *option)
+        assert outcome.code == 2
+        assert option[0] in outcome.output
+
+
+def test_calibrate_says_what_it_did(calibrated: tuple[Workplace, str]) -> None:
+    place, said = calibrated
+    assert f"Wrote {place.calibration}" in said
+    assert "1 layer, " in said
+    assert "mean rank" in said
+    assert "kept energy 0.9" in said
+    assert "reasoning samples: 6 of 6 used" in said
+    assert "instruction samples: 6 of 6 used" in said
+    assert said.splitlines()[-1] == f"Next: mergekit-yaml {place.yaml} ./merged"
+    assert "Warning" not in said
+    assert "it/s" not in said  # no progress bar: nobody is watching
+
+
+def test_skipped_samples_are_reported_with_their_reasons(place: Workplace) -> None:
+    reasoning, instruction = place.samples("reasoning"), place.samples("instruction")
+    reasoning[1]["output"] = reasoning[1]["output"].replace("</think>", "")
+    spans = instruction[2]["related_prompt_list"][0]
+    spans["response_spans"] = ["not there"]
+    long = max(reasoning, key=lambda sample: len(sample["output"]))
+    long["output"] = long["output"].replace("</think>", "a add 1 is two . " * 20 + "</think>")
+    place.write_samples("reasoning", reasoning)
+    place.write_samples("instruction", instruction)
+    said = succeed("calibrate", place.write(rain={"max_tokens": 120}))
+    assert "reasoning samples: 4 of 6 used" in said
+    assert "0 times '</think>'" in said
+    assert "more than max_tokens = 120" in said
+    assert "instruction samples: 5 of 6 used" in said
+    assert "the response does not contain the span 'not there'" in said
+
+
+def test_rank_cap_is_a_warning(place: Workplace) -> None:
+    said = succeed("calibrate", place.write(rain={"max_rank": 2}))
+    assert said.count("Warning:") == 1
+    assert "reached the rank cap" in said
+
+
+def test_quiet_says_nothing(place: Workplace) -> None:
+    assert succeed("calibrate", place.yaml, "--quiet") == ""
+    assert succeed("merge", place.yaml, place.folder / "out", "--quiet") == ""
+
+
+def test_colour_only_where_it_is_wanted(ready: Workplace) -> None:
+    out = ready.folder / "out"
+    assert "\x1b[" in succeed("merge", ready.yaml, out, color=True)
+    assert "\x1b[" not in succeed("merge", ready.yaml, out)
+    assert "\x1b[" not in succeed("merge", ready.yaml, out, color=True, env={"NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB")],
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.44, "0.4 s"), (185.4, "3 min 5 s"), (7810, "2 h 10 min")]
+)
+def test_durations_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# merge
+
+
+def test_merge_equals_calibrate_and_mergekit_yaml_bit_for_bit(
+    calibrated: tuple[Workplace, str], tmp_path: Path
+) -> None:
+    place = calibrated[0]
+    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(place.yaml)]
+    subprocess.run([*command, str(tmp_path / "two"), "--quiet"], check=True, capture_output=True)
+    one_yaml = tmp_path / "one.yml"
+    parameters = {**place.config["parameters"], "calibration": str(tmp_path / "one.safetensors")}
+    one_yaml.write_text(yaml.safe_dump({**place.config, "parameters": parameters}))
+    said = succeed("merge", one_yaml, tmp_path / "one")
+    assert f"Calibration needed: {tmp_path / 'one.safetensors'} does not exist" in said
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert (one / "mergekit_config.yml").read_text() == one_yaml.read_text()
+    assert "# one" in (one / "README.md").read_text()  # the card's title is the folder's name
+
+
+def test_second_run_does_not_calibrate_again(ready: Workplace) -> None:
+    # Another folder holds the same models and data, so their paths must not matter.
+    before = ready.calibration.read_bytes()
+    said = succeed("merge", ready.yaml, ready.folder / "out")
+    assert f"{ready.calibration} is up to date: not calibrated again" in said
+    assert ready.calibration.read_bytes() == before
+    ready.write(parameters={"lambda": 0.5})
+    assert "up to date" in succeed("merge", ready.yaml, ready.folder / "half")
+    whole = load_file(ready.folder / "out" / "model.safetensors")
+    half = load_file(ready.folder / "half" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not whole[name].equal(half[name])
+
+
+def test_recalibrate_on_demand(ready: Workplace) -> None:
+    said = succeed("merge", ready.yaml, ready.folder / "out", "--recalibrate")
+    assert f"Wrote {ready.calibration}" in said
+
+
+def change_setting(place: Workplace) -> str:
+    place.write(rain={"window": 4, "rank_share": 0.9})
+    return "rain.window is 4, was 5|rain.rank_share is 0.9, was 0.99"
+
+
+def change_data(place: Workplace) -> str:
+    place.write_samples("reasoning", place.samples("reasoning")[:4])
+    return f"rain.reasoning_data: the content of {place.folder / 'reasoning.jsonl'} has changed"
+
+
+def change_model(place: Workplace) -> str:
+    succeed("calibrate", place.yaml)  # so that it records the models of this folder
+    place.change_weights("instruct", lambda weights: weights["model.norm.weight"].mul_(2))
+    return f"the instruct model {place.model('instruct')} has changed (weights)"
+
+
+def change_base(place: Workplace) -> str:
+    other = place.folder / "other"
+    shutil.copytree(place.model("reasoning"), other)
+    place.config["base_model"] = str(other)
+    (other / "config.json").write_text(
+        (other / "config.json").read_text().replace('"rope_theta": 10000.0', '"rope_theta": 9999.0')
+    )
+    place.write()
+    return f"the reasoning model is {other}, was "
+
+
+def truncate(place: Workplace) -> str:
+    place.calibration.write_bytes(place.calibration.read_bytes()[:-100])
+    return "truncated"
+
+
+def cut_header(place: Workplace) -> str:
+    place.calibration.write_bytes(place.calibration.read_bytes()[:500])
+    return "cut off inside its header"
+
+
+def alter(place: Workplace) -> str:
+    content = bytearray(place.calibration.read_bytes())
+    content[-5] ^= 1
+    place.calibration.write_bytes(bytes(content))
+    return "was altered"
+
+
+def empty(place: Workplace) -> str:
+    place.calibration.write_bytes(b"")
+    return "not a safetensors file"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_setting, change_data, change_model, change_base, truncate, cut_header, alter, empty],
+)
+def test_calibration_of_something_else_is_replaced_and_the_difference_named(
+    ready: Workplace, change: Callable[[Workplace], str]
+) -> None:
+    expected = change(ready)
+    said = succeed("merge", ready.yaml, ready.folder / "out")
+    reasons = [line for line in said.splitlines() if line.startswith("Calibration needed: ")]
+    assert len(reasons) == len(expected.split("|"))
+    for text, line in zip(expected.split("|"), reasons, strict=True):
+        assert text in line
+    assert "up to date" in succeed("merge", ready.yaml, ready.folder / "out")
+
+
+def test_missing_data_cannot_be_compared_and_is_no_obstacle(ready: Workplace) -> None:
+    (ready.folder / "instruction.jsonl").unlink()
+    said = succeed("merge", ready.yaml, ready.folder / "out")
+    assert said.count("Warning:") == 1
+    assert "instruction.jsonl is not there to be compared" in said
+    assert "up to date" in said
+
+
+def test_works_where_auto_loading_is_off(ready: Workplace) -> None:
+    off = {**os.environ, "RAIN_MERGEKIT_AUTOLOAD": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    outcome = run_process("merge", ready.yaml, ready.folder / "out", env=off)
+    assert outcome.code == 0, outcome.output
+    assert (ready.folder / "out" / "config.json").exists()
+
+
+def test_every_option_of_mergekit_yaml_is_there_once() -> None:
+    names = [parameter.name for parameter in merge_command.params]
+    flags = [flag for p in merge_command.params for flag in (*p.opts, *p.secondary_opts)]
+    assert set(MergeOptions.model_fields) <= set(names)
+    assert len(set(names)) == len(names)
+    assert len(set(flags)) == len(flags)
+
+
+def test_options_reach_mergekit_and_old_shards_do_not_stay(ready: Workplace) -> None:
+    out = ready.folder / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    succeed("merge", ready.yaml, out, "--out-shard-size", "300K", "--no-write-model-card")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    assert not (out / "README.md").exists()
+    succeed("merge", ready.yaml, out)
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+# Interruptions
+
+
+def interrupt(arguments: list[Any], sign: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start the command, send a signal when the path appears; returns the code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Workplace:
+    """All of the packaged trio: seconds of work."""
+    return make_workplace(tmp_path, TRIO, samples=100)
+
+
+def test_interrupted_calibration(slow: Workplace) -> None:
+    before = sorted(slow.folder.rglob("*"))
+    work = slow.calibration.with_name(slow.calibration.name + ".work")
+    code, errors = interrupt(
+        ["calibrate", slow.yaml], work / "layer-00000.safetensors", signal.SIGINT
+    )
+    assert code == 130, errors
+    assert errors.strip().splitlines() == ["Interrupted: nothing was written"]
+    assert sorted(slow.folder.rglob("*")) == before
+
+
+def test_terminated_merge(slow: Workplace) -> None:
+    before = sorted(slow.folder.rglob("*"))
+    work = slow.calibration.with_name(slow.calibration.name + ".work")
+    out = slow.folder / "deep" / "out"
+    code, errors = interrupt(
+        ["merge", slow.yaml, out], work / "layer-00000.safetensors", signal.SIGTERM
+    )
+    assert code == 143, errors
+    assert "Traceback" not in errors
+    assert sorted(slow.folder.rglob("*")) == before
+
+
+def test_interruption_that_says_nothing(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_path: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rain_mergekit.config.read_config", interrupted)
+    outcome = run("calibrate", place.yaml)
+    assert (outcome.code, outcome.output) == (130, "Interrupted\n")
+
+
+def test_group_knows_all_its_commands() -> None:
+    context = cli.make_context("mergekit-rain", ["--help"], resilient_parsing=True)
+    for name in cli.list_commands(context):
+        assert cli.get_command(context, name) is not None

@@ -1,0 +1,345 @@
+"""Whatever is wrong with the input: one clear message, exit code 1, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Workplace, make_models, make_workplace, refused, succeed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rain_mergekit.staging import staged_folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    """A calibration file of the models and samples that every workplace here has."""
+    place = make_workplace(tmp_path_factory.mktemp("calibrated"), models)
+    succeed("calibrate", place.yaml)
+    return place.calibration
+
+
+@pytest.fixture
+def place(tmp_path: Path, models: Path) -> Workplace:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return make_workplace(folder, models)
+
+
+def entry(model: str, role: str | None) -> dict[str, Any]:
+    return {"model": f"@/{model}", "parameters": {} if role is None else {"role": role}}
+
+
+INSTRUCT, PRETRAINED = entry("instruct", "instruct"), entry("pretrained", "pretrained")
+TWICE = [INSTRUCT, entry("pretrained", "instruct")]
+# Name -> what is changed in the configuration (@ is the folder), and what the message says.
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no calibration": (
+        {"parameters": None},
+        ("parameters.calibration is None", "expected the path"),
+    ),
+    "role missing": (
+        {"models": [INSTRUCT, entry("pretrained", None)]},
+        ("parameters.role is None", "expected 'instruct' or 'pretrained'"),
+    ),
+    "role unknown": (
+        {"models": [entry("instruct", "teacher"), PRETRAINED]},
+        ("parameters.role is 'teacher'",),
+    ),
+    "role twice": ({"models": TWICE}, ("role 'instruct' is given twice",)),
+    "one other model": (
+        {"models": [INSTRUCT]},
+        ("expected exactly two besides base_model", "found 1"),
+    ),
+    "three other models": (
+        {"models": [INSTRUCT, PRETRAINED, entry("third", None)]},
+        ("expected exactly two besides base_model", "found 3"),
+    ),
+    "no models": ({"models": None}, ("mergekit cannot read this",)),
+    "no base model": ({"base_model": None}, ("base_model is missing",)),
+    "base model not there": (
+        {"base_model": "@/nowhere"},
+        ("nowhere", "expected a local folder or a hub name"),
+    ),
+    "another method": (
+        {"merge_method": "linear"},
+        ("merge_method is 'linear', expected 'rain'",),
+    ),
+    "no settings": ({"rain": None}, ("the `rain:` section is missing",)),
+    "unknown setting": ({"rain": {"windw": 3}}, ("unknown setting 'windw'",)),
+    "setting out of range": ({"rain": {"rank_share": 1.5}}, ("rank_share", "1.5")),
+    "data not there": ({"rain": {"reasoning_data": "@/none.jsonl"}}, ("none.jsonl",)),
+    "full basis": (
+        {"rain": {"rank_by": "full", "projection": "orthogonal", "max_rank": 144}},
+        ("model.layers.0.", "fills all 144 directions", "smaller rank_share, or max_rank"),
+    ),
+    "every sample too long": (
+        {"rain": {"max_tokens": 10}},
+        ("reasoning.jsonl", "none of its 6 samples can be used", "more than max_tokens = 10"),
+    ),
+}
+
+
+def write(place: Workplace, changes: dict[str, Any]) -> None:
+    place.write(**json.loads(json.dumps(changes).replace("@", str(place.folder))))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_configuration(place: Workplace, name: str) -> None:
+    changes, expected = CONFIGURATIONS[name]
+    write(place, changes)
+    message = refused(place.folder, "calibrate", place.yaml)
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("name", ["no calibration", "role twice", "base model not there"])
+def test_configuration_of_a_merge(place: Workplace, name: str) -> None:
+    changes, expected = CONFIGURATIONS[name]
+    write(place, changes)
+    message = refused(place.folder, "merge", place.yaml, place.folder / "deep" / "out")
+    for text in expected:
+        assert text in message
+
+
+def test_configuration_that_is_no_yaml(place: Workplace) -> None:
+    place.yaml.write_text("merge_method: [rain")
+    assert "not valid YAML" in refused(place.folder, "calibrate", place.yaml)
+    place.yaml.write_text("rain")
+    assert "expected a mapping" in refused(place.folder, "calibrate", place.yaml)
+    assert "nothing.yml" in refused(place.folder, "calibrate", place.folder / "nothing.yml")
+
+
+# Samples
+
+
+def no_markers(place: Workplace) -> tuple[str, ...]:
+    samples = place.samples("reasoning")
+    for sample in samples:
+        sample["output"] = sample["output"].replace("<think>", "").replace("</think>", "")
+    place.write_samples("reasoning", samples)
+    return "reasoning.jsonl", "none of its 6 samples can be used", "'<think>'"
+
+
+def absent_spans(place: Workplace) -> tuple[str, ...]:
+    samples = place.samples("instruction")
+    for sample in samples:
+        sample["related_prompt_list"][0]["prompt_spans"] = ["in rhyme"]
+    place.write_samples("instruction", samples)
+    return "instruction.jsonl", "the prompt does not contain the span 'in rhyme'"
+
+
+def empty_set(place: Workplace) -> tuple[str, ...]:
+    (place.folder / "reasoning.jsonl").write_text("")
+    return ("reasoning.jsonl",)
+
+
+def not_json(place: Workplace) -> tuple[str, ...]:
+    with (place.folder / "instruction.jsonl").open("a") as file:
+        file.write("{oops\n")
+    return ("instruction.jsonl:7",)
+
+
+def missing_field(place: Workplace) -> tuple[str, ...]:
+    samples = place.samples("reasoning")
+    place.write_samples("reasoning", [*samples[:2], {"output": samples[2]["output"]}])
+    return "reasoning.jsonl:3", "prompt"
+
+
+@pytest.mark.parametrize("change", [no_markers, absent_spans, empty_set, not_json, missing_field])
+def test_samples(place: Workplace, change: Callable[[Workplace], tuple[str, ...]]) -> None:
+    expected = change(place)
+    message = refused(place.folder, "calibrate", place.yaml)
+    for text in expected:
+        assert text in message
+
+
+# Models
+
+
+def no_chat_template(place: Workplace) -> tuple[str, ...]:
+    (place.model("reasoning") / "chat_template.jinja").unlink()
+    return ("has no chat template",)
+
+
+def features_not_finite(place: Workplace) -> tuple[str, ...]:
+    name = "model.layers.0.post_attention_layernorm.weight"
+    place.change_weights("reasoning", lambda weights: weights[name].fill_(torch.nan))
+    return "model.layers.0.mlp.gate_proj", "reasoning.jsonl:1", "NaN or Inf"
+
+
+def task_vector_not_finite(place: Workplace) -> tuple[str, ...]:
+    name = "model.layers.0.mlp.up_proj.weight"
+    place.change_weights("pretrained", lambda weights: weights[name].fill_(torch.inf))
+    return str(place.model("pretrained")), name, "NaN or Inf"
+
+
+def wrong_shape(place: Workplace) -> tuple[str, ...]:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = weights[name][:-8].clone()
+
+    place.change_weights("instruct", cut)
+    return "instruct", name, "is [440, 144], expected [448, 144]"
+
+
+def missing_tensor(place: Workplace) -> tuple[str, ...]:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def remove(weights: dict[str, torch.Tensor]) -> None:
+        del weights[name]
+
+    place.change_weights("pretrained", remove)
+    return (f"pretrained: {name} is missing",)
+
+
+def another_family(place: Workplace) -> tuple[str, ...]:
+    place.change_json("instruct", "config.json", model_type="llama")
+    return "'llama' model", "must share one family"
+
+
+def pickled(place: Workplace) -> tuple[str, ...]:
+    model = place.model("instruct")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    return ("only safetensors checkpoints are read",)
+
+
+def cut_checkpoint(place: Workplace) -> tuple[str, ...]:
+    path = place.model("pretrained") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return (str(place.model("pretrained")),)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        no_chat_template,
+        features_not_finite,
+        task_vector_not_finite,
+        wrong_shape,
+        missing_tensor,
+        another_family,
+        pickled,
+        cut_checkpoint,
+    ],
+)
+def test_models(place: Workplace, change: Callable[[Workplace], tuple[str, ...]]) -> None:
+    expected = change(place)
+    message = refused(place.folder, "calibrate", place.yaml)
+    for text in expected:
+        assert text in message
+
+
+# Existing calibration files
+
+
+def test_swapped_roles_are_not_calibrated_away(place: Workplace, calibrated: Path) -> None:
+    shutil.copy(calibrated, place.calibration)
+    write(place, {"models": [entry("instruct", "pretrained"), entry("pretrained", "instruct")]})
+    message = refused(place.folder, "merge", place.yaml, place.folder / "out")
+    assert f"{place.model('instruct')} as pretrained" in message
+    assert "correct the roles" in message
+
+
+def test_calibration_of_a_newer_format_stays(place: Workplace, calibrated: Path) -> None:
+    with safe_open(calibrated, framework="pt") as file:
+        metadata = {**file.metadata(), "format_version": "2"}
+    save_file(load_file(calibrated), place.calibration, metadata=metadata)
+    message = refused(place.folder, "merge", place.yaml, place.folder / "out")
+    assert "format version 2" in message
+    assert "upgrade" in message
+
+
+@pytest.mark.parametrize("command", ["calibrate", "merge"])
+def test_a_file_that_is_no_calibration_is_not_overwritten(place: Workplace, command: str) -> None:
+    foreign = place.model("instruct") / "model.safetensors"
+    place.write(parameters={"calibration": str(foreign)})
+    out = [place.folder / "out"] if command == "merge" else []
+    message = refused(place.folder, command, place.yaml, *out)
+    assert f"{foreign} exists and is not a calibration file" in message
+
+
+# Places to write
+
+
+def test_calibration_cannot_be_written(place: Workplace) -> None:
+    for path in (place.yaml / "x.safetensors", place.folder):
+        place.write(parameters={"calibration": str(path)})
+        message = refused(place.folder, "calibrate", place.yaml)
+        assert str(path) in message or str(path.parent) in message
+
+
+@pytest.mark.parametrize("below", ["config.yml", "config.yml/deeper/out", "reasoning"])
+def test_output_cannot_be_written(place: Workplace, below: str) -> None:
+    message = refused(place.folder, "merge", place.yaml, place.folder / below)
+    assert str(place.folder / below) in message
+    assert "name another output folder" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_without_permission(place: Workplace) -> None:
+    (place.folder / "locked").mkdir(mode=0o500)
+    message = refused(place.folder, "merge", place.yaml, place.folder / "locked" / "out")
+    assert "Permission denied" in message
+
+
+def test_failed_merge_leaves_an_older_result_alone(place: Workplace, calibrated: Path) -> None:
+    shutil.copy(calibrated, place.calibration)
+    out = place.folder / "out"
+    succeed("merge", place.yaml, out)
+    before = (out / "model.safetensors").read_bytes()
+    place.write(parameters={"lambda": 1e40})
+    assert "holds NaN or infinite values" in refused(place.folder, "merge", place.yaml, out)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_error_inside_mergekit_is_one_line(place: Workplace, calibrated: Path) -> None:
+    shutil.copy(calibrated, place.calibration)
+    place.write(dtype="bfloat17")
+    message = refused(place.folder, "merge", place.yaml, place.folder / "out")
+    assert "mergekit could not merge" in message
+    assert "bfloat17" in message
+
+
+def fail_inside(folder: Path) -> None:
+    with staged_folder(folder) as stage:
+        (stage / "config.json").write_text("new")
+        raise RuntimeError
+
+
+def test_staged_folder_leaves_nothing_after_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("old")
+    for name in ("old", "new/deep"):
+        with pytest.raises(RuntimeError):
+            fail_inside(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "old"]
+    assert (tmp_path / "old" / "config.json").read_text() == "old"
+
+
+def test_staged_folder_replaces_folders_and_weights_of_before(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "extra").mkdir(parents=True)
+    for name in ("model-00001-of-00002.safetensors", "extra/old.txt", "my.txt"):
+        (target / name).write_text("old")
+    (target / "model.safetensors.index.json").write_text(json.dumps({}))
+    with staged_folder(target) as stage:
+        assert stage.name == "out"
+        (stage / "extra").mkdir()
+        (stage / "model.safetensors").write_text("new")
+    found = sorted(str(p.relative_to(target)) for p in target.rglob("*"))
+    assert found == ["extra", "model.safetensors", "my.txt"]

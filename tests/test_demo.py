@@ -1,0 +1,206 @@
+"""The demo, once as a whole and without a network, and the parts of it that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import environments
+import pytest
+import yaml
+from commands import Outcome, everything, refused, run_process, succeed
+from mergekit.config import MergeConfiguration
+
+from rain_mergekit.config import read_config
+from rain_mergekit.demo_files import MERGES, TRIO, claim, configurations
+from rain_mergekit.demo_scoring import Record, is_correct, is_followed, read_records, score
+from rain_mergekit.thinking import Thought
+
+RAIN, SUM = "rain 1.0", "task_arithmetic 1.0"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, float]:
+    """One run, where auto-loading is off and the folder has an awkward name and a user's file."""
+    folder = tmp_path_factory.mktemp("demo") / "rain demo: +é"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    environment = {**os.environ, "RAIN_MERGEKIT_AUTOLOAD": "0"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    outcome = run_process("demo", folder, env=environment, cwd=folder.parent)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return folder, outcome, seconds
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "demo.json").read_text())["models"]
+    return content
+
+
+def test_demo_reaches_what_it_promises(done: tuple[Path, Outcome, float]) -> None:
+    folder, outcome, seconds = done
+    assert outcome.code == 0, outcome.output
+    found = numbers(folder)
+    assert found[RAIN]["complete"] == 100
+    assert found[RAIN]["plain"] >= 95
+    assert found[RAIN]["both"] >= 85
+    assert found[RAIN]["drift"]["think"]["mean"] < 0.01
+    assert seconds < 180  # of one core; so below three minutes on two
+
+
+def test_demo_shows_why(done: tuple[Path, Outcome, float]) -> None:
+    found = numbers(done[0])
+    assert found["reasoning model"]["complete"] == 100
+    assert found["reasoning model"]["both"] < 30
+    assert found["reasoning model"]["drift"]["think"]["mean"] == 0
+    assert found["instruct model"]["complete"] == 0
+    for name, row in found.items():
+        if name.startswith("task_arithmetic"):
+            assert row["both"] < found[RAIN]["both"]
+            assert row["drift"]["think"]["mean"] > 5 * found[RAIN]["drift"]["think"]["mean"]
+
+
+def test_demo_prints_a_table_examples_and_what_is_next(done: tuple[Path, Outcome, float]) -> None:
+    folder, outcome, _ = done
+    for label in (*numbers(folder), "L_think", "> use uppercase .", "Next", "mergekit-rain verify"):
+        assert label in outcome.stdout
+    assert "\x1b[" not in outcome.output
+    assert outcome.output == outcome.stdout  # not a word of warning
+    assert outcome.stdout.isascii() == str(folder).isascii()
+
+
+def test_demo_leaves_what_it_says_and_nothing_else(done: tuple[Path, Outcome, float]) -> None:
+    folder = done[0]
+    assert (folder / "notes.txt").read_text() == "mine"
+    expected = {"notes.txt", "demo.json", "held-out.jsonl", "trio.rain.safetensors"}
+    expected |= {*MERGES, *(f"{name}.yml" for name in MERGES)}
+    assert {path.name for path in folder.iterdir()} == expected
+    for name in MERGES:
+        assert (folder / name / "model.safetensors").exists()
+        assert (folder / name / "mergekit_config.yml").read_text() == (
+            folder / f"{name}.yml"
+        ).read_text()
+
+
+def test_next_steps_work(done: tuple[Path, Outcome, float], tmp_path: Path) -> None:
+    folder = done[0]
+    options = ("--against", TRIO / "reasoning", "--reasoning-data", folder / "held-out.jsonl")
+    said = succeed("verify", folder / "rain", *options, "--samples", 20)
+    assert "the thinking format is kept" in said
+    assert "up to date" in succeed("merge", folder / "rain.yml", tmp_path / "other")
+    one = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert one == (folder / "rain" / "model.safetensors").read_bytes()
+
+
+# Other people's files
+
+
+@pytest.mark.parametrize("name", ["demo.json", "rain.yml", "rain/x.txt", "trio.rain.safetensors"])
+def test_files_of_a_user_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = everything(tmp_path)
+    message = refused(tmp_path, "demo", tmp_path)
+    assert f"{tmp_path}: {name.partition('/')[0]} there would be overwritten" in message
+    assert everything(tmp_path) == before
+
+
+def test_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(tmp_path, "demo", tmp_path / "file" / "demo")
+
+
+def test_a_second_demo_may_replace_the_first_but_not_what_was_changed(tmp_path: Path) -> None:
+    claim(tmp_path)
+    (tmp_path / "rain").mkdir()
+    assert claim(tmp_path) == configurations(tmp_path)
+    changed = (tmp_path / "rain.yml").read_text().replace("lambda: 1.0", "lambda: 1.5")
+    (tmp_path / "rain.yml").write_text(changed)
+    assert "rain.yml there would be overwritten" in refused(tmp_path, "demo", tmp_path)
+    assert (tmp_path / "rain.yml").read_text() == changed
+
+
+def test_configurations_say_what_they_mean(tmp_path: Path) -> None:
+    texts = claim(tmp_path)
+    parsed = read_config(tmp_path / "rain.yml")
+    assert parsed.calibration == tmp_path / "trio.rain.safetensors"
+    assert {r: Path(m.model.path).name for r, m in parsed.models.items()} == {
+        role: role for role in ("reasoning", "instruct", "pretrained")
+    }
+    weights = {}
+    for name in ("task-arithmetic", "task-arithmetic-linear", "task-arithmetic-linear-0.7"):
+        merge = MergeConfiguration.model_validate(yaml.safe_load(texts[f"{name}.yml"]))
+        weights[name] = [model.parameters["weight"] for model in merge.models]
+    assert weights["task-arithmetic"] == [1.0, -1.0]
+    values = [entries[0].value for entries in weights["task-arithmetic-linear-0.7"]]
+    assert values == [0.7, -0.7]
+
+
+def test_the_trio_is_in_the_wheel(tmp_path: Path) -> None:
+    with zipfile.ZipFile(environments.build_wheel(tmp_path)) as wheel:
+        packed = {name.removeprefix("rain_mergekit/") for name in wheel.namelist()}
+    files = [p for p in TRIO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert len(files) > 20
+    assert {f"trio/{path.relative_to(TRIO).as_posix()}" for path in files} <= packed
+
+
+# Judging answers
+
+
+def record(constraint: str | None) -> Record:
+    return Record("?", ("two", "hats"), constraint, "a is b .")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "response", "correct", "followed"),
+    [
+        (None, "answer : two hats", True, False),
+        (None, "answer : one hats", False, False),
+        (None, "two hats", False, False),
+        (None, "", False, False),
+        ("upper", "answer : TWO HATS", True, True),
+        ("upper", "answer : two hats", True, False),
+        ("upper", "answer : SIX HATS", False, True),
+        ("brackets", "answer : [ two hats ]", True, True),
+        ("brackets", "answer : [ two hats", True, False),
+        ("end", "answer : two hats moon", True, True),
+        ("begin", "answer : cloud two hats", True, True),
+        ("begin", "answer : two hats cloud", True, False),
+        ("twice", "answer : two hats two hats", True, True),
+        ("twice", "answer : two hats one hats", False, False),
+        ("sep", "answer : two - hats", True, True),
+        ("sep", "answer : two hats", True, False),
+        ("sep", "answer :", False, False),
+    ],
+)
+def test_rules(constraint: str | None, response: str, correct: bool, followed: bool) -> None:
+    assert is_correct(record(constraint), response) == correct
+    assert is_followed(record(constraint), response) == followed
+
+
+def test_percentages() -> None:
+    texts = ["answer : TWO HATS", "answer : two hats", "answer : two hats", ""]
+    thoughts = [Thought(bool(text), bool(text), text, text) for text in texts]
+    found = score([record("upper"), record("upper"), record(None), record(None)], thoughts)
+    assert (found.complete, found.plain) == (75.0, 50.0)
+    assert (found.correct, found.followed, found.both) == (100.0, 50.0, 50.0)
+
+
+def test_expected_responses_are_right_by_the_rules() -> None:
+    lines = (TRIO / "dev_prompts.jsonl").read_text().splitlines()
+    for item, found in zip(map(json.loads, lines), read_records(TRIO / "dev_prompts.jsonl")):  # noqa: B905
+        assert is_correct(found, item["expected_response"])
+        assert is_followed(found, item["expected_response"]) == (item["constraint"] is not None)
+
+
+def test_prompts_are_held_out() -> None:
+    used = set()
+    for name in ("reasoning", "instruction"):
+        lines = (TRIO / f"{name}.jsonl").read_text().splitlines()
+        used |= {json.loads(line)["prompt"] for line in lines}
+    assert not used & {r.prompt for r in read_records(TRIO / "dev_prompts.jsonl")}

@@ -1,0 +1,330 @@
+"""Drift, generation and the taking apart of answers, against independent computations."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import TRIO, make_models, refused, run, succeed
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+from safetensors.torch import load_file, save_file
+from scipy.special import rel_entr, softmax
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+from rain_mergekit import evaluation
+from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.data import Markers, ReasoningTokens, load_reasoning
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation import Drift, Place, drift, kl_divergence, load_model, token_drift
+from rain_mergekit.generation import generate
+from rain_mergekit.models import load_tokenizer
+from rain_mergekit.thinking import split_thinking
+
+
+def checkpoint(path: Path) -> Checkpoint:
+    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(checkpoint(TRIO / "reasoning"))
+
+
+@pytest.fixture(scope="module")
+def reasoning() -> Qwen2ForCausalLM:
+    return load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
+
+
+@pytest.fixture(scope="module")
+def instruct() -> Qwen2ForCausalLM:
+    return load_model(checkpoint(TRIO / "instruct"), "cpu", None)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: PreTrainedTokenizerBase) -> tuple[ReasoningTokens, ...]:
+    return load_reasoning(TRIO / "reasoning.jsonl", tokenizer, keep_response=True).samples[:5]
+
+
+def dense(model: Qwen2ForCausalLM, ids: tuple[int, ...]) -> np.ndarray:
+    """The distribution after every token, from one forward pass without a cache, in float64."""
+    with torch.no_grad():
+        logits = model.double()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    model.float()
+    return softmax(logits.numpy(), axis=-1)
+
+
+# KL divergence
+
+
+def test_kl_divergence_equals_scipy() -> None:
+    wanted, found = torch.randn(7, 50) * 3, torch.randn(7, 50) * 3
+    p, q = (softmax(x.double().numpy(), axis=-1) for x in (wanted, found))
+    expected = rel_entr(p, q).sum(-1)
+    assert kl_divergence(wanted, found).numpy() == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_divergence_ignores_what_the_reference_never_says() -> None:
+    wanted = torch.tensor([[0.0, 1.0, -math.inf]])
+    assert kl_divergence(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)
+    found = torch.tensor([[0.0, -math.inf, 0.0]])
+    assert kl_divergence(wanted, found).item() == math.inf
+
+
+@given(st.integers(0, 10_000))
+def test_kl_divergence_is_not_negative_and_zero_for_equals(seed: int) -> None:
+    torch.manual_seed(seed)
+    wanted, found = torch.randn(2, 9) * 5, torch.randn(2, 9) * 5
+    assert bool((kl_divergence(wanted, found) > 0).all())
+    assert kl_divergence(wanted, wanted + 3).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("numbers", [153 * 1000, 153 * 16, 1])
+def test_chunks_equal_one_dense_forward_pass(
+    reasoning: Qwen2ForCausalLM,
+    instruct: Qwen2ForCausalLM,
+    samples: tuple[ReasoningTokens, ...],
+    numbers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation, "_CHUNK_LOGITS", numbers)
+    ids = samples[0].input_ids
+    assert len(ids) > 48  # at the smallest size several chunks
+    found = token_drift(reasoning, instruct, ids)
+    expected = rel_entr(dense(reasoning, ids), dense(instruct, ids)).sum(-1)
+    assert found.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_places_are_means_over_their_positions(
+    reasoning: Qwen2ForCausalLM,
+    instruct: Qwen2ForCausalLM,
+    samples: tuple[ReasoningTokens, ...],
+) -> None:
+    found = drift(reasoning, instruct, samples)
+    values: dict[str, list[float]] = {"think": [], "content": [], "rest": []}
+    means = {}
+    for sample in samples:
+        apart = rel_entr(dense(reasoning, sample.input_ids), dense(instruct, sample.input_ids))
+        inside = {*sample.think_positions, *sample.content_positions}
+        for position, value in enumerate(apart.sum(-1)):
+            place = "think" if position in sample.think_positions else "content"
+            values[place if position in inside else "rest"].append(value)
+        means[sample.source] = np.mean(apart.sum(-1)[list(sample.think_positions)])
+    for name, numbers in values.items():
+        place: Place = getattr(found, name)
+        assert place.positions == len(numbers)
+        assert place.mean == pytest.approx(np.mean(numbers), rel=1e-3)
+    assert found.worst_source == max(means, key=means.__getitem__)
+    assert found.worst == pytest.approx(max(means.values()), rel=1e-3)
+    assert found.samples == len(samples)
+    assert found.verdict == "damaged"
+
+
+def test_a_model_does_not_drift_from_itself(
+    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
+) -> None:
+    seen: list[int] = []
+    found = drift(reasoning, reasoning, samples, seen.append)
+    assert (found.think.mean, found.content.mean, found.rest.mean) == (0.0, 0.0, 0.0)
+    assert found.verdict == "kept"
+    assert seen == [len(sample.input_ids) for sample in samples]
+
+
+def test_a_broken_model_is_damaged(
+    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
+) -> None:
+    broken = load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    found = drift(reasoning, broken, samples[:2])
+    assert math.isnan(found.think.mean)
+    assert math.isnan(found.worst)
+    assert found.verdict == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"),
+    [(0.0, "kept"), (0.01, "kept"), (0.02, "at risk"), (0.06, "damaged"), (math.inf, "damaged")],
+)
+def test_verdicts(mean: float, verdict: str) -> None:
+    place = Place(mean, 10)
+    assert Drift(place, place, place, 1, "x", 0.0).verdict == verdict
+
+
+def test_nothing_to_compare(
+    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
+) -> None:
+    with pytest.raises(RainError, match="no samples"):
+        drift(reasoning, reasoning, [])
+    other = load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
+    other.resize_token_embeddings(160)
+    with pytest.raises(RainError, match="153 tokens in the reasoning model, 160"):
+        drift(reasoning, other, samples)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    folder = make_models(tmp_path) / "reasoning"
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RainError, match=r"1 weights are missing, such as model\.layers\.0\.mlp"):
+        load_model(checkpoint(folder), "cpu", None)
+    (folder / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(RainError, match="cannot be loaded"):
+        load_model(checkpoint(folder), "cpu", None)
+
+
+def test_type_of_the_model() -> None:
+    found = checkpoint(TRIO / "instruct")
+    assert load_model(found, "cpu", None).dtype == torch.float32
+    assert load_model(found, "cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+# Generation
+
+
+def prompts(count: int) -> list[str]:
+    lines = (TRIO / "dev_prompts.jsonl").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+def greedy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int
+) -> str:
+    """One prompt, one token at a time, no cache, no padding."""
+    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    start = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = list(start)
+    with torch.no_grad():
+        while len(ids) < len(start) + limit:
+            token = int(
+                model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()
+            )
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+    return str(tokenizer.decode(ids[len(start) :]))
+
+
+def test_batches_equal_one_token_at_a_time(
+    reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    asked = prompts(5)
+    done: list[int] = []
+    answers = generate(
+        reasoning, tokenizer, asked, max_new_tokens=80, batch_size=2, tick=done.append
+    )
+    assert [answer.prompt for answer in answers] == asked
+    expected = [greedy(reasoning, tokenizer, prompt, 80) for prompt in asked]
+    assert [answer.text for answer in answers] == expected
+    assert all(answer.finished and answer.thought.complete for answer in answers)
+    assert done == [2, 2, 1]
+
+
+def test_token_limit(reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    (answer,) = generate(reasoning, tokenizer, prompts(1), max_new_tokens=9)
+    assert not answer.finished
+    assert (answer.thought.opened, answer.thought.closed) == (True, False)
+    assert answer.thought.response == ""
+
+
+def test_instruct_model_does_not_think(
+    instruct: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (answer,) = generate(instruct, tokenizer, prompts(1), max_new_tokens=40)
+    assert not answer.thought.opened
+    assert answer.thought.response.startswith("answer :")
+
+
+def test_template_that_opens_the_block(
+    reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    opening = load_tokenizer(checkpoint(TRIO / "reasoning"))
+    opening.chat_template = str(tokenizer.chat_template).replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+    )
+    (plain,) = generate(reasoning, tokenizer, prompts(1), max_new_tokens=80)
+    (opened,) = generate(reasoning, opening, prompts(1), max_new_tokens=80)
+    assert not opened.text.startswith("<think>")
+    assert opened.thought == plain.thought
+
+
+def test_other_markers(reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    (answer,) = generate(
+        reasoning, tokenizer, prompts(1), max_new_tokens=80, markers=Markers("<a>", "</a>")
+    )
+    assert not answer.thought.opened
+
+
+def test_no_chat_template(reasoning: Qwen2ForCausalLM) -> None:
+    bare = load_tokenizer(checkpoint(TRIO / "reasoning"))
+    bare.chat_template = None
+    with pytest.raises(RainError, match="has no chat template"):
+        generate(reasoning, bare, prompts(1), max_new_tokens=4)
+
+
+# Taking an answer apart
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "expected"),
+    [
+        ("<think>\na b\n</think>\n\nc d", False, (True, True, "a b", "c d", True)),
+        ("  <think>a</think>c", False, (True, True, "a", "c", True)),
+        ("a</think>c", True, (True, True, "a", "c", True)),
+        ("<think>a</think>c", True, (True, True, "a", "c", True)),
+        ("<think>a", False, (True, False, "a", "", False)),
+        ("a", True, (True, False, "a", "", False)),
+        ("<think></think>c", False, (True, True, "", "c", False)),
+        ("c", False, (False, False, "", "c", False)),
+        ("c</think>d", False, (False, True, "", "c</think>d", False)),
+        ("c <think>a</think>d", False, (False, True, "", "c <think>a</think>d", False)),
+        ("", False, (False, False, "", "", False)),
+    ],
+)
+def test_split(text: str, opened: bool, expected: tuple[object, ...]) -> None:
+    found = split_thinking(text, "<think>", "</think>", opened_by_template=opened)
+    parts = (found.opened, found.closed, found.thinking, found.response, found.complete)
+    assert parts == expected
+
+
+# mergekit-rain verify
+
+DATA = TRIO / "reasoning.jsonl"
+
+
+def verify(merged: Path, *options: object) -> tuple[object, ...]:
+    return ("verify", merged, "--against", TRIO / "reasoning", "--reasoning-data", DATA, *options)
+
+
+def test_verify_of_the_same_model() -> None:
+    said = succeed(*verify(TRIO / "reasoning", "--samples", 4))
+    assert "4 samples" in said
+    assert "L_think  0 " in said
+    assert "Verdict: the thinking format is kept" in said
+
+
+def test_verify_of_a_model_that_lost_its_thinking() -> None:
+    outcome = run(*verify(TRIO / "instruct", "--samples", 4))
+    assert outcome.code == 3
+    assert "Verdict: the thinking format is damaged" in outcome.output
+
+
+def test_verify_tells_what_it_skips() -> None:
+    said = succeed(*verify(TRIO / "reasoning", "--max-tokens", 70, "--samples", 2, "--window", 0))
+    assert said.count("Warning:") == 1
+    assert "samples skipped, the first" in said
+    assert "more than max_tokens = 70" in said
+
+
+def test_verify_bad_input(tmp_path: Path) -> None:
+    assert "nowhere" in refused(tmp_path, *verify(tmp_path / "nowhere"))
+    options = ("--markers", "<a>", "</a>")
+    assert "none of its 112 samples" in refused(tmp_path, *verify(TRIO / "instruct", *options))
+    if not torch.cuda.is_available():
+        message = refused(tmp_path, *verify(TRIO / "instruct", "--device", "cuda:1"))
+        assert "sees no such device" in message
