@@ -1,0 +1,65 @@
+"""Judge a model by what it generates and by how far it is from the reasoning model.
+
+`python -m testbed.evaluate MODEL_DIR REASONING_DIR PROMPTS.jsonl`
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from testbed.divergence import divergences, marked
+from testbed.generation import generate
+from testbed.models import load_model, load_tokenizer, opens_block
+from testbed.records import Record, read_lines
+from testbed.scoring import score, summary
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    reference: PreTrainedModel,
+    reference_tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Record],
+) -> dict[str, float]:
+    """The numbers of one model; it speaks through its own template, KL uses the reference's."""
+    outputs = generate(model, tokenizer, [record["prompt"] for record in prompts])
+    opened = opens_block(tokenizer)
+    scores = [
+        score(record, output, opened) for record, output in zip(prompts, outputs, strict=True)
+    ]
+    texts = [marked(reference_tokenizer, record) for record in prompts]
+    return {**summary(prompts, scores), **divergences(reference, model, texts)}
+
+
+def evaluate(model_dir: Path, reference_dir: Path, prompts: Sequence[Record]) -> dict[str, float]:
+    """The numbers of one saved model against the saved reasoning model."""
+    return evaluate_model(
+        load_model(model_dir),
+        load_tokenizer(model_dir),
+        load_model(reference_dir),
+        load_tokenizer(reference_dir),
+        prompts,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the numbers as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--limit", type=int, help="judge only the first N prompts")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    found = evaluate(options.model, options.reference, read_lines(options.prompts)[: options.limit])
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

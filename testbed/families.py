@@ -1,0 +1,6 @@
+"""The trio families by name."""
+
+from testbed import colours, counting
+from testbed.family import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (counting.FAMILY, colours.FAMILY)}
