@@ -19,8 +19,10 @@ _COMMANDS = {
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
     "verify": ("rain_mergekit.commands.verify:verify", "Measure what a merge did to thinking."),
+    "sweep": ("rain_mergekit.commands.sweep:sweep", "Merge at several strengths and compare."),
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
-    "report": ("rain_mergekit.commands.report:report", "Draw it, as one HTML page."),
+    "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
+    "card": ("rain_mergekit.commands.card:card", "Say in a model's README.md how it was merged."),
     "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
 }
 _INTERRUPTED, _TERMINATED = 130, 143

@@ -224,7 +224,7 @@ def subcommands(group: click.Group) -> list[click.Command]:
 
 
 def options(command: click.Command) -> list[str]:
-    return [option for parameter in command.params for option in parameter.opts]
+    return [o for item in command.params for o in (*item.opts, *item.secondary_opts)]
 
 
 MESSAGES = ROOT / "docs" / "troubleshooting.md"

@@ -12,6 +12,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.calibrate import RunOptions
+from rain_mergekit.card import write_card
 from rain_mergekit.commands.calibration import run_calibration
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
@@ -44,28 +45,40 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     if not console.progress:
         merge_options = merge_options.model_copy(update={"quiet": True})
     parsed = read_config(config)
-    _refuse_input(parsed, out)
+    refuse_input(parsed, out)
     with staged_folder(out) as stage:
-        _calibrate(parsed, merge_options, options, console)
+        bring_up_to_date(parsed, merge_options, options, console)
         try:
-            _merge(parsed, stage, merge_options)
+            merge_into(parsed, stage, merge_options)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{config} is calibrated, but {out} was not written; the same command goes on"
             ) from None
+        if merge_options.write_model_card:
+            add_card(stage, console)
     console.head(f"Wrote {out}")
 
 
-def _refuse_input(config: RainConfig, out: str) -> None:
+def add_card(stage: Path, console: Console) -> None:
+    """Our part of the model card; a finished merge is not lost for it."""
+    try:
+        write_card(stage)
+    except RainError as error:
+        console.warn(f"the model card says nothing of the calibration: {error}")
+
+
+def refuse_input(config: RainConfig, out: str) -> None:
+    """RainError if the output folder is one of the three models."""
     for role, model in config.models.items():
         folder = Path(model.model.path)
         if folder.exists() and folder.resolve() == Path(out).expanduser().resolve():
             raise RainError(f"{out}: is the {role} model itself; name another output folder")
 
 
-def _calibrate(
+def bring_up_to_date(
     config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
 ) -> None:
+    """Calibrate if the file is missing or was made from something else, and say why."""
     run = RunOptions(
         load=LoadOptions(
             merge_options.transformers_cache,
@@ -89,7 +102,7 @@ def _calibrate(
     run_calibration(config, run, console)
 
 
-def _merge(config: RainConfig, stage: Path, options: MergeOptions) -> None:
+def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> None:
     """mergekit's run_merge, as mergekit-yaml calls it."""
     register()  # also where auto-loading is switched off
     try:

@@ -1,0 +1,30 @@
+"""`mergekit-rain card`: what a reader of the model's page needs to know."""
+
+from __future__ import annotations
+
+import click
+
+from rain_mergekit.commands.options import output_options
+
+
+@click.command(epilog="\b\nExample:\n  mergekit-rain card ./merged")
+@click.argument("merged", type=click.Path())
+@click.option(
+    "--calibration",
+    metavar="CALIB",
+    type=click.Path(),
+    help="The calibration file  [default: the one that the merge names]",
+)
+@output_options
+def card(merged: str, calibration: str | None, *, quiet: bool, verbosity: int) -> None:
+    """Add how the model in the folder MERGED was made to its README.md, or renew that part.
+
+    It goes between two comments, and tags go to the head of the page. All other text stays as it
+    is. `mergekit-rain merge` does this by itself.
+    """
+    from rain_mergekit.card import write_card  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
+
+    console = Console(quiet=quiet, verbosity=verbosity)
+    changed = write_card(merged, calibration)
+    console.head(f"{'Wrote' if changed else 'Nothing to change in'} {merged}/README.md")

@@ -1,0 +1,145 @@
+"""`mergekit-rain inspect`: one screen about a calibration file."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rain_mergekit.sites import Kind, Spread
+    from rain_mergekit.summary import Data, Summary
+
+# From low to high, in the terminal's 256 colours: blue, grey, orange.
+_COLOURS = (25, 31, 67, 109, 145, 180, 179, 173, 166)
+
+
+@click.command(epilog="\b\nExample:\n  mergekit-rain inspect trio.rain.safetensors --json")
+@click.argument("calibration", metavar="CALIB", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for programs.")
+def inspect(calibration: str, *, as_json: bool) -> None:
+    """Show what the calibration file CALIB holds: models, data, settings, protection, warnings.
+
+    Only the header and the statistics of the heads are read, so large files are quick too.
+    `mergekit-rain report` draws more of it.
+    """
+    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.summary import summarise  # noqa: PLC0415
+
+    file = CalibrationFile.open(calibration)
+    try:
+        summary = summarise(file)
+    finally:
+        file.close()
+    if as_json:
+        click.echo(json.dumps(_plain(asdict(summary)), indent=1, allow_nan=False))
+        return
+    for line in _screen(summary, blocks=_terminal()):
+        click.echo(line)
+
+
+def _terminal() -> bool:
+    """Whether somebody looks at the output, and its encoding has the block characters."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    return sys.stdout.isatty() and encoding.startswith("utf")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _screen(summary: Summary, *, blocks: bool) -> list[str]:
+    from rain_mergekit.commands.console import counted, size  # noqa: PLC0415
+
+    about = f"{size(summary.bytes)}, {counted(summary.tensors, 'weight')} to merge"
+    lines = [_head(summary.path), f"  {about}; written by {clean(summary.created_by)}"]
+    lines += [_head("Models"), *_table(list(summary.models.items()))]
+    if summary.data:
+        lines += [_head("Data"), *_table([(k, _data(v)) for k, v in summary.data.items()])]
+    changed = [(name, json.dumps(value)) for name, value in summary.changed.items()]
+    lines += [_head("Settings that differ from the defaults")]
+    nothing = "  none" if summary.settings else "  not recorded"
+    lines += _table(changed) if changed else [nothing]
+    lines += [_head("Protection: mean over layers (lowest-highest)"), *_kinds(summary.kinds)]
+    lines += _coefficients(summary, blocks=blocks)
+    if summary.warnings:
+        lines.append(click.style("Warnings", bold=True, fg="yellow"))
+        lines += [f"  {clean(text)}" for text in summary.warnings]
+    return lines
+
+
+def _head(text: str) -> str:
+    return click.style(clean(text), bold=True)
+
+
+def clean(text: str) -> str:
+    """The text with every character that could steer a terminal made visible."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(clean(name)) for name, _ in rows)
+    return [f"  {clean(name):<{width}}  {clean(text)}" for name, text in rows]
+
+
+def _data(data: Data) -> str:
+    used, total = (str(n) if n is not None else "?" for n in (data.used, data.total))
+    positions = f", {data.positions} positions" if data.positions is not None else ""
+    return f"{used} of {total} samples{positions}, {data.path} (sha256 {data.sha256[:12] or '?'})"
+
+
+def _kinds(kinds: tuple[Kind, ...]) -> list[str]:
+    names = [clean(" ".join(kind.modules) or kind.name) for kind in kinds]
+    wide = max([len("input of"), *map(len, names)])
+    head = f"  {'input of':<{wide}}  {'sites':>5}  {'width':>6}  {'rank':<16}"
+    lines = [f"{head}  {'kept energy':<19}  of the response"]
+    for name, kind in zip(names, kinds, strict=True):
+        lines.append(
+            f"  {name:<{wide}}  {kind.sites:>5}  {kind.width.high:>6.0f}  "
+            f"{_spread(kind.rank, '.1f', '.0f'):<16}  {_spread(kind.kept, '.3f', '.3f'):<19}  "
+            f"{_spread(kind.response, '.3f', '.3f')}".rstrip()
+        )
+    return lines if kinds else ["  nothing is projected"]
+
+
+def _spread(value: Spread | None, mean: str, ends: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value.mean:{mean}} ({value.low:{ends}}-{value.high:{ends}})"
+
+
+def _coefficients(summary: Summary, *, blocks: bool) -> list[str]:
+    from rain_mergekit.heat_text import BLOCKS, DIGITS, band_names, heat_rows  # noqa: PLC0415
+
+    alpha = [layer.heads.get("alpha", ()) for layer in summary.layers]
+    finite = [value for column in alpha for value in column if math.isfinite(value)]
+    if not finite:
+        return []
+    low, high = min(finite), max(finite)
+    marks = BLOCKS if blocks else DIGITS
+    title = f"Coefficients alpha: {len(alpha)} layers across, heads down; "
+    lines = [_head(f"{title}{marks[0]} = {low:.2f}, {marks[-1]} = {high:.2f}")]
+    names = band_names(max(len(column) for column in alpha))
+    wide = max(len(name) for name in names)
+    for name, (text, levels) in zip(names, heat_rows(alpha, low, high, marks), strict=True):
+        lines.append(f"  {name:<{wide}}  {_coloured(text, levels) if blocks else text}")
+    return lines
+
+
+def _coloured(text: str, levels: list[float]) -> str:
+    last = len(_COLOURS) - 1
+    return "".join(
+        char if math.isnan(level) else click.style(char, fg=_COLOURS[round(level * last)])
+        for char, level in zip(text, levels, strict=True)
+    )

@@ -1,0 +1,107 @@
+"""`mergekit-rain report`: one page of pictures about a calibration, and about a merge if given."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rain_mergekit.commands.options import (
+    device_option,
+    dtype_option,
+    loading_options,
+    output_options,
+    pick_device,
+    pick_dtype,
+)
+from rain_mergekit.errors import RainError
+
+if TYPE_CHECKING:
+    from rain_mergekit.artifact import CalibrationFile
+    from rain_mergekit.report import Merged
+
+
+@click.command(
+    epilog="\b\nExample:\n  mergekit-rain report trio.rain.safetensors --merged ./merged "
+    "-o report.html"
+)
+@click.argument("calibration", metavar="CALIB", type=click.Path())
+@click.option(
+    "-o", "--output", type=click.Path(), default="report.html", show_default=True, help="The page."
+)
+@click.option("--merged", metavar="DIR", help="Also show what this merge did to the weights.")
+@click.option(
+    "--against", metavar="REASONING", help="The reasoning model  [default: the recorded one]"
+)
+@click.option(
+    "--reasoning-data",
+    type=click.Path(),
+    help="With --merged: measure L_think on these samples, as verify does.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Use this many of them.")
+@device_option()
+@dtype_option()
+@loading_options
+@output_options
+def report(calibration: str, output: str, **options: Any) -> None:
+    """Draw what the calibration file CALIB holds, as one HTML page that needs nothing else.
+
+    Needs matplotlib: pip install 'rain-mergekit[report]'.
+    """
+    if options["merged"] is None and (options["reasoning_data"] or options["against"]):
+        raise click.UsageError("--against and --reasoning-data are of use with --merged only")
+    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.atomic import replacing  # noqa: PLC0415
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.report import render, require_libraries  # noqa: PLC0415
+
+    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    require_libraries()
+    _protect_foreign(output)
+    file = CalibrationFile.open(calibration)
+    merged = _merged(file, options, console) if options["merged"] else None
+    page = render(file, merged)
+    with replacing(output) as out:
+        out.write(page.encode("utf-8", "replace"))
+    console.head(f"Wrote {output}")
+
+
+def _protect_foreign(output: str) -> None:
+    """Arguments in the wrong order must not cost somebody a calibration."""
+    path = Path(output)
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if not file.read(9).upper().startswith(b"<!DOCTYPE"):
+                raise RainError(
+                    f"{output} exists and is not an HTML page: it will not be overwritten; name "
+                    "another file with -o"
+                )
+
+
+def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Merged:
+    from rain_mergekit.measure import (  # noqa: PLC0415 - loads transformers
+        Ruler,
+        check_reasoning,
+        moved,
+        open_checkpoint,
+        texts_like,
+    )
+    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+    from rain_mergekit.report import Merged  # noqa: PLC0415
+
+    console.setup()
+    names = (field.name for field in fields(LoadOptions))
+    load = LoadOptions(**{name: options[name] for name in names})
+    recorded = file.models["reasoning"].reference
+    reasoning = open_checkpoint(options["against"] or recorded, load)
+    check_reasoning(file, reasoning)
+    merged = open_checkpoint(options["merged"], load)
+    found = None
+    if options["reasoning_data"]:
+        settings = file.header.get("settings") or {}
+        texts = texts_like(settings, options["reasoning_data"], options["samples"])
+        device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
+        found = Ruler(reasoning, texts, device, dtype).drift(merged)
+    return Merged(options["merged"], moved(file, reasoning, merged), found)

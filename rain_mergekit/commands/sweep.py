@@ -1,0 +1,143 @@
+"""`mergekit-rain sweep`: several strengths from one calibration, and what each did."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, add_merge_options
+
+from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.merge import add_card, bring_up_to_date, merge_into, refuse_input
+from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.measure import Ruler, open_checkpoint, open_reference, texts_like
+from rain_mergekit.models import LoadOptions
+from rain_mergekit.staging import staged_folder
+from rain_mergekit.sweep import (
+    REPORT,
+    Row,
+    at_strength,
+    folder_name,
+    split_numbers,
+    table,
+    write_rows,
+)
+
+_LAMBDA = "--lambda"
+
+
+class _Sweep(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Let one --lambda take several numbers, which click's options cannot."""
+        return super().parse_args(ctx, split_numbers(args, _LAMBDA))
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, values: Any) -> Any:
+    if not all(math.isfinite(value) for value in values):
+        raise click.BadParameter("strengths must be finite numbers")
+    return tuple(dict.fromkeys(values))
+
+
+@click.command(
+    cls=_Sweep,
+    epilog="\b\nExample:\n  mergekit-rain sweep config.yml --lambda 0.5 0.75 1.0 -o ./sweep "
+    "--reasoning-data held-out.jsonl",
+)
+@click.argument("config", type=click.Path())
+@click.option(
+    _LAMBDA,
+    "strengths",
+    type=float,
+    multiple=True,
+    required=True,
+    callback=_finite,
+    metavar="NUMBER...",
+    help="The strengths, one or more.",
+)
+@click.option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="Where to.")
+@click.option(
+    "--reasoning-data",
+    type=click.Path(),
+    help="Samples to measure on, best not those of the calibration (which are the default).",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--table-only", is_flag=True, help="Remove each merged model after measuring it.")
+@dtype_option("--calibration-dtype")
+@budget_option
+@add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
+def sweep(
+    config: str, strengths: tuple[float, ...], merge_options: MergeOptions, **options: Any
+) -> None:
+    """Merge CONFIG at several strengths and tabulate what each did to the thinking.
+
+    Calibrates once, if needed. Each model is written to DIR/lambda-NUMBER, the table to
+    DIR/sweep.json. The columns are those of `mergekit-rain verify`. Both models are loaded as a
+    whole.
+    """
+    console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
+    console.setup()
+    merge_options.apply_global_options()
+    if not console.progress:
+        merge_options = merge_options.model_copy(update={"quiet": True})
+    parsed, folder = read_config(config), Path(options["output"])
+    for strength in strengths:
+        refuse_input(parsed, str(folder / folder_name(strength)))
+    bring_up_to_date(parsed, merge_options, {**options, "recalibrate": False}, console)
+    ruler = _ruler(parsed, merge_options, options, console)
+    rows: list[Row] = []
+    write_rows(folder, rows)
+    for strength in strengths:
+        place = folder / folder_name(strength)
+        console.say(f"Merging at lambda {strength:g}: {place}")
+        _merge(at_strength(parsed, strength), place, merge_options, console)
+        found = ruler.drift(open_checkpoint(str(place), _loading(merge_options)))
+        if options["table_only"]:
+            shutil.rmtree(place)
+        rows.append(Row(strength, None if options["table_only"] else place.name, found))
+        write_rows(folder, rows)
+    _show(rows, folder, console)
+
+
+def _merge(config: RainConfig, place: Path, options: MergeOptions, console: Console) -> None:
+    with staged_folder(place) as stage:
+        merge_into(config, stage, options)
+        if options.write_model_card:
+            add_card(stage, console)
+
+
+def _loading(options: MergeOptions) -> LoadOptions:
+    return LoadOptions(
+        options.transformers_cache,
+        options.lora_merge_cache,
+        options.trust_remote_code,
+        options.lora_merge_dtype,
+    )
+
+
+def _ruler(
+    config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
+) -> Ruler:
+    settings = config.settings.model_dump(mode="json")
+    if options["reasoning_data"] is None:
+        console.say("Measuring on samples of the calibration itself: held-out ones say more")
+    data = options["reasoning_data"] or config.settings.reasoning_data
+    return Ruler(
+        open_reference(config.reasoning, _loading(merge_options)),
+        texts_like(settings, data, options["samples"]),
+        pick_device(str(merge_options.device or "cpu")),
+        pick_dtype(options["calibration_dtype"]),
+    )
+
+
+def _show(rows: list[Row], folder: Path, console: Console) -> None:
+    console.say()
+    console.say(f"Mean KL divergence from the reasoning model, {rows[0].drift.samples} samples:")
+    head, *lines = table(rows)
+    console.head(head)
+    for line in lines:
+        console.say(line)
+    console.say(f"Wrote {folder / REPORT}")

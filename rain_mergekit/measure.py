@@ -1,0 +1,133 @@
+"""What a merge did, measured on the models: drift at think positions, and moved weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.checkpoint import Checkpoint, fingerprint
+from rain_mergekit.data import Markers, ReasoningTokens, load_reasoning
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation import Drift, drift, load_model
+from rain_mergekit.features import spread
+from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.sites import locate, module_order
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which texts with thinking to measure on; count None: all of them."""
+
+    path: str
+    count: int | None = None
+    markers: Markers = field(default_factory=Markers)
+    window: int = 5
+    max_tokens: int | None = None
+
+
+def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
+    """Texts of that file, with the markers and the window of a calibration's settings."""
+    found = settings.get("markers")
+    markers = found if isinstance(found, dict) else {}
+    words = [markers.get("open", "<think>"), markers.get("close", "</think>")]
+    window = settings.get("window", 5)
+    if not all(isinstance(word, str) for word in words) or type(window) is not int or window < 0:
+        return Texts(path, count)
+    return Texts(path, count, Markers(*words), window)
+
+
+def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
+    """The model of that reference, or in that folder; RainError if it cannot be found."""
+    if Path(name).is_dir():  # a folder's name may hold what has a meaning in a reference
+        return open_reference(ModelReference.model_validate({"model": {"path": name}}), options)
+    try:
+        reference = ModelReference.parse(name)
+    except (RuntimeError, ValueError) as error:
+        raise RainError(f"{name}: is not a model reference: {error}") from None
+    return open_reference(reference, options)
+
+
+def open_reference(reference: ModelReference, options: LoadOptions) -> Checkpoint:
+    """The model of that reference; RainError if it cannot be found."""
+    return Checkpoint(
+        reference,
+        cache_dir=options.transformers_cache,
+        lora_cache_dir=options.lora_merge_cache,
+        lora_merge_dtype=options.lora_merge_dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+class Ruler:
+    """Measures L_think of several models against one, which is loaded once."""
+
+    def __init__(
+        self, reasoning: Checkpoint, texts: Texts, device: str, dtype: torch.dtype | None
+    ) -> None:
+        self._device, self._dtype = device, dtype
+        self._samples = _samples(reasoning, texts)
+        self._reference = load_model(reasoning, device, dtype)
+
+    def drift(self, merged: Checkpoint) -> Drift:
+        """The merged model's drift; it is loaded as a whole and let go."""
+        model = load_model(merged, self._device, self._dtype)
+        return drift(self._reference, model, self._samples)
+
+
+def _samples(reasoning: Checkpoint, texts: Texts) -> list[ReasoningTokens]:
+    data = load_reasoning(
+        texts.path,
+        load_tokenizer(reasoning),
+        markers=texts.markers,
+        window=texts.window,
+        max_tokens=texts.max_tokens,
+        keep_response=True,
+    )
+    count = texts.count or len(data.samples)
+    return [data.samples[index] for index in spread(range(len(data.samples)), count)]
+
+
+def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:
+    """RainError if the calibration was made with another reasoning model."""
+    recorded = file.models["reasoning"].fingerprint
+    found = fingerprint(reasoning.path) if recorded else {}
+    differing = [part for part, digest in (recorded or {}).items() if found.get(part) != digest]
+    if differing:
+        raise RainError(
+            f"{reasoning.reference}: is not the reasoning model of {file.path} (it differs in "
+            f"{', '.join(sorted(differing))}); name the right one with --against"
+        )
+
+
+def moved(
+    file: CalibrationFile, reasoning: Checkpoint, merged: Checkpoint
+) -> dict[str, dict[int, float]]:
+    """||W* - W_R|| / ||W_R|| (Frobenius) of each listed weight, by module and layer.
+
+    Two tensors are in memory at a time. Raises RainError where one is missing or of another shape.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for name, module, layer in _weights(file):
+        before, after = reasoning.get(name), merged.get(name)
+        if before.shape != after.shape:
+            raise RainError(
+                f"{merged.reference}: tensor {name} has shape {list(after.shape)}, expected "
+                f"{list(before.shape)}: it was not merged from {reasoning.reference}"
+            )
+        norm = float(before.float().norm())
+        change = float((after.float() - before.float()).norm())
+        found.setdefault(module, {})[layer] = change / norm if norm else 0.0
+    modules = sorted(found, key=module_order)
+    return {module: dict(sorted(found[module].items())) for module in modules}
+
+
+def _weights(file: CalibrationFile) -> Iterator[tuple[str, str, int]]:
+    for name in file.tensors:
+        layer, kind = locate(name.removesuffix(".weight"))
+        yield name, kind.split(".")[-1], layer or 0

@@ -1,0 +1,173 @@
+"""The report: one page about a calibration, with everything in it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from rain_mergekit import spectra
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.errors import RainError
+from rain_mergekit.sites import Kind, Site
+from rain_mergekit.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from rain_mergekit.evaluation import Drift
+
+_HEADS = {
+    "alpha": ("coefficient alpha", 1.0),
+    "alignment": ("alignment a", None),
+    "leakage": ("leakage u", None),
+}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model beside the calibration: what `measure` found of it."""
+
+    path: str
+    moved: Mapping[str, Mapping[int, float]]
+    drift: Drift | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One SVG with the title and the name of the caption in the template."""
+
+    svg: str
+    title: str
+    caption: str
+
+
+def render(file: CalibrationFile, merged: Merged | None = None) -> str:
+    """The page as HTML text.
+
+    Raises RainError if matplotlib or jinja2 is missing, or the file is damaged.
+    """
+    jinja2, _ = require_libraries()
+    source = resources.files("rain_mergekit") / "templates" / "report.html"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["inline"] = _markup
+    summary = summarise(file)
+    page: str = environment.from_string(source.read_text(encoding="utf-8")).render(
+        summary=summary,
+        merged=merged,
+        overview=list(_overview(summary)),
+        spectra=list(_spectra(file, summary)),
+        heads=list(_heads(summary)),
+        moved=list(_moved(merged)),
+        kept=_all(summary.sites, lambda site: site.kept),
+        responses=_all(summary.sites, lambda site: site.response),
+    )
+    return page.lstrip()
+
+
+def _markup(svg: str) -> Any:
+    """Mark our own SVG as safe; everything else on the page is escaped."""
+    from markupsafe import Markup  # noqa: PLC0415 - comes with jinja2
+
+    return Markup(svg)  # noqa: S704 - serialised by ElementTree, which escapes all text in it
+
+
+def require_libraries() -> tuple[Any, Any]:
+    """jinja2 and matplotlib; RainError says how to install what is missing."""
+    return _library("jinja2"), _library("matplotlib")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise RainError(
+            f"the report needs {name}, which is not installed: pip install 'rain-mergekit[report]'"
+        ) from None
+
+
+def _all(sites: Sequence[Site], value: Callable[[Site], float | None]) -> list[float]:
+    return [number for site in sites if (number := value(site)) is not None]
+
+
+def _overview(summary: Summary) -> Iterator[Picture]:
+    """Rank, kept energy and kept response by layer."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    quantities: tuple[tuple[str, str, Callable[[Site], float | None]], ...] = (
+        ("rank", "rank", lambda site: site.rank),
+        ("share", "rank / width", lambda site: site.rank / site.width),
+        ("kept", "kept energy", lambda site: site.kept),
+        ("response", "kept response energy", lambda site: site.response),
+    )
+    for name, what, value in quantities:
+        rows = {_name(kind): _means(summary.sites, kind, value) for kind in summary.kinds}
+        filled = {kind: row for kind, row in rows.items() if row}
+        if filled:
+            svg = figures.lines(f"o-{name}", what, filled)
+            yield Picture(svg, f"{what[0].upper()}{what[1:]} by layer", name)
+
+
+def _name(kind: Kind) -> str:
+    return " ".join(kind.modules) or kind.name
+
+
+def _means(
+    sites: Sequence[Site], kind: Kind, value: Callable[[Site], float | None]
+) -> dict[int, float]:
+    """By layer; several sites of one kind in a layer (experts) are averaged."""
+    found: dict[int, list[float]] = {}
+    for site in sites:
+        if site.kind == kind.name and (number := value(site)) is not None:
+            found.setdefault(site.layer or 0, []).append(number)
+    return {layer: sum(row) / len(row) for layer, row in sorted(found.items())}
+
+
+def _spectra(file: CalibrationFile, summary: Summary) -> Iterator[Picture]:
+    """For each kind of site: its singular values, and its response energies."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    by_response = summary.settings.get("rank_by") == "response_energy"
+    makers = (
+        ("singular", "singular value / largest", spectra.singular),
+        ("response", "response energy / largest", spectra.response),
+    )
+    for index, kind in enumerate(summary.kinds):
+        sites = spectra.pick([site for site in summary.sites if site.kind == kind.name])
+        for name, what, make in makers:
+            curves = [make(file, site, by_response=by_response) for site in sites]
+            found = [curve for curve in curves if curve is not None]
+            if found:
+                svg = figures.spectrum(f"s{index}-{name}", found, what, _name(kind))
+                yield Picture(svg, f"Input of {_name(kind)}", name)
+
+
+def _heads(summary: Summary) -> Iterator[Picture]:
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    for name, (what, middle) in _HEADS.items():
+        values = [v for layer in summary.layers for v in layer.heads.get(name, ())]
+        finite = [v for v in values if math.isfinite(v)]
+        if not finite:
+            continue
+        svg = figures.heat(f"h-{name}", what, summary.layers, name, middle)
+        yield Picture(svg, f"{what[0].upper()}{what[1:]}, layer by head", name)
+        if name == "alpha":
+            svg = figures.histogram("h-histogram", what, finite, _bounds(summary))
+            yield Picture(svg, "How often each coefficient occurs", "histogram")
+
+
+def _bounds(summary: Summary) -> list[float]:
+    found = [summary.settings.get(name) for name in ("alpha_min", "alpha_max")]
+    return [float(v) for v in found if isinstance(v, (int, float)) and abs(v) < 1e6]
+
+
+def _moved(merged: Merged | None) -> Iterator[Picture]:
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    if merged is not None and merged.moved:
+        svg = figures.lines("m-moved", "change / weight (norms)", merged.moved)
+        yield Picture(svg, "How far the weights moved", "moved")

@@ -1,0 +1,419 @@
+"""`inspect` and `report`: what they say of a file, and that a page is safe, whole and readable."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import calibrations
+import pytest
+import torch
+from commands import refused, run, succeed
+
+from rain_mergekit import figures, report, spectra
+from rain_mergekit.artifact import CalibrationFile, write_calibration
+from rain_mergekit.errors import RainError
+from rain_mergekit.heat_text import BLOCKS, DIGITS, band_names, heat_rows
+from rain_mergekit.sites import locate
+from rain_mergekit.summary import changed_settings, summarise
+
+HOSTILE = (
+    "</code><script>alert(1)</script><img src='/stolen' onerror=alert(1)>$\\frac{ \x1b[31m\u4f60"
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrations.write(tmp_path_factory.mktemp("file") / "some.rain.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names that try everything: markup, formulas, escape sequences, other scripts."""
+    folder = tmp_path_factory.mktemp("hostile")
+    header = calibrations.header(1, references={"reasoning": HOSTILE})
+    header["created_by"] = HOSTILE
+    header["data"]["reasoning"].update(path=HOSTILE, sha256=["no", "text"], total="many")
+    header["settings"] = {HOSTILE: HOSTILE, "rank_by": {"no": "text"}, "alpha_min": True}
+    header["warnings"] = [HOSTILE]
+    header["sites"] = {
+        HOSTILE + str(i): {"width": 2, "rank": 1, "u": "u", "v": None, "spectrum": "s"}
+        for i in range(2)
+    }
+    header["sites"][HOSTILE + "0"]["response_energy"] = ["no", "key"]
+    header["layers"] = [{"name": HOSTILE, "stats": {"alpha": "a", "alignment": "u"}}]
+    stored = {
+        "u": torch.eye(2)[:, :1].contiguous(),
+        "s": torch.tensor([2.0, 1.0]),
+        "a": torch.tensor([math.nan, 0.5, 1.5]),
+    }
+    file = folder / "<b>&amp;.safetensors"
+    write_calibration(file, header, stored)
+    return file
+
+
+@pytest.fixture(scope="module")
+def page(path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    assert f"Wrote {out}" in succeed("report", path, "-o", out)
+    text = out.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>\n")
+    return text
+
+
+@pytest.fixture(scope="module")
+def hostile_page(hostile: Path) -> str:
+    return report.render(CalibrationFile.open(hostile))
+
+
+# The numbers
+
+
+def test_summary_is_what_the_file_holds(path: Path) -> None:
+    summary = summarise(CalibrationFile.open(path))
+    assert summary.bytes == path.stat().st_size
+    assert [kind.modules for kind in summary.kinds] == [
+        ("q_proj", "k_proj", "v_proj"),
+        ("down_proj",),
+    ]
+    for kind in summary.kinds:
+        assert (kind.sites, kind.capped, kind.rank.mean) == (12, 1, calibrations.RANK)
+        assert kind.kept is not None
+        assert (kind.kept.low, kind.kept.high) == (0.9, pytest.approx(0.911))
+    assert [site.layer for site in summary.sites[::2]] == list(range(12))  # not 0, 1, 10, 11, 2
+    assert summary.layers[3].heads["alpha"] == pytest.approx((0.33, 0.63, 0.93, 1.23))
+    assert summary.changed == {"max_rank": calibrations.RANK}
+
+
+def test_settings_that_differ() -> None:
+    known = {"reasoning_data": "r", "instruction_data": "i", "window": 5, "rank_share": 0.9}
+    markers = {"open": "<think>", "close": "</think>"}
+    assert changed_settings({**known, "markers": markers, "newer": None}) == {
+        "rank_share": 0.9,
+        "newer": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "kind"),
+    [
+        ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"),
+        ("model.layers.12.mlp.experts.7.w2", 12, "mlp.experts.*.w2"),
+        ("layer0.attention", 0, "attention"),
+        ("7", 7, "7"),
+        ("odd", None, "odd"),
+        ("", None, ""),
+    ],
+)
+def test_layer_and_kind_of_a_name(name: str, layer: int | None, kind: str) -> None:
+    assert locate(name) == (layer, kind)
+
+
+def test_spectrum_marks_what_the_rule_protects(path: Path) -> None:
+    file = CalibrationFile.open(path)
+    site = summarise(file).sites[0]
+    by_response = spectra.singular(file, site, by_response=True)
+    assert by_response is not None
+    # Responses are the energies moved by one place: largest at direction 2, then 3, 4.
+    assert [x for x, p in zip(by_response.x, by_response.protected, strict=True) if p] == [2, 3, 4]
+    assert by_response.cut is None
+    by_energy = spectra.singular(file, site, by_response=False)
+    assert by_energy is not None
+    assert by_energy.values[:2] == pytest.approx((1.0, 10 ** (-4 / 11)), rel=1e-5)
+    assert by_energy.cut == (3, pytest.approx(10 ** (-8 / 11), rel=1e-5))
+    response = spectra.response(file, site, by_response=True)
+    assert response is not None
+    assert response.protected[:4] == (True, True, True, False)
+
+
+def test_long_spectra_are_thinned_and_keep_their_cut(tmp_path: Path) -> None:
+    header = calibrations.header(0)
+    header["sites"] = {"s.0": {"width": 5000, "rank": 2, "u": "u", "v": None, "spectrum": "s"}}
+    stored = {"u": torch.zeros(5000, 2), "s": torch.arange(5000.0, 0, -1)}
+    write_calibration(tmp_path / "long", header, stored)
+    file = CalibrationFile.open(tmp_path / "long")
+    curve = spectra.singular(file, summarise(file).sites[0], by_response=False)
+    assert curve is not None
+    assert len(curve.x) < 200
+    assert {1, 2, 5000} <= set(curve.x)
+    assert curve.cut is not None
+
+
+def test_heat_map_in_characters() -> None:
+    columns = [[0.0, 1.0], [0.5, math.nan], [2.0]]
+    rows = heat_rows(columns, 0.0, 1.0, BLOCKS)
+    assert [text for text, _ in rows] == ["▁▅█", "█··"]
+    assert [text for text, _ in heat_rows(columns, 0.0, 1.0, DIGITS)] == ["059", "9--"]
+    assert heat_rows([[3.0]], 3.0, 3.0, DIGITS)[0][0] == "5"
+    assert heat_rows([], 0.0, 1.0, DIGITS) == []
+    large = heat_rows([[float(h) for h in range(64)]] * 100, 0.0, 63.0, DIGITS)
+    assert [len(text) for text, _ in large] == [64] * 8
+    assert large[0][0][0] == "0"
+    assert large[-1][0][-1] == "9"
+    assert band_names(64)[1] == "heads 8-15"
+
+
+# inspect
+
+
+def test_inspect_says_everything_on_one_screen(path: Path) -> None:
+    said = succeed("inspect", path)
+    for text in (
+        "org/reasoning",
+        "8 of 9 samples, 80 positions, reasoning.jsonl (sha256 abababababab)",
+        "max_rank  3",
+        "q_proj k_proj v_proj     12      12  3.0 (3-3)",
+        "0.905 (0.900-0.911)",
+        "head 0  ",
+    ):
+        assert text in said
+    assert len(said.splitlines()) < 30
+    assert max(map(len, said.splitlines())) <= 100
+    assert said.isascii()  # nobody is watching: no blocks, no colours
+
+
+def test_inspect_as_json(path: Path, hostile: Path) -> None:
+    found = json.loads(succeed("inspect", path, "--json"))
+    assert found["kinds"][0]["rank"] == {"mean": 3, "low": 3, "high": 3}
+    assert len(found["layers"][0]["heads"]["alpha"]) == calibrations.HEADS
+    found = json.loads(succeed("inspect", hostile, "--json"))
+    assert found["layers"][0]["heads"] == {"alpha": [None, 0.5, 1.5]}
+    assert found["data"]["reasoning"]["total"] is None
+
+
+def test_inspect_shows_no_escape_sequences_of_the_file(hostile: Path) -> None:
+    said = succeed("inspect", hostile, color=True)
+    assert "\x1b[31m" not in said
+    assert "\\x1b[31m" in said
+
+
+def test_inspect_in_a_terminal(path: Path) -> None:
+    said = in_terminal(path)
+    assert "▁" in said
+    assert "\x1b[38;5;" in said
+
+
+def test_no_colour_where_it_is_not_wanted(path: Path) -> None:
+    assert "\x1b[" in succeed("inspect", path, color=True)
+    assert "\x1b[" not in succeed("inspect", path, color=True, env={"NO_COLOR": "1"})
+
+
+def in_terminal(path: Path) -> str:
+    """What `inspect` writes to a real terminal."""
+    ours, theirs = pty.openpty()
+    script = "from rain_mergekit.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "inspect", str(path)],
+        stdout=theirs,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with open(ours, "rb", buffering=0) as terminal:
+            while part := read(terminal):
+                said += part
+    assert process.returncode == 0
+    return said.decode()
+
+
+def read(terminal: Any) -> bytes:
+    try:
+        part: bytes = terminal.read(4096)
+    except OSError:  # Linux's end of file of a terminal
+        return b""
+    return part
+
+
+def test_inspect_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no calibration")
+    for command in ("inspect", "report"):
+        outcome = run(command, tmp_path / "text")
+        assert outcome.code == 1
+        assert "cannot be used" in outcome.output
+    assert not (tmp_path / "report.html").exists()
+
+
+# report
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element that is opened is closed, in order."""
+
+    EMPTY = ("meta", "br", "img", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("which", ["page", "hostile_page"])
+def test_page_is_whole_and_loads_nothing(which: str, request: pytest.FixtureRequest) -> None:
+    text = request.getfixturevalue(which)
+    parsed = Page(text)
+    assert not {"script", "img", "link", "iframe", "object", "base"} & set(parsed.tags)
+    loads = [v for n, v in parsed.attributes if n in ("src", "href", "xlink:href", "action")]
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in loads)
+    assert not [n for n, _ in parsed.attributes if n.startswith("on")]
+    assert re.findall(r"url\((?!#)|@import", text) == []
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r"url\(#([^)]+)\)", text) + [v[1:] for v in loads if v[0] == "#"]
+    assert set(targets) <= set(ids)
+
+
+def test_page_shows_everything(page: str) -> None:
+    parsed = Page(page)
+    # 4 by layer, 2 spectra of 2 kinds, 3 heat maps, 1 histogram
+    assert parsed.tags["svg"] == 4 + 4 + 3 + 1
+    for text in (
+        "org/instruct",
+        "reasoning.jsonl",
+        "ab" * 32,
+        "max_rank",
+        "Look for",
+        "0.905",
+    ):
+        assert text in parsed.text
+
+
+def test_hostile_names_are_text(hostile_page: str) -> None:
+    parsed = Page(hostile_page)
+    assert "</code><script>alert(1)</script>" in parsed.text
+    assert "<script" not in hostile_page
+
+
+def test_page_without_sites(tmp_path: Path) -> None:
+    bare = calibrations.header(0)
+    write_calibration(
+        tmp_path / "bare", {k: v for k, v in bare.items() if k != "settings"}, {"x": torch.ones(1)}
+    )
+    assert "Nothing: the merge" in report.render(CalibrationFile.open(tmp_path / "bare"))
+
+
+def test_same_numbers_same_picture() -> None:
+    drawn = [figures.histogram("p", "x", [1.0, 2.0], [0.5]) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_report_overwrites_pages_only(path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(path, tmp_path / "mine"))
+    assert "not an HTML page" in refused(tmp_path, "report", path, "-o", copy)
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_options_that_need_a_merged_model(path: Path) -> None:
+    for option in ("--against", "--reasoning-data"):
+        assert run("report", path, option, "x").code == 2
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "card", "sweep"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"Example:\n    mergekit-rain {command}" in succeed(command, "--help")
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_missing_library(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RainError, match=rf"needs {name}.*pip install 'rain-mergekit\[report\]'"):
+        report.render(CalibrationFile.open(path))
+
+
+# In a browser
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# Measures pages in frames as wide as a phone; the title carries the numbers out: how far the page
+# scrolls sideways, how many pictures are drawn, how many elements could load or run something.
+FRAMES = """<!DOCTYPE html><title>waiting</title>
+<iframe src="/page.html" style="width: 360px; height: 800px; border: 0"></iframe>
+<iframe src="/hostile.html" style="width: 360px; height: 800px; border: 0"></iframe>
+<script>onload = () => {
+  document.title = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => [
+    page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    [...page.querySelectorAll("svg")].filter(svg => svg.clientHeight > 100).length,
+    page.querySelectorAll("script, img").length].join()).join(" ");
+}</script>"""
+
+
+@contextmanager
+def served(pages: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine; gives its address and the list of what was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if self.path in pages else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(pages.get(self.path, "").encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+def test_in_a_browser(page: str, hostile_page: str, tmp_path: Path) -> None:
+    """Rendered on a phone: no sideways scrolling, no errors, and nothing else is asked for."""
+    pages = {"/": FRAMES, "/page.html": page, "/hostile.html": hostile_page}
+    with served(pages) as (address, asked):
+        said = browse(address, tmp_path)
+    title = re.search(r"<title>(.*?)</title>", said.stdout)
+    assert title is not None, said.stderr
+    pictures = [Page(text).tags["svg"] for text in (page, hostile_page)]
+    assert title[1] == " ".join(f"0,{count},0" for count in pictures)
+    assert "CONSOLE" not in said.stderr
+    assert set(asked) <= {*pages, "/favicon.ico"}
+
+
+def browse(address: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "dump-dom"]
+    flags += [f"user-data-dir={folder}", "enable-logging=stderr", "virtual-time-budget=5000"]
+    flags += ["no-first-run", "disable-extensions", "disable-dev-shm-usage"]
+    command = [str(BROWSER), *(f"--{flag}" for flag in flags), address]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
