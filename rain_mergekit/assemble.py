@@ -29,13 +29,13 @@ def write_file(
 ) -> tuple[str, ...]:
     """Add coefficients and write the calibration file atomically; returns recorded warnings.
 
-    header: models, data and settings; sites, tensors, layers and warnings are added here.
+    header: models, data, settings and warnings so far; the rest is added here.
     """
     sources: Sources = {key: partial(part.read, key) for part in parts for key in part.keys}
     sites = {name: site for part in parts for name, site in part.sites.items()}
     tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
     layers = _coefficients(parts, layout, settings, tensors, sources)
-    warnings = _warnings(sites)
+    warnings = [*header.get("warnings", ()), *_warnings(sites)]
     complete = {
         "created_by": f"rain_mergekit {rain_mergekit.__version__}",
         **header,

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rain_mergekit.assemble import write_file
 from rain_mergekit.calibration_data import Samples, load_samples, record
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.distributed import World, join, leave
 from rain_mergekit.errors import RainError
+from rain_mergekit.host import lost_tensors, lost_warning
 from rain_mergekit.models import Trio, open_trio
 from rain_mergekit.parts import LayerPart, read_part
+from rain_mergekit.plan import Estimate
 from rain_mergekit.run import Run, RunOptions
 from rain_mergekit.workdir import WorkDir
 
-__all__ = ["RunOptions", "Summary", "calibrate"]
+__all__ = ["RunOptions", "Summary", "calibrate", "plan"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,19 @@ def calibrate(config: RainConfig, options: RunOptions) -> Summary:
         leave(world)
 
 
+def plan(config: RainConfig, options: RunOptions) -> Estimate:
+    """What `calibrate` would need, from file headers and token counts; nothing is run."""
+    trio = open_trio(config, options.load)
+    samples = load_samples(config.settings, trio)
+    run = Run(config, options, trio, samples, World(torch.device("cpu")))
+    return run.estimate()
+
+
 def _calibrate(config: RainConfig, options: RunOptions, world: World, start: float) -> Summary:
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
+    lost = lost_tensors(trio.reasoning, trio.config)
     run = Run(config, options, trio, samples, world)
     job = run.identity(models)
     with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
@@ -66,6 +79,8 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
             "models": models,
             "data": record(samples),
             "settings": config.settings.model_dump(mode="json"),
+            "run": {"dtype": str(run.shell.dtype).removeprefix("torch."), "device": job["device"]},
+            "warnings": [lost_warning(lost)] if lost else [],
         }
         warnings: tuple[str, ...] = ()
         if world.rank == 0:

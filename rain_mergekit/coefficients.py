@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,15 @@ class HeadAccumulator:
         self._alignment += alignment.to(self._alignment)
         self._leakage += leakage.to(self._leakage)
         self.samples += 1
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> HeadAccumulator:
+        """This one with its sums replaced by `total` of them, e.g. over several processes."""
+        count = torch.tensor([float(self.samples)], dtype=torch.float64)
+        sums = total(torch.cat([self._alignment, self._leakage, count]))
+        heads = self._alignment.numel()
+        self._alignment, self._leakage = sums[:heads], sums[heads:-1]
+        self.samples = int(sums[-1])
+        return self
 
     def result(self) -> HeadStatistics:
         """E[a] and E[u] over the samples; raises RainError when there was none."""

@@ -16,8 +16,7 @@ from rain_mergekit.checkpoint import Checkpoint, first_line
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.modules import HeadLayout, head_layout
-
-TASK_ROWS = 1024
+from rain_mergekit.rows import TASK_ROWS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 STATISTICS_DTYPE = torch.float64
-BLOCK_BYTES = 32 * 1024**2
+BLOCK_BYTES = 8 * 1024**2
+TASK_ROWS = 1024
 STRIP = 512
 
 
@@ -45,7 +46,9 @@ class FeatureRows:
 
     def energy(self) -> float:
         """Sum of squares, the trace of X^T X; not finite if an element is not."""
-        return sum(float(part.square().sum()) for part in self._row_blocks())
+        parts = zip(self.blocks, self.weights, strict=True)
+        norms = [float(torch.linalg.vector_norm(b, dtype=STATISTICS_DTYPE)) * w for b, w in parts]
+        return sum(norm**2 for norm in norms)
 
     def outer(self) -> Tensor:
         """X X^T, n x n; lower triangle."""

@@ -10,20 +10,28 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.atomic import replacing
+from rain_mergekit.errors import RainError
 
 
 class ActivationStore:
     """One stream of hidden states, one (T_i, d) tensor a sample, in a fixed dtype.
 
-    The first samples stay in memory until `budget` bytes are used, the rest has a fixed place in
-    one file. Samples are overwritten in place, because a layer needs each of them exactly once.
+    The first samples stay in memory, on `device`, until `budget` bytes are used, the rest has a
+    fixed place in one file. Samples are overwritten in place, because a layer needs each of them
+    exactly once.
     """
 
     def __init__(
-        self, lengths: Sequence[int], width: int, dtype: torch.dtype, budget: int, path: Path
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        budget: int,
+        path: Path,
+        device: torch.device | None = None,
     ) -> None:
         self._shapes = [(length, width) for length in lengths]
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device or torch.device("cpu")
         self._memory: dict[int, Tensor] = {}
         self._offsets: dict[int, int] = {}
         self._path = path
@@ -50,17 +58,24 @@ class ActivationStore:
         """Store the hidden states (T, d) of one sample."""
         if tuple(hidden.shape) != self._shapes[index]:
             raise ValueError(f"sample {index}: {tuple(hidden.shape)} != {self._shapes[index]}")
-        hidden = hidden.detach().to("cpu", self._dtype).contiguous()
+        home = torch.device("cpu") if index in self._offsets else self._device
+        hidden = hidden.detach().to(home, self._dtype).contiguous()
         if index not in self._offsets:
             whole = hidden.untyped_storage().nbytes() == hidden.nbytes
             self._memory[index] = hidden if whole else hidden.clone()
             return
         data, written = _bytes(hidden), 0
-        while written < len(data):
-            written += os.pwrite(self._file(), data[written:], self._offsets[index] + written)
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file(), data[written:], self._offsets[index] + written)
+        except OSError as error:
+            raise RainError(
+                f"{self._path}: cannot keep hidden states on disk ({error.strerror}); they need "
+                f"{self.disk_bytes:,} bytes there: free space, or raise --activation-budget"
+            ) from None
 
     def get(self, index: int) -> Tensor:
-        """The hidden states (T, d) last stored for one sample, on the CPU."""
+        """The hidden states (T, d) last stored for one sample, wherever they were kept."""
         if index not in self._offsets:
             return self._memory[index]
         data = bytearray(self._size(index))
@@ -68,7 +83,7 @@ class ActivationStore:
         while read < len(data):
             count = os.preadv(self._file(), [view[read:]], self._offsets[index] + read)
             if count == 0:
-                raise OSError(f"{self._path}: activation file is shorter than expected")
+                raise RainError(f"{self._path}: was cut short by someone else; run again")
             read += count
         return self._tensor(index, data)
 
@@ -110,5 +125,5 @@ class ActivationStore:
 
 
 def _bytes(hidden: Tensor) -> memoryview:
-    array: memoryview = memoryview(hidden.contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+    array: memoryview = memoryview(hidden.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
     return array

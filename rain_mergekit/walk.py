@@ -18,6 +18,7 @@ from rain_mergekit.data import InstructionTokens, ReasoningTokens
 from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, weighted_rows
+from rain_mergekit.heap import give_back
 from rain_mergekit.probe import SpanProbe
 from rain_mergekit.projection import project
 from rain_mergekit.settings import RainSettings
@@ -81,6 +82,7 @@ class LayerWalk:
                 picker = self._picker(collected, stream, sample)
                 with capture_inputs(self.layer, sites, picker):
                     self._advance(stream, sample)
+        give_back()
         unseen = sorted(set(sites.modules) - set(sites.site_of))
         if unseen:
             raise RainError(f"{self.name}: the layer did not use {', '.join(unseen)}")
@@ -137,6 +139,8 @@ class LayerWalk:
             deltas = chain.from_iterable(task_vector(module) for module in sites.members(site))
             mine = self._world.owner(index) == self._world.rank
             solved[site] = self._solve_site(site, rows, deltas, max_rank) if mine else None
+            del rows
+            give_back()
         results = {
             site: self._world.share(result, self._world.owner(index))
             for index, (site, result) in enumerate(solved.items())

@@ -18,10 +18,13 @@ from types import TracebackType
 from typing import Any
 
 from rain_mergekit.atomic import replacing
+from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.store import ActivationStore
 
 LOG = logging.getLogger(__name__)
+# What a work folder may hold: anything else in it is not ours to delete.
+_OURS = ("lock", "job.json", "snapshot.json", "layer-", "hidden-", "process-", ".")
 
 
 class WorkDir:
@@ -30,13 +33,33 @@ class WorkDir:
     Leaving the context by an exception keeps the folder only if there is something to go on from.
     """
 
-    def __init__(self, calibration: Path, job: Mapping[str, Any], *, every: float) -> None:
+    def __init__(
+        self, calibration: Path, job: Mapping[str, Any], world: World, *, every: float
+    ) -> None:
         self.path = calibration.with_name(calibration.name + ".work")
         self._job = json.dumps(job, sort_keys=True)
-        self._every, self._last = every, time.monotonic()
+        self._world, self._every, self._last = world, every, time.monotonic()
         self._lock: int | None = None
 
     def __enter__(self) -> WorkDir:  # noqa: PYI034 - Self needs Python 3.11
+        if self._world.rank == 0:
+            self._lock_folder()
+            try:
+                self._prepare()
+            except BaseException:  # also Ctrl-C: __exit__ is only called once this has returned
+                self._close(keep=self.finished_layer() is not None)
+                raise
+        self._world.wait()
+        return self
+
+    def _prepare(self) -> None:
+        if self._read("job.json") != self._job:
+            self._clear()
+            with replacing(self.path / "job.json") as out:
+                out.write(self._job.encode())
+
+    def _lock_folder(self) -> None:
+        self._refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -48,11 +71,6 @@ class WorkDir:
             ) from None
         except OSError as error:
             raise RainError(f"{self.path}: cannot be used as work folder: {error}") from None
-        if self._read("job.json") != self._job:
-            self._clear()
-            with replacing(self.path / "job.json") as out:
-                out.write(self._job.encode())
-        return self
 
     def __exit__(
         self,
@@ -60,47 +78,79 @@ class WorkDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        resumable = kind is not None and self.finished_layer() is not None
-        if not resumable:
+        if kind is None:
+            self._world.wait()
+        if self._lock is None:
+            return
+        self._close(keep=kind is not None and self.finished_layer() is not None)
+
+    def _close(self, *, keep: bool) -> None:
+        if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        """A folder that happens to have our name may hold somebody's files: leave it alone."""
+        if not self.path.is_dir():
+            return
+        foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(_OURS)]
+        if foreign:
+            raise RainError(
+                f"{self.path}: holds files that are not of a calibration ({min(foreign)}); "
+                "move them, or give the calibration another `parameters.calibration`"
+            )
 
     def finished_layer(self) -> int | None:
-        """The layer after which hidden states were last saved, or None."""
+        """The layer after which hidden states were last saved, or None (also if unreadable)."""
         text = self._read("snapshot.json")
-        return None if text is None else int(json.loads(text)["layer"])
+        try:
+            return None if text is None else int(json.loads(text)["layer"])
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def restore(self, streams: Mapping[str, ActivationStore]) -> int:
         """Load the last saved hidden states; returns the first layer that is still to do."""
         layer = self.finished_layer()
+        if self._world.rank == 0:
+            self._drop_snapshots(except_for=layer)
         if layer is None:
             return 0
-        for name, store in streams.items():
-            store.load(self._snapshot(layer, name))
+        try:
+            for name, store in streams.items():
+                store.load(self._snapshot(layer, name))
+        except OSError as error:
+            raise RainError(
+                f"{self.path}: cannot be continued ({error}); remove the folder and run again"
+            ) from None
         LOG.info("continuing after layer %d", layer)
         return layer + 1
 
     def save(self, layer: int, streams: Mapping[str, ActivationStore]) -> None:
         """Save the hidden states after `layer`, if the last time is long enough ago."""
-        if time.monotonic() - self._last < self._every:
+        if not self._world.agree(time.monotonic() - self._last >= self._every):
             return
-        previous = self.finished_layer()
         for name, store in streams.items():
             store.save(self._snapshot(layer, name))
-        with replacing(self.path / "snapshot.json") as out:
-            out.write(json.dumps({"layer": layer}).encode())
-        if previous is not None:
-            for name in streams:
-                self._snapshot(previous, name).unlink(missing_ok=True)
+        self._world.wait()
+        if self._world.rank == 0:
+            with replacing(self.path / "snapshot.json") as out:
+                out.write(json.dumps({"layer": layer}).encode())
+            self._drop_snapshots(except_for=layer)
         self._last = time.monotonic()
+
+    def _drop_snapshots(self, except_for: int | None) -> None:
+        for item in self.path.glob("hidden-*"):
+            if except_for is None or not item.name.startswith(f"hidden-{except_for:05d}."):
+                item.unlink(missing_ok=True)
 
     def part(self, layer: int) -> Path:
         """Where the results of one layer lie."""
         return self.path / f"layer-{layer:05d}.safetensors"
 
     def _snapshot(self, layer: int, name: str) -> Path:
-        return self.path / f"hidden-{layer:05d}.{name}"
+        return self.path / f"hidden-{layer:05d}.{name}.{self._world.rank}"
 
     def _read(self, name: str) -> str | None:
         try:
@@ -110,5 +160,7 @@ class WorkDir:
 
     def _clear(self) -> None:
         for item in self.path.iterdir():
-            if item.name != "lock":
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            elif item.name != "lock":
                 item.unlink()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rain_mergekit.errors import RainError
 from rain_mergekit.store import ActivationStore
 
 WIDTH = 5
@@ -92,7 +93,7 @@ def test_a_truncated_file_is_noticed(tmp_path: Path) -> None:
     store.put(0, torch.zeros(2, WIDTH))
     with path.open("r+b") as file:
         file.truncate(8)
-    with pytest.raises(OSError, match="shorter than expected"):
+    with pytest.raises(RainError, match="cut short"):
         store.get(0)
     store.close()
 

@@ -1,0 +1,81 @@
+"""`mergekit-rain calibrate`: the precompute."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from rain_mergekit.commands.options import (
+    budget_option,
+    device_option,
+    dtype_option,
+    loading_options,
+    output_options,
+    pick_device,
+    pick_dtype,
+)
+
+
+@click.command(
+    epilog="\b\nExample:\n  mergekit-rain calibrate config.yml --device cuda --dtype bfloat16"
+)
+@click.argument("config", type=click.Path())
+@device_option()
+@dtype_option()
+@budget_option
+@click.option(
+    "--keep-on-device",
+    is_flag=True,
+    help="Keep hidden states within the activation budget on the device.",
+)
+@click.option(
+    "--snapshot-every",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    default=60,
+    show_default=True,
+    help="How often at most to save what an interrupted run goes on from; 0: every layer.",
+)
+@click.option(
+    "--plan", is_flag=True, help="Print what it will need (memory, disk, operations) and stop."
+)
+@loading_options
+@output_options
+def calibrate(config: str, **options: Any) -> None:
+    """Write the calibration file that CONFIG names under `parameters.calibration`.
+
+    CONFIG is the YAML of the merge with a `rain:` section. Relative paths in it are taken from the
+    working folder, as mergekit does. An interrupted run goes on when started again. After it,
+    `mergekit-yaml CONFIG OUT` merges at any `lambda` without another calibration.
+    """
+    from rain_mergekit.calibrate import RunOptions  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.calibration import next_step, run_calibration  # noqa: PLC0415
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
+    from rain_mergekit.config import read_config  # noqa: PLC0415
+    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+
+    leader = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    console = Console(quiet=options["quiet"] or not leader, verbosity=options["verbosity"])
+    console.setup()
+    run = RunOptions(
+        load=LoadOptions(
+            options["transformers_cache"],
+            options["lora_merge_cache"],
+            options["trust_remote_code"],
+            options["lora_merge_dtype"],
+        ),
+        device=pick_device(options["device"]),
+        dtype=pick_dtype(options["dtype"]),
+        activation_budget=options["activation_budget"],
+        snapshot_seconds=options["snapshot_every"],
+        keep_on_device=options["keep_on_device"],
+        quiet=not console.progress,
+    )
+    if options["plan"]:
+        show_plan(read_config(config), run, console)
+        return
+    run_calibration(read_config(config), run, console)
+    next_step(config, console)

@@ -1,0 +1,220 @@
+"""One calibration's walk through the layers; owns the streams of hidden states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rain_mergekit
+from rain_mergekit.calibration_data import Samples, record
+from rain_mergekit.capture import Shell, SiteMap
+from rain_mergekit.chunks import TokenChunks, token_wise
+from rain_mergekit.config import RainConfig
+from rain_mergekit.distributed import World
+from rain_mergekit.errors import RainError
+from rain_mergekit.heap import give_back
+from rain_mergekit.models import LoadOptions, Trio, check_shapes
+from rain_mergekit.parts import write_part
+from rain_mergekit.plan import Estimate, ModelShape, Workload, estimate, hidden_budget
+from rain_mergekit.planning import model_shape, workload
+from rain_mergekit.streams import MERGED, StreamPlan, build_streams, plan_streams
+from rain_mergekit.walk import LayerResult, LayerWalk, Stream
+from rain_mergekit.workdir import WorkDir
+
+LOG = logging.getLogger(__name__)
+MIN_RANK_CAP = 96
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the precompute runs; of these, only dtype and device can change a number.
+
+    activation_budget: bytes for hidden states, feature rows and working space; hidden states that
+    find no room in it go to disk.
+    snapshot_seconds: how often (at most) the state for an interrupted run's continuation is saved.
+    keep_on_device: hidden states within the budget stay on the device that computes.
+    """
+
+    load: LoadOptions = field(default_factory=LoadOptions)
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    activation_budget: int = 2 * 1024**3
+    snapshot_seconds: float = 60.0
+    keep_on_device: bool = False
+    quiet: bool = False
+
+
+class Run:
+    """The work of one process: its share of the samples, every layer."""
+
+    def __init__(
+        self, config: RainConfig, options: RunOptions, trio: Trio, samples: Samples, world: World
+    ) -> None:
+        self._settings, self._options, self._trio = config.settings, options, trio
+        self._samples, self._world = samples, world
+        dtype = options.dtype or default_dtype(trio, options.device)
+        self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
+        self.indices = range(len(self.shell.layers))
+        self._modules = tuple(trio.layout.kinds)
+        self._token_wise = token_wise(trio.layout.kinds)
+        check_shapes(trio, [self._tensor(i, m) for i in self.indices for m in self._modules])
+        self.max_rank = max_rank(trio, config, len(self.indices))
+        self._passes: dict[str, int] = {}
+        if len(samples.reasoning.samples) < world.size:
+            raise RainError(
+                f"{world.size} processes for {len(samples.reasoning.samples)} usable reasoning "
+                "samples: start at most one process a sample"
+            )
+
+    @cached_property
+    def plans(self) -> list[StreamPlan]:
+        """All samples of all streams."""
+        return plan_streams(self._samples, self._settings)
+
+    @cached_property
+    def needs(self) -> tuple[ModelShape, Workload]:
+        """What the memory of this run follows from."""
+        positions = {plan.name: plan.positions for plan in self.plans}
+        return model_shape(self._trio), workload(
+            self._samples, positions, len(self.plans) - 1, self.shell.dtype
+        )
+
+    def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be equal for an interrupted run to be continued."""
+        return {
+            "version": rain_mergekit.__version__,
+            "models": models,
+            "data": record(self._samples),
+            "settings": self._settings.model_dump(mode="json"),
+            "dtype": str(self.shell.dtype),
+            "device": torch.device(self._options.device).type,
+            "processes": self._world.size,
+        }
+
+    def layer_passes(self) -> dict[str, int]:
+        """Samples x layers by purpose, over all processes."""
+        names = [plan.name for plan in self.plans]
+        counts = self._world.sum(torch.tensor([self._passes.get(name, 0) for name in names]))
+        return dict(zip(names, counts.tolist(), strict=True))
+
+    def walk(self, work: WorkDir) -> int:
+        """All layers that are not done yet, in order; returns the first of them."""
+        streams = self._streams(work)
+        stores = {name: stream.store for name, stream in streams.items()}
+        try:
+            first = work.restore(stores)
+            tokens = sum(sum(store.lengths) for store in stores.values())
+            with self._progress(tokens, first) as progress:
+                for index in self.indices[first:]:
+                    progress.set_description(f"Layer {index + 1}/{len(self.indices)}")
+                    result = self._layer(index, streams, progress.update)
+                    if self._world.rank == 0:
+                        part = work.part(index)
+                        write_part(part, self._name(index), result, self._shapes(index))
+                    LOG.info("finished layer %d of %d", index + 1, len(self.indices))
+                    if index + 1 < len(self.indices):
+                        work.save(index, stores)
+        finally:
+            for store in stores.values():
+                store.close()
+        return first
+
+    def _streams(self, work: WorkDir) -> dict[str, Stream]:
+        oblique = self._settings.projection == "oblique"
+        budget = self._options.activation_budget
+        hidden = hidden_budget(budget, *self.needs, self.max_rank, oblique=oblique)
+        plans = [plan.part(self._world) for plan in self.plans]
+        keep = self._options.keep_on_device
+        folder = work.path / f"process-{self._world.rank}"
+        return build_streams(self.shell, plans, hidden, folder, keep_on_device=keep)
+
+    def estimate(self) -> Estimate:
+        """Memory, disk and operations of the whole run on one process."""
+        oblique = self._settings.projection == "oblique"
+        budget = self._options.activation_budget
+        return estimate(*self.needs, budget=budget, rank=self.max_rank, oblique=oblique)
+
+    def _progress(self, tokens: int, first: int) -> tqdm[Any]:
+        samples = sum(len(plan.samples) for plan in self.plans)
+        return tqdm(
+            total=tokens * len(self.indices),
+            initial=tokens * first,
+            unit="tok",
+            unit_scale=True,
+            postfix={"samples": samples},
+            disable=self._options.quiet or self._world.rank > 0,
+        )
+
+    def _layer(
+        self, index: int, streams: Mapping[str, Stream], tick: Callable[[int], object]
+    ) -> LayerResult:
+        chunks = TokenChunks()
+        with self.shell.layer(index) as layer, chunks.applied(layer, self._token_wise):
+            walk = LayerWalk(
+                index, layer, self._name(index), self._settings, tick, chunks, self._world
+            )
+            sites = SiteMap(self._modules)
+            original = [stream for name, stream in streams.items() if name != MERGED]
+            collected = walk.features(sites, original)
+            self._count(original)
+            task_vector = self._trio.task_vector
+            solved = walk.solve(
+                sites,
+                collected,
+                lambda module: task_vector(self._tensor(index, module), self.shell.device),
+                self.max_rank,
+                replace=MERGED in streams,
+            )
+            result = LayerResult(sites, solved)
+            if MERGED in streams:
+                result.statistics = walk.statistics(streams[MERGED], self._trio.layout.heads)
+                self._count([streams[MERGED]])
+        self._trio.release()
+        give_back()
+        return result
+
+    def _name(self, index: int) -> str:
+        return f"{self.shell.prefix}.{index}"
+
+    def _tensor(self, index: int, module: str) -> str:
+        return f"{self._name(index)}.{module}.weight"
+
+    def _shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        layer = self.shell.layers[index]
+        weights = {module: layer.get_submodule(module).weight for module in self._modules}
+        return {m: tuple(w.shape) for m, w in weights.items() if isinstance(w, Tensor)}
+
+    def _count(self, streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            self._passes[stream.name] = self._passes.get(stream.name, 0) + len(stream)
+
+
+def max_rank(trio: Trio, config: RainConfig, layers: int) -> int:
+    """The rank cap: as given, or what the size budget allows (at least MIN_RANK_CAP).
+
+    `rank_by: full` means what it says: only an explicit `max_rank` bounds it.
+    """
+    settings = config.settings
+    if settings.max_rank is not None:
+        return settings.max_rank
+    if settings.rank_by == "full":
+        return int(max(trio.config.hidden_size, trio.config.intermediate_size))
+    attention = trio.layout.heads * trio.layout.head_dim
+    widths = 2 * trio.config.hidden_size + attention + trio.config.intermediate_size
+    factors = 2 if settings.projection == "oblique" or settings.ridge > 0 else 1
+    per_rank = widths * torch.float32.itemsize * factors * layers
+    return max(MIN_RANK_CAP, int(settings.size_budget * trio.reasoning.bytes / per_rank))
+
+
+def default_dtype(trio: Trio, device: str) -> torch.dtype:
+    """float32 on the CPU (exact, and bfloat16 is slow there), else the checkpoint's own."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return getattr(trio.config, "dtype", None) or torch.bfloat16

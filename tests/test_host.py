@@ -1,0 +1,32 @@
+"""What stock mergekit leaves out of a merge is known before the work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from tiny import model_config
+from transformers import AutoModelForCausalLM
+
+from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.host import lost_tensors, lost_warning
+
+
+def _lost(family: str, folder: Path) -> tuple[str, ...]:
+    AutoModelForCausalLM.from_config(model_config(family)).save_pretrained(folder)
+    checkpoint = Checkpoint(ModelReference.model_validate(str(folder)))
+    return lost_tensors(checkpoint, checkpoint.reference.config())
+
+
+def test_models_that_mergekit_knows_in_full_lose_nothing(tmp_path: Path) -> None:
+    for family in ("qwen2", "qwen3", "llama", "mistral"):
+        assert _lost(family, tmp_path / family) == ()
+
+
+def test_biases_that_mergekit_does_not_list_are_named(tmp_path: Path) -> None:
+    lost = _lost("llama-bias", tmp_path)
+    biases = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert {name.split(".")[-2] for name in lost} == set(biases)
+    assert all(name.endswith(".bias") for name in lost)
+    assert f"{len(lost)} tensors" in lost_warning(lost)
+    assert lost[0] in lost_warning(lost)

@@ -1,0 +1,88 @@
+"""The printed estimate: its arithmetic by hand, and its order of magnitude against a real run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import Tiny
+
+from rain_mergekit import plan as formulas
+from rain_mergekit.calibrate import RunOptions, plan
+from rain_mergekit.cli import cli
+from rain_mergekit.plan import ModelShape, Workload
+
+SEVEN = ModelShape(
+    layers=28,
+    layer_parameters=233_057_792,
+    largest_matrix=18944 * 3584,
+    hidden=3584,
+    heads_width=3584,
+    ffn=18944,
+    stored_itemsize=2,
+    model_bytes=15_231_233_024,
+)
+WORK = Workload(
+    reasoning_lengths=[1000] * 30,
+    instruction_lengths=[500] * 30,
+    protected_rows=2400,
+    instruction_rows=4096,
+    instruction_passes=1,
+    itemsize=4,
+)
+BUDGET = 2 * 1024**3
+
+
+def test_the_parts_by_hand() -> None:
+    assert formulas.feature_memory(SEVEN, WORK) == 6496 * 29696 * 4
+    assert formulas.hidden_bytes(SEVEN, WORK) == 45_000 * 3584 * 4
+    assert formulas.layer_memory(SEVEN, 4) == 233_057_792 * 4 + 2 * 18944 * 3584 * 2
+    attention = 2 * 3584 * 30 * (1000**2 + 500**2)
+    assert formulas.forward_flops(SEVEN, WORK) == 2 * 233_057_792 * 45_000 + attention
+
+
+def test_a_7b_model_fits_a_laptop_and_does_not_depend_on_depth() -> None:
+    found = formulas.estimate(SEVEN, WORK, budget=BUDGET, rank=228, oblique=True)
+    deep = dataclasses.replace(SEVEN, layers=80)
+    deeper = formulas.estimate(deep, WORK, budget=BUDGET, rank=228, oblique=True)
+    assert found.peak == deeper.peak
+    assert found.peak < 4 * 2 * SEVEN.layer_parameters + BUDGET
+    assert found.file_bytes <= 0.1 * SEVEN.model_bytes
+    assert deeper.forward_flops == pytest.approx(found.forward_flops * 80 / 28)
+
+
+def test_hidden_states_without_room_go_to_disk() -> None:
+    tight = formulas.estimate(SEVEN, WORK, budget=0, rank=228, oblique=True)
+    roomy = formulas.estimate(SEVEN, WORK, budget=100 * BUDGET, rank=228, oblique=True)
+    states = formulas.hidden_bytes(SEVEN, WORK)
+    assert tight.memory["hidden states"] == 0
+    assert roomy.memory["hidden states"] == states
+    assert tight.work_disk - roomy.work_disk == states
+
+
+def test_the_longest_text_counts_linearly() -> None:
+    sizes = [
+        formulas.working_memory(SEVEN, dataclasses.replace(WORK, reasoning_lengths=[tokens]))
+        for tokens in (4096, 8192, 16384)
+    ]
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+
+
+def test_the_file_and_the_passes_are_as_planned(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "qwen2").using(rank_by="count", rank_count=5, max_rank=5)
+    planned = plan(tiny.config(), RunOptions())
+    written = tiny.calibrate().bytes
+    assert not tiny.path.with_name(tiny.path.name + ".work").exists()
+    # headers, spectra and digests weigh more than the factors of so small a model
+    assert planned.file_bytes <= written <= planned.file_bytes + 64 * 1024
+
+
+def test_the_command_prints_it_and_runs_nothing(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "llama")
+    done = CliRunner().invoke(cli, ["calibrate", tiny.config().path, "--plan"])
+    assert done.exit_code == 0, done.output
+    for word in ("memory", "disk", "calibration file", "TFLOP"):
+        assert word in done.output
+    assert not tiny.path.exists()

@@ -1,0 +1,145 @@
+"""A calibration that is stopped anywhere goes on, and ends with the very same file."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tiny import Tiny
+
+from rain_mergekit.calibrate import RunOptions, calibrate
+from rain_mergekit.errors import RainError
+from rain_mergekit.workdir import WorkDir
+
+LAYERS = 6
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from rain_mergekit.cli import main; main()"
+)
+
+
+@pytest.fixture(scope="module", name="tiny")
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("resume")
+    tiny = Tiny.make(folder, "qwen2", num_hidden_layers=LAYERS)
+    return tiny.using(coefficients="normalized", alpha_min=0.0)
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(tiny: Tiny) -> bytes:
+    """The file of a run that nothing stopped."""
+    tiny.calibrate()
+    content = tiny.path.read_bytes()
+    tiny.path.unlink()
+    return content
+
+
+def work_folder(tiny: Tiny) -> Path:
+    return tiny.path.with_name(tiny.path.name + ".work")
+
+
+def start(tiny: Tiny) -> subprocess.Popen[str]:
+    config = tiny.config().path
+    options = ["calibrate", config, "--device", "cpu", "--snapshot-every", "0"]
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_layer(tiny: Tiny, process: subprocess.Popen[str], layer: int) -> None:
+    part = work_folder(tiny) / f"layer-{layer:05d}.safetensors"
+    end = time.monotonic() + 120
+    while not part.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("stop", "layers"), [(signal.SIGKILL, (0, 3)), (signal.SIGINT, (2,)), (signal.SIGTERM, (1,))]
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    tiny: Tiny, whole: bytes, stop: signal.Signals, layers: Sequence[int]
+) -> None:
+    """Stopped at random times after these layers, so also while snapshots are written."""
+    chance = random.Random(int(stop))  # noqa: S311 - no secret
+    for layer in layers:
+        process = start(tiny)
+        wait_for_layer(tiny, process, layer)
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(stop)
+        process.communicate(timeout=120)
+    assert not tiny.path.exists()
+    summary = tiny.calibrate(snapshot_seconds=0)
+    assert summary.first_layer > 0
+    assert tiny.path.read_bytes() == whole
+    assert not work_folder(tiny).exists()
+    tiny.path.unlink()
+
+
+def stopped_in_process(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """As Ctrl-C once layer `after` has been saved."""
+    save = WorkDir.save
+
+    def saving(self: WorkDir, layer: int, streams: object) -> None:
+        save(self, layer, streams)  # type: ignore[arg-type]
+        if layer == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDir, "save", saving)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.calibrate(snapshot_seconds=0)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS - 1))
+def test_it_goes_on_after_the_last_saved_layer_and_not_before(
+    tiny: Tiny, whole: bytes, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    stopped_in_process(tiny, monkeypatch, layer)
+    summary = tiny.calibrate(activation_budget=0)  # where hidden states lie changes nothing
+    assert summary.first_layer == layer + 1
+    assert tiny.path.read_bytes() == whole
+    tiny.path.unlink()
+
+
+def test_other_settings_begin_anew(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_in_process(tiny, monkeypatch, 2)
+    (work_folder(tiny) / "hidden-00009.reasoning.0").write_bytes(b"left by a killed run")
+    other = tiny.using(calibration=tiny.calibration, coefficients="off")
+    assert other.calibrate().first_layer == 0
+    resumed = tiny.path.read_bytes()
+    tiny.path.unlink()
+    other.calibrate()
+    assert tiny.path.read_bytes() == resumed
+    tiny.path.unlink()
+
+
+def test_without_a_snapshot_nothing_is_left(tiny: Tiny) -> None:
+    broken = tiny.using(rank_by="full", max_rank=10_000)
+    with pytest.raises(RainError, match="fills all"):
+        broken.calibrate()
+    assert not work_folder(tiny).exists()
+
+
+def test_two_runs_at_once_are_one_clear_error(tiny: Tiny) -> None:
+    config = tiny.config()
+    process = start(tiny)
+    try:
+        end = time.monotonic() + 120
+        lock = work_folder(tiny) / "job.json"
+        while not lock.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)  # or it might be done before the other begins
+        with pytest.raises(RainError, match="another calibration is writing there"):
+            calibrate(config, RunOptions(quiet=True))
+    finally:
+        process.kill()
+        process.communicate()
