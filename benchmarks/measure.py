@@ -1,0 +1,136 @@
+"""One measurement in a process of its own: `python -m benchmarks.measure WHAT JSON`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before memory counts
+from transformers import AutoModelForCausalLM
+
+from rain_mergekit.calibrate import RunOptions, calibrate, plan
+from rain_mergekit.calibration_data import load_samples
+from rain_mergekit.config import read_config
+from rain_mergekit.models import LoadOptions, open_trio
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def in_child(what: str, **options: Any) -> dict[str, Any]:
+    """Run one of TASKS in a fresh process and return what it printed."""
+    command = [sys.executable, "-m", "benchmarks.measure", what, json.dumps(options, default=str)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def status(field: str) -> int:
+    """A field of this process's memory accounting, in bytes."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    return 0 if found is None else int(found[1]) * 1024
+
+
+@contextmanager
+def peak_memory(result: dict[str, Any]) -> Iterator[None]:
+    """Adds peak_bytes: the highest resident set inside, above what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status("VmRSS")
+    try:
+        yield
+    finally:
+        result["peak_bytes"] = status("VmHWM") - before
+
+
+def calibration(options: dict[str, Any]) -> dict[str, Any]:
+    """One calibration: seconds, peak memory above the imports, passes, and the plan's numbers."""
+    config = read_config(options["config"])
+    run = RunOptions(
+        activation_budget=int(options["budget"]), device=options.get("device", "cpu"), quiet=True
+    )
+    planned = plan(config, run)
+    result: dict[str, Any] = {}
+    start, used = time.perf_counter(), time.process_time()
+    with peak_memory(result):
+        summary = calibrate(config, run)
+    return {
+        **result,
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - used,
+        "passes": summary.layer_passes,
+        "samples": len(summary.samples.reasoning.samples),
+        "layers": summary.layers,
+        "bytes": summary.bytes,
+        "planned_peak": planned.peak,
+        "planned_bytes": planned.file_bytes,
+        "forward_flops": planned.forward_flops,
+        "statistics_flops": planned.statistics_flops,
+        "read_bytes": planned.read_bytes,
+    }
+
+
+def forward(options: dict[str, Any]) -> dict[str, Any]:
+    """Plain transformers: load the reasoning model, run every sample as often as calibrate does."""
+    config = read_config(options["config"])
+    trio = open_trio(config, LoadOptions())
+    samples = load_samples(config.settings, trio)
+    sets = [samples.reasoning.samples, samples.instruction.samples if samples.instruction else ()]
+    device = options.get("device", "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    start, used = time.perf_counter(), time.process_time()
+    model = AutoModelForCausalLM.from_pretrained(trio.reasoning.path, dtype=dtype).to(device)
+    loaded = time.perf_counter()
+    with torch.no_grad():
+        for sample in (item for members in sets for item in members):
+            ids = torch.tensor([sample.input_ids], device=device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    end = time.perf_counter()
+    return {
+        "seconds": end - start,
+        "processor_seconds": time.process_time() - used,
+        "forward_seconds": end - loaded,
+    }
+
+
+def rates(_options: dict[str, Any]) -> dict[str, Any]:
+    """What this machine can do: matrix products, copies in memory, reads from disk."""
+    left, right = torch.randn(1024, 4096), torch.randn(4096, 1024)
+    flops = 2 * 1024 * 1024 * 4096 / best(lambda: left @ right)
+    wide = left.double(), right.double()
+    double = 2 * 1024 * 1024 * 4096 / best(lambda: wide[0] @ wide[1])
+    source = torch.randn(16 * 1024**2)
+    target = torch.empty_like(source)
+    memory = 2 * source.nbytes / best(lambda: target.copy_(source))
+    return {"float32_flops": flops, "float64_flops": double, "memory_bytes": memory}
+
+
+def best(work: Callable[[], Any], repeats: int = 7) -> float:
+    """Shortest time of several: what the machine can do when nothing disturbs it."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "calibration": calibration,
+    "forward": forward,
+    "rates": rates,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(TASKS[sys.argv[1]](json.loads(sys.argv[2]))))
