@@ -25,7 +25,9 @@ _COMMANDS = {
     "card": ("rain_mergekit.commands.card:card", "Say in a model's README.md how it was merged."),
     "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
 }
-_INTERRUPTED, _TERMINATED = 130, 143
+_INTERRUPTED = 130
+_EXIT_CODES = {int(signal.SIGINT): _INTERRUPTED, int(signal.SIGTERM): 143}
+_received: list[int] = []
 _HELP = """\
 RAIN-Merging for mergekit: a reasoning model learns to follow instructions and keeps its thinking.
 
@@ -67,14 +69,17 @@ class RainGroup(click.Group):
         """Run the command; a user's mistake ends as `Error: ...` and exit code 1."""
         try:
             return super().invoke(ctx)
-        except click.ClickException:
-            raise
-        except RainError as error:
-            raise click.ClickException(str(error)) from None
         except KeyboardInterrupt as error:
             detail = f": {error}" if str(error) else ""
             click.echo(f"Interrupted{detail}", err=True)
             ctx.exit(_INTERRUPTED)
+        except Exception as error:
+            if _received:  # compiled code may turn the interruption into an error of its own
+                click.echo("Interrupted", err=True)
+                ctx.exit(_EXIT_CODES[_received[0]])
+            if isinstance(error, RainError):
+                raise click.ClickException(str(error)) from None
+            raise
 
 
 @click.group(
@@ -94,13 +99,18 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Run the command line; leave by an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     cli(prog_name="mergekit-rain")
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """As Ctrl-C: unwind, so that temporary files go away."""
-    sys.exit(_TERMINATED)
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Unwind, so that temporary files go away."""
+    _received.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(_EXIT_CODES[number])
 
 
 if __name__ == "__main__":
