@@ -1,0 +1,120 @@
+"""Make the models of the scoreboard: calibrate, merge with stock mergekit, load, judge."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from transformers import PreTrainedModel
+
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.calibrate import RunOptions, calibrate
+from rain_mergekit.config import read_config
+from rain_mergekit.method import register
+from testbed.controls import edited
+from testbed.judge import Judge, chosen
+from testbed.methods import ROLES, Method, rain_config
+from testbed.models import load_model, load_tokenizer
+from testbed.records import read_lines
+
+LOG = logging.getLogger(__name__)
+RANDOM_SEED = 0
+
+
+def digest(trio: Path) -> str:
+    """Of the three models and all prompts and samples: results of others are not theirs."""
+    files = [trio / role / "model.safetensors" for role in ROLES]
+    found = hashlib.sha256()
+    for path in [*files, *sorted(trio.glob("*.jsonl"))]:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+class Bench:
+    """One trio with its reasoning model loaded, and a folder for what is made on the way."""
+
+    def __init__(self, trio: Path, folder: Path) -> None:
+        register()
+        self.trio, self._folder = trio, folder
+        self._reference = load_model(trio / "reasoning")
+        self._voices = {role: load_tokenizer(trio / role) for role in ROLES}
+        self._judges: dict[tuple[str, int | None], Judge] = {}
+        self.calibrations: dict[str, dict[str, Any]] = {}
+
+    def judge(self, split: str, limit: int | None) -> Judge:
+        """The judge of a split's first prompts; made once."""
+        if (split, limit) not in self._judges:
+            prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
+            judge = Judge(self._reference, self._voices["reasoning"], prompts)
+            self._judges[split, limit] = judge
+        return self._judges[split, limit]
+
+    def measure(
+        self, method: Method, strength: float, split: str, limit: int | None
+    ) -> dict[str, Any]:
+        """Numbers of one merge; with the CPU seconds that making and judging it took."""
+        start = time.process_time()
+        model, voice = self._model(method, strength)
+        made = time.process_time()
+        found = self.judge(split, limit).measure(model, self._voices[voice])
+        seconds = {"making": made - start, "judging": time.process_time() - made}
+        return {**found, "cpu_seconds": {k: round(v, 1) for k, v in seconds.items()}}
+
+    def _model(self, method: Method, strength: float) -> tuple[PreTrainedModel, str]:
+        if method.name in ROLES:
+            return load_model(self.trio / method.name), method.name
+        if method.recipe is not None:
+            return self._merged(method.recipe(self.trio, strength)), "reasoning"
+        config = rain_config(self.trio, self.calibration(method), strength)
+        return self._merged(config), "reasoning"
+
+    def _merged(self, config: Mapping[str, Any]) -> PreTrainedModel:
+        """What `mergekit-yaml` makes of the configuration."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as out:
+            options = MergeOptions(
+                random_seed=RANDOM_SEED, copy_tokenizer=False, write_model_card=False, quiet=True
+            )
+            run_merge(MergeConfiguration.model_validate(config), out, options)
+            return load_model(Path(out))
+
+    def calibration(self, method: Method) -> Path:
+        """The calibration file of a rain method: made once, then an edited copy if it asks."""
+        settings = dict(method.settings or {})
+        if settings.get("rank_by") == "full":  # all directions would leave nothing to merge
+            settings["max_rank"] = self._reference.config.hidden_size - 1
+        source = self._calibrated(settings)
+        if method.edit is None:
+            self._describe(method.name, source)
+            return source
+        target = source.with_name(f"{source.stem}-{method.edit.replace(' ', '-')}.safetensors")
+        return target if target.exists() else edited(source, target, method.edit, self.trio)
+
+    def _calibrated(self, settings: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        path = self._folder / f"{name}.safetensors"
+        if not path.exists():
+            config = rain_config(self.trio, path, 1.0, settings)
+            path.with_suffix(".yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+            start = time.process_time()
+            calibrate(read_config(path.with_suffix(".yml")), RunOptions(quiet=True))
+            LOG.info("calibrated %s, %.0f CPU s", settings, time.process_time() - start)
+        return path
+
+    def _describe(self, name: str, path: Path) -> None:
+        file = CalibrationFile.open(path)
+        sites = file.header["sites"].values()
+        file.close()
+        ranks = [site["rank"] for site in sites]
+        self.calibrations[name] = {
+            "mean_rank": sum(ranks) / len(ranks),
+            "capped": sum(site["capped"] for site in sites),
+            "sites": len(ranks),
+        }

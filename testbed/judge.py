@@ -1,0 +1,100 @@
+"""Judge one model on one list of prompts, prompt by prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from testbed.divergence import PLACES, log_probabilities, marked
+from testbed.generation import generate
+from testbed.intervals import Numbers, Ratio, described, packed
+from testbed.models import opens_block
+from testbed.records import Record
+from testbed.scoring import Score, score
+
+KEPT = ("accurate", "followed", "both")
+EVERYWHERE = ("no_close", "no_thinking", "thinking_right", "content_lost", "thinking_words")
+
+
+class Judge:
+    """The prompts of one split and what the reasoning model thinks of their ideal texts."""
+
+    def __init__(
+        self,
+        reference: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: Sequence[Record],
+    ) -> None:
+        self.prompts = prompts
+        self._texts = [marked(tokenizer, record) for record in prompts]
+        self._wanted = log_probabilities(reference, self._texts)
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        """Numbers with intervals, and yes or no per prompt for paired comparisons."""
+        outputs = generate(model, tokenizer, [record["prompt"] for record in self.prompts])
+        opened = opens_block(tokenizer)
+        pairs = zip(self.prompts, outputs, strict=True)
+        scores = [score(record, output, opened) for record, output in pairs]
+        ratios = {**shares(self.prompts, scores), **self._divergences(model)}
+        bits = {name: packed([bool(getattr(one, name)) for one in scores]) for name in KEPT}
+        return {"numbers": described(ratios, strata(self.prompts)), "bits": bits}
+
+    @torch.inference_mode()
+    def _divergences(self, model: PreTrainedModel) -> dict[str, Ratio]:
+        found: dict[str, tuple[list[float], list[int]]] = {place: ([], []) for place in PLACES}
+        pairs = zip(self._wanted, log_probabilities(model, self._texts), strict=True)
+        for text, (wanted, got) in zip(self._texts, pairs, strict=True):
+            apart = (wanted.exp() * (wanted - got)).sum(-1)
+            for place, positions in text.positions.items():
+                found[place][0].append(float(apart[positions].sum()))
+                found[place][1].append(len(positions))
+        return {place: Ratio(np.array(s), np.array(n, float)) for place, (s, n) in found.items()}
+
+
+def strata(prompts: Sequence[Record]) -> list[str]:
+    """Prompts without a constraint, with one in known and in held-out wording."""
+    return [f"{bool(r['constraint'])}/{bool(r['held_out_wording'])}" for r in prompts]
+
+
+def domains(prompts: Sequence[Record]) -> dict[str, Numbers]:
+    """1 where a prompt counts."""
+    return {
+        "plain": np.array([not r["constraint"] for r in prompts], float),
+        "asked": np.array([bool(r["constraint"]) for r in prompts], float),
+        "unseen": np.array([bool(r["held_out_wording"]) for r in prompts], float),
+        "all": np.ones(len(prompts)),
+    }
+
+
+def shares(prompts: Sequence[Record], scores: Sequence[Score]) -> dict[str, Ratio]:
+    """The shares of testbed.scoring.summary, as ratios over prompts."""
+    where = domains(prompts)
+
+    def over(field: str, domain: str) -> Ratio:
+        values = np.array([float(getattr(one, field)) for one in scores])
+        return Ratio(values * where[domain], where[domain])
+
+    return {
+        "plain_accuracy": over("accurate", "plain"),
+        "constrained_accuracy": over("accurate", "asked"),
+        "followed": over("followed", "asked"),
+        "both": over("both", "asked"),
+        "both_held_out": over("both", "unseen"),
+        **{name: over(name, "all") for name in EVERYWHERE},
+    }
+
+
+def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """Evenly spaced `limit` prompts with a constraint and half as many without."""
+    asked = [record for record in records if record["constraint"]]
+    plain = [record for record in records if not record["constraint"]]
+    if limit is None:
+        return [*asked, *plain]
+    return [*_spaced(asked, limit), *_spaced(plain, limit // 2)]
+
+
+def _spaced(records: Sequence[Record], count: int) -> list[Record]:
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]

@@ -1,0 +1,219 @@
+"""What the scoreboard compares: mergekit configurations with a strength left open."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROLES = ("reasoning", "instruct", "pretrained")
+LINEAR = "proj.weight"  # in the names of rain's seven module kinds and of nothing else
+Config = dict[str, Any]
+Recipe = Callable[[Path, float], Config]
+
+TASK_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5)
+SLERP_STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SPARSE_STRENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5)
+RAIN_STRENGTHS = (0.7, 1.0, 1.2, 1.5, 2.0, 2.5)
+QUICK = (0.5, 1.0, 1.5)
+DEFAULT = "rain oblique 0.99, thinking 1"
+TASK, TASK_LINEAR = "task_arithmetic", "task_arithmetic, linear"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a model of the trio, a mergekit recipe, or rain with settings and maybe an edit.
+
+    edit names a change that testbed.controls makes to a copy of the calibration file.
+    """
+
+    name: str
+    group: str
+    strengths: tuple[float, ...] = (0.0,)
+    recipe: Recipe | None = None
+    settings: Mapping[str, Any] | None = None
+    edit: str | None = None
+    main: bool = False
+
+    def swept(self, *, quick: bool) -> tuple[float, ...]:
+        """The strengths that are tried on validation prompts."""
+        if quick and len(self.strengths) > 1:
+            return tuple(strength for strength in self.strengths if strength in QUICK)
+        return self.strengths
+
+
+def _models(trio: Path, weights: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+    return [
+        {"model": str(trio / role), "parameters": dict(found)} for role, found in weights.items()
+    ]
+
+
+def task_arithmetic(trio: Path, strength: float) -> Config:
+    """θ_R + λ(θ_I - θ_B) on every tensor."""
+    weights = {"instruct": {"weight": strength}, "pretrained": {"weight": -strength}}
+    return _anchored("task_arithmetic", trio, weights)
+
+
+def linear_task_arithmetic(trio: Path, strength: float) -> Config:
+    """The same on the tensors that rain changes too, everything else from the reasoning model."""
+
+    def only(value: float) -> Config:
+        return {"weight": [{"filter": LINEAR, "value": value}, {"value": 0.0}]}
+
+    weights = {"instruct": only(strength), "pretrained": only(-strength)}
+    return _anchored("task_arithmetic", trio, weights)
+
+
+def _anchored(method: str, trio: Path, weights: Mapping[str, Mapping[str, Any]]) -> Config:
+    return {
+        "merge_method": method,
+        "base_model": str(trio / "reasoning"),
+        "models": _models(trio, weights),
+        "dtype": "bfloat16",
+    }
+
+
+def sparse(method: str, *, whole: bool) -> Recipe:
+    """Both task vectors on the pretrained model, the instruct model's with weight λ.
+
+    As in mergekit's examples half of each task vector is dropped and the weights are normalised;
+    whole: fairer to the reasoning model, whose task vector is kept whole and at weight 1.
+    """
+
+    def recipe(trio: Path, strength: float) -> Config:
+        extra = {"epsilon": 0.1} if method == "della" else {}
+        weights = {
+            "reasoning": {"weight": 1.0, "density": 1.0 if whole else 0.5, **extra},
+            "instruct": {"weight": strength, "density": 0.5, **extra},
+        }
+        return {
+            "merge_method": method,
+            "base_model": str(trio / "pretrained"),
+            "models": _models(trio, weights),
+            "parameters": {"normalize": not whole},
+            "dtype": "bfloat16",
+        }
+
+    return recipe
+
+
+def slerp(trio: Path, strength: float) -> Config:
+    """Between the reasoning (t = 0) and the instruct model (t = 1)."""
+    return {
+        "merge_method": "slerp",
+        "base_model": str(trio / "reasoning"),
+        "models": _models(trio, {"reasoning": {}, "instruct": {}}),
+        "parameters": {"t": strength},
+        "dtype": "bfloat16",
+    }
+
+
+def rain_config(
+    trio: Path, calibration: Path, strength: float, settings: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration that both `mergekit-rain calibrate` and the merge read."""
+    weights = {role: {"role": role} for role in ("instruct", "pretrained")}
+    config = _anchored("rain", trio, weights)
+    config["parameters"] = {"calibration": str(calibration), "lambda": strength}
+    if settings is not None:
+        data = {
+            f"{kind}_data": str(trio / f"{kind}.jsonl") for kind in ("reasoning", "instruction")
+        }
+        config["rain"] = {**data, **settings}
+    return config
+
+
+def rain_settings(projection: str, share: float, thinking: int, **more: Any) -> dict[str, Any]:
+    """Settings of one calibration; what is not given stays at rain's defaults."""
+    return {
+        "projection": projection,
+        "rank_share": share,
+        "protect_thinking": thinking,
+        "coefficients": "off",
+        **more,
+    }
+
+
+def _rain(
+    name: str, group: str, *, main: bool = False, edit: str | None = None, **settings: Any
+) -> Method:
+    return Method(name, group, RAIN_STRENGTHS, settings=settings, edit=edit, main=main)
+
+
+def projections() -> list[Method]:
+    """Projection x rank share x protected thinking content, coefficients off."""
+    shares = ("0.99", "0.95", "0.9", "0.8", "0.999")
+    return [
+        _rain(
+            f"rain {projection} {share}, thinking {thinking}",
+            "projection",
+            main=share == "0.99",
+            **rain_settings(projection, float(share), thinking),
+        )
+        for share in shares
+        for thinking in (1, 0)
+        for projection in ("oblique", "orthogonal")
+    ]
+
+
+def coefficients() -> list[Method]:
+    """The default projection with coefficients, and coefficients without a projection."""
+    rows = []
+    for projection, rhos in (("oblique", (1.0, 0.0, 0.2)), ("orthogonal", (1.0,))):
+        for rho in rhos:
+            name = f"rain {projection} 0.99, thinking 1, normalized rho {rho:g}"
+            found = rain_settings(projection, 0.99, 1, coefficients="normalized", rho=rho)
+            rows.append(_rain(name, "coefficients", main=rho == 1.0, **found))
+    found = rain_settings("oblique", 0.99, 1, coefficients="normalized", rho=1.0)
+    rows.append(_rain("rain stage 2 only", "coefficients", edit="no projection", **found))
+    return rows
+
+
+def controls() -> list[Method]:
+    """Edited copies of real calibration files."""
+    default = rain_settings("oblique", 0.99, 1)
+    shuffled = rain_settings("oblique", 0.99, 1, coefficients="normalized", rho=1.0)
+    whole = rain_settings("orthogonal", 0.99, 0, rank_by="full")
+    return [
+        _rain("random subspace", "controls", edit="random subspace", main=True, **default),
+        _rain("shrunk task vector", "controls", edit="shrunk", main=True, **default),
+        _rain("shuffled coefficients", "controls", edit="shuffled", **shuffled),
+        _rain("sigmoid projection 0.1", "soft", edit="sigmoid 0.1", **whole),
+        _rain("sigmoid projection 0.01", "soft", edit="sigmoid 0.01", **whole),
+    ]
+
+
+def methods() -> list[Method]:
+    """All rows, the most telling ones first: a run that is cut short has these."""
+    models = [Method(role, "models", main=True) for role in ROLES]
+    plain = [
+        Method(TASK, "mergekit", TASK_STRENGTHS, task_arithmetic, main=True),
+        Method(TASK_LINEAR, "mergekit", TASK_STRENGTHS, linear_task_arithmetic, main=True),
+    ]
+    others = [
+        Method(
+            f"{name}{', reasoning whole' if whole else ''}", "mergekit", SPARSE_STRENGTHS, recipe
+        )
+        for name in ("ties", "dare_ties", "della")
+        for whole in (True, False)
+        for recipe in (sparse(name, whole=whole),)
+    ]
+    others.append(Method("slerp", "mergekit", SLERP_STRENGTHS, slerp))
+    rows = [*models, *plain, *projections(), *controls(), *coefficients(), *others]
+    return sorted(rows, key=_late)
+
+
+def _late(method: Method) -> int:
+    """What a short run leaves out first: variants of rows that come earlier."""
+    if method.main:
+        return 0
+    soon = (
+        "0.95, thinking 1",
+        "0.9, thinking 1",
+        "whole",
+        "slerp",
+        "stage 2 only",
+        "sigmoid projection 0.1",
+    )
+    if method.name.endswith(soon):
+        return 1
+    return 3 if method.name.endswith(("thinking 0", "ties", "della")) else 2

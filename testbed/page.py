@@ -1,0 +1,99 @@
+"""docs/results.md, made from the cache; nobody edits it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from testbed import sections, tables
+from testbed.bench import RANDOM_SEED
+from testbed.curves import Row, rows
+from testbed.findings import Comparer
+from testbed.intervals import RESAMPLES, SEEDS
+from testbed.judge import chosen
+from testbed.methods import methods
+from testbed.records import Record, read_lines
+from testbed.results_file import Results
+from testbed.tables import NONE, markdown
+
+Rows = Mapping[str, Row]
+ONE_TRIO = """\
+**One trio, one training seed.** This is evidence about these three models; nothing here shows \
+that another architecture, task or training seed would agree."""
+NOTES = "notes.md"
+HEAD = Path(__file__).with_name("results_head.md")
+
+
+def write_page(
+    out: Path, found: Sequence[Results], validation: int | None, test: int | None, *, quick: bool
+) -> None:
+    """Write the page and the plots beside it."""
+    trios = " ".join(results.data["trio"] for results in found)
+    command = f"python -m testbed.scoreboard {trios} -o {out}{' --quick' if quick else ''}"
+    head = HEAD.read_text(encoding="utf-8").format(
+        command=command, seed=RANDOM_SEED, resamples=RESAMPLES, seeds=", ".join(map(str, SEEDS))
+    )
+    parts = [head.rstrip("\n"), _scope(found)]
+    for results in found:
+        complete = {row.method.name: row for row in rows(results, validation, test, quick=quick)}
+        parts += section(out, results, complete, (validation, test), quick=quick)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _scope(found: Sequence[Results]) -> str:
+    if len(found) == 1:
+        return ONE_TRIO
+    return f"Measured on {len(found)} trios, each by itself below."
+
+
+def section(
+    out: Path,
+    results: Results,
+    complete: Rows,
+    limits: tuple[int | None, int | None],
+    *,
+    quick: bool,
+) -> list[str]:
+    """One trio."""
+    trio = Path(results.data["trio"])
+    validation, test = (
+        chosen(read_lines(trio / f"{split}.jsonl"), limit)
+        for split, limit in zip(("validation", "test"), limits, strict=True)
+    )
+    notes = results.path.with_name(f"{trio.name}-{NOTES}")
+    return [
+        f"## {trio.name}",
+        f"Prompts: validation {_counted(validation)}, test {_counted(test)}. "
+        + _measured(complete, quick=quick),
+        notes.read_text(encoding="utf-8").strip() if notes.exists() else "",
+        "### At each method's own best strength",
+        _table(complete, nominal=False),
+        "### At λ = 1",
+        _table(complete, nominal=True),
+        *sections.curves(out, trio.name, complete),
+        *sections.comparisons(complete, Comparer(test)),
+        sections.calibrations(results, complete),
+        sections.timing(results),
+    ]
+
+
+def _counted(prompts: Sequence[Record]) -> str:
+    return f"{len(prompts)} ({sum(bool(r['constraint']) for r in prompts)} with a constraint)"
+
+
+def _measured(complete: Rows, *, quick: bool) -> str:
+    wanted = [method.name for method in methods() if method.main or not quick]
+    missing = [name for name in wanted if name not in complete]
+    said = f"Rows measured: {len(complete)} of {len(wanted)}"
+    return (
+        f"{said}; not measured for want of time: {'; '.join(missing)}." if missing else f"{said}."
+    )
+
+
+def _table(complete: Rows, *, nominal: bool) -> str:
+    lines = []
+    for name, row in complete.items():
+        entry = row.nominal if nominal else row.test
+        if entry is not None:
+            strength = 1.0 if nominal else row.best
+            lines.append(tables.line(name, f"{strength:g}" if strength else NONE, entry["numbers"]))
+    return markdown(tables.header(), lines)

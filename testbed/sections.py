@@ -1,0 +1,133 @@
+"""Parts of a trio's section: curves, comparisons, ranks, cost."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from testbed import findings
+from testbed.curves import Row, at_gain, safe_gain, undominated
+from testbed.findings import Comparer, Comparison
+from testbed.methods import DEFAULT, TASK
+from testbed.results_file import Results
+from testbed.tables import NONE, markdown, percent, points, small
+
+Rows = Mapping[str, Row]
+EQUAL = """\
+At equal gain: {level} % followed, which task_arithmetic reaches at its best λ ({best:g}) with \
+L_think {price}{nominal}. Linear between strengths; {none} where a curve never gets there. *safe*: \
+the most that is followed with reasoning within one point of the reasoning model's and no more \
+broken blocks, and the λ for it."""
+DOMINANCE = """\
+Where *{default}* does not dominate: the strengths of each rival at which no point of its curve \
+follows as much at no more L_think, or as much with no less plain accuracy. *none*: it dominates."""
+COMPARISONS = """\
+First less second, in points on the same constrained test prompts, with the paired 95 % interval: \
+*both* with each at its own best strength, right answers there whatever their format, and *both* \
+with both at λ = 1. Many comparisons are made: some verdicts are chance."""
+KINDS = {
+    "both at best λ": (False, "both"),
+    "right at best λ": (False, "accurate"),
+    "both at λ = 1": (True, "both"),
+}
+
+
+def curves(out: Path, trio: str, complete: Rows) -> list[str]:
+    """The plot, and what it says in numbers."""
+    from testbed.plots import draw  # noqa: PLC0415 - matplotlib is wanted for the page alone
+
+    anchor, task = complete.get("reasoning"), complete.get(TASK)
+    if anchor is None or task is None:
+        return []
+    image = out.parent / "img" / f"results-{trio}.svg"
+    draw(image, list(complete.values()), anchor, f"{trio}, validation prompts, one point per λ")
+    return [
+        "### The trade-off",
+        f"![Trade-off curves of {trio}](img/{image.name})",
+        "On validation prompts, at all strengths; higher and further left is better.",
+        equal_gain(complete, anchor, task),
+        dominance(complete),
+    ]
+
+
+def equal_gain(complete: Rows, anchor: Row, task: Row) -> str:
+    """What each method pays where it follows as much as task arithmetic does at its best λ."""
+    level, price = (task.value(task.best, name) for name in ("followed", "L_think"))
+    lines = []
+    for name, row in complete.items():
+        if row.method.group != "models":
+            cost, both, safe = (
+                at_gain(row, level),
+                at_gain(row, level, "both"),
+                safe_gain(row, anchor),
+            )
+            paid = [NONE] * 2 if cost is None else [small(cost), small(cost / price)]
+            kept = [NONE] * 2 if safe is None else [percent(safe[0]), f"{safe[1]:g}"]
+            lines.append([name, *paid, NONE if both is None else percent(both), *kept])
+    at_one = f" (at λ = 1: {small(task.value(1.0, 'L_think'))})" if 1.0 in task.curve else ""
+    text = EQUAL.format(
+        level=percent(level), best=task.best, price=small(price), nominal=at_one, none=NONE
+    )
+    header = ["method", "L_think", "times task_arithmetic's", "both there", "safe: followed", "λ"]
+    return f"{text}\n\n{markdown(header, lines)}"
+
+
+def dominance(complete: Rows) -> str:
+    """Where a rival's point is not matched by any point of the default's curve."""
+    default = complete.get(DEFAULT)
+    if default is None:
+        return ""
+    lines = []
+    for name, rival in complete.items():
+        if rival.method.group == "models" or name == DEFAULT:
+            continue
+        ways = (("L_think", 1.0), ("plain_accuracy", -1.0))
+        left = [undominated(default, rival, cost, sign) for cost, sign in ways]
+        lines.append([name, *(", ".join(f"{s:g}" for s in found) or "none" for found in left)])
+    header = ["rival", "not matched in L_think, at λ", "not matched in accuracy, at λ"]
+    return f"{DOMINANCE.format(default=DEFAULT)}\n\n{markdown(header, lines)}"
+
+
+def comparisons(complete: Rows, comparer: Comparer) -> list[str]:
+    """Every group of pairs of which at least one was measured."""
+    parts = ["### Comparisons", COMPARISONS]
+    for title, pairs in findings.GROUPS.items():
+        lines = [line for pair in pairs if (line := _compared(complete, comparer, pair))]
+        if lines:
+            header = ["first", "second", *(c for k in KINDS for c in (k, "verdict"))]
+            parts += [f"**{title}**", markdown(header, lines)]
+    return parts
+
+
+def _compared(complete: Rows, comparer: Comparer, pair: tuple[str, str]) -> list[str]:
+    found = [
+        comparer.compare(complete, pair, nominal=nominal, field=field)
+        for nominal, field in KINDS.values()
+    ]
+    if found[0] is None:
+        return []
+    return [*pair, *(text for one in found for text in _said(one))]
+
+
+def _said(found: Comparison | None) -> tuple[str, str]:
+    if found is None:
+        return NONE, NONE
+    return f"{points(found.apart)} [{points(found.low)}, {points(found.high)}]", found.verdict
+
+
+def calibrations(results: Results, complete: Rows) -> str:
+    """Ranks of the calibrations behind the rows that are shown."""
+    lines = [
+        [name, f"{entry['mean_rank']:.0f}", f"{entry['capped']} of {entry['sites']}"]
+        for name, entry in sorted(results.calibrations.items())
+        if name in complete
+    ]
+    return "### Ranks\n\n" + markdown(["calibration", "mean rank", "sites at the cap"], lines)
+
+
+def timing(results: Results) -> str:
+    """CPU time, which depends less on what else a machine does than wall time."""
+    spent = [entry["cpu_seconds"] for entry in results.entries.values()]
+    making, judging = (sum(one[kind] for one in spent) / 60 for kind in ("making", "judging"))
+    return (
+        f"### Cost\n\n{len(spent)} measurements on one thread: {making:.0f} CPU minutes for "
+        f"calibrating and merging, {judging:.0f} for generating and judging."
+    )
