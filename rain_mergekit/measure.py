@@ -12,11 +12,11 @@ from mergekit.common import ModelReference
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.checkpoint import Checkpoint, fingerprint
-from rain_mergekit.data import Markers, ReasoningTokens, load_reasoning
+from rain_mergekit.data import DataSet, Markers, ReasoningTokens, load_reasoning
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, drift, load_model
 from rain_mergekit.features import spread
-from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.models import LoadOptions, load_tokenizer, open_model
 from rain_mergekit.sites import locate, module_order
 
 
@@ -45,23 +45,12 @@ def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Tex
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
     """The model of that reference, or in that folder; RainError if it cannot be found."""
     if Path(name).is_dir():  # a folder's name may hold what has a meaning in a reference
-        return open_reference(ModelReference.model_validate({"model": {"path": name}}), options)
+        return open_model(ModelReference.model_validate({"model": {"path": name}}), options)
     try:
         reference = ModelReference.parse(name)
     except (RuntimeError, ValueError) as error:
         raise RainError(f"{name}: is not a model reference: {error}") from None
-    return open_reference(reference, options)
-
-
-def open_reference(reference: ModelReference, options: LoadOptions) -> Checkpoint:
-    """The model of that reference; RainError if it cannot be found."""
-    return Checkpoint(
-        reference,
-        cache_dir=options.transformers_cache,
-        lora_cache_dir=options.lora_merge_cache,
-        lora_merge_dtype=options.lora_merge_dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return open_model(reference, options)
 
 
 class Ruler:
@@ -71,7 +60,7 @@ class Ruler:
         self, reasoning: Checkpoint, texts: Texts, device: str, dtype: torch.dtype | None
     ) -> None:
         self._device, self._dtype = device, dtype
-        self._samples = _samples(reasoning, texts)
+        self._samples = read_texts(reasoning, texts)[0]
         self._reference = load_model(reasoning, device, dtype)
 
     def drift(self, merged: Checkpoint) -> Drift:
@@ -80,7 +69,10 @@ class Ruler:
         return drift(self._reference, model, self._samples)
 
 
-def _samples(reasoning: Checkpoint, texts: Texts) -> list[ReasoningTokens]:
+def read_texts(
+    reasoning: Checkpoint, texts: Texts
+) -> tuple[list[ReasoningTokens], DataSet[ReasoningTokens]]:
+    """The samples to measure on, evenly spaced, and the whole set that they come from."""
     data = load_reasoning(
         texts.path,
         load_tokenizer(reasoning),
@@ -90,7 +82,7 @@ def _samples(reasoning: Checkpoint, texts: Texts) -> list[ReasoningTokens]:
         keep_response=True,
     )
     count = texts.count or len(data.samples)
-    return [data.samples[index] for index in spread(range(len(data.samples)), count)]
+    return [data.samples[index] for index in spread(range(len(data.samples)), count)], data
 
 
 def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.common import ModelReference
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -27,6 +28,11 @@ class LoadOptions:
     lora_merge_cache: str | None = None
     trust_remote_code: bool = False
     lora_merge_dtype: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LoadOptions:
+        """The options of these names among those of a command, ours or mergekit's."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,20 @@ class Trio:
         }
 
 
+def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
+    """The checkpoint of that reference; RainError if it cannot be found."""
+    return Checkpoint(
+        reference,
+        cache_dir=options.transformers_cache,
+        lora_cache_dir=options.lora_merge_cache,
+        lora_merge_dtype=options.lora_merge_dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
 def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
     """Open the checkpoints and read the reasoning model's config; no tensor is read."""
-    opened = {
-        role: Checkpoint(
-            reference,
-            cache_dir=options.transformers_cache,
-            lora_cache_dir=options.lora_merge_cache,
-            lora_merge_dtype=options.lora_merge_dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
-        for role, reference in config.models.items()
-    }
+    opened = {role: open_model(reference, options) for role, reference in config.models.items()}
     model_config = read_model_config(opened["reasoning"])
     for role in ("instruct", "pretrained"):
         other = read_model_config(opened[role])

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from rain_mergekit.artifact import CalibrationFile, ModelRecord
 from rain_mergekit.artifact_schema import FORMAT, VERSION
-from rain_mergekit.checkpoint import Checkpoint, fingerprint
+from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.container import LENGTH_BYTES, MAX_HEADER
 from rain_mergekit.errors import RainError
-from rain_mergekit.models import LoadOptions
+from rain_mergekit.models import LoadOptions, open_model
 from rain_mergekit.settings import RainSettings
 
 # Where the data lie does not matter; their digests are compared instead.
@@ -176,14 +176,7 @@ def _refuse_swapped(
 
 
 def _fingerprint(model: Any, options: LoadOptions) -> dict[str, str]:
-    checkpoint = Checkpoint(
-        model,
-        cache_dir=options.transformers_cache,
-        lora_cache_dir=options.lora_merge_cache,
-        lora_merge_dtype=options.lora_merge_dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
-    return fingerprint(checkpoint.path)
+    return fingerprint(open_model(model, options).path)
 
 
 def _digest(path: str) -> str | None:

@@ -61,12 +61,7 @@ def calibrate(config: str, **options: Any) -> None:
     console = Console(quiet=options["quiet"] or not leader, verbosity=options["verbosity"])
     console.setup()
     run = RunOptions(
-        load=LoadOptions(
-            options["transformers_cache"],
-            options["lora_merge_cache"],
-            options["trust_remote_code"],
-            options["lora_merge_dtype"],
-        ),
+        load=LoadOptions.of(options),
         device=pick_device(options["device"]),
         dtype=pick_dtype(options["dtype"]),
         activation_budget=options["activation_budget"],

@@ -80,12 +80,7 @@ def bring_up_to_date(
 ) -> None:
     """Calibrate if the file is missing or was made from something else, and say why."""
     run = RunOptions(
-        load=LoadOptions(
-            merge_options.transformers_cache,
-            merge_options.lora_merge_cache,
-            merge_options.trust_remote_code,
-            merge_options.lora_merge_dtype,
-        ),
+        load=LoadOptions.of(merge_options.model_dump()),
         device=pick_device(str(merge_options.device or "cpu")),
         dtype=pick_dtype(options["calibration_dtype"]),
         activation_budget=options["activation_budget"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +91,7 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
     from rain_mergekit.report import Merged  # noqa: PLC0415
 
     console.setup()
-    names = (field.name for field in fields(LoadOptions))
-    load = LoadOptions(**{name: options[name] for name in names})
+    load = LoadOptions.of(options)
     recorded = file.models["reasoning"].reference
     reasoning = open_checkpoint(options["against"] or recorded, load)
     check_reasoning(file, reasoning)

@@ -14,8 +14,8 @@ from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.merge import add_card, bring_up_to_date, merge_into, refuse_input
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
 from rain_mergekit.config import RainConfig, read_config
-from rain_mergekit.measure import Ruler, open_checkpoint, open_reference, texts_like
-from rain_mergekit.models import LoadOptions
+from rain_mergekit.measure import Ruler, open_checkpoint, texts_like
+from rain_mergekit.models import LoadOptions, open_model
 from rain_mergekit.staging import staged_folder
 from rain_mergekit.sweep import (
     REPORT,
@@ -87,14 +87,15 @@ def sweep(
     for strength in strengths:
         refuse_input(parsed, str(folder / folder_name(strength)))
     bring_up_to_date(parsed, merge_options, {**options, "recalibrate": False}, console)
-    ruler = _ruler(parsed, merge_options, options, console)
+    load = LoadOptions.of(merge_options.model_dump())
+    ruler = _ruler(parsed, load, merge_options, options, console)
     rows: list[Row] = []
     write_rows(folder, rows)
     for strength in strengths:
         place = folder / folder_name(strength)
         console.say(f"Merging at lambda {strength:g}: {place}")
         _merge(at_strength(parsed, strength), place, merge_options, console)
-        found = ruler.drift(open_checkpoint(str(place), _loading(merge_options)))
+        found = ruler.drift(open_checkpoint(str(place), load))
         if options["table_only"]:
             shutil.rmtree(place)
         rows.append(Row(strength, None if options["table_only"] else place.name, found))
@@ -109,24 +110,19 @@ def _merge(config: RainConfig, place: Path, options: MergeOptions, console: Cons
             add_card(stage, console)
 
 
-def _loading(options: MergeOptions) -> LoadOptions:
-    return LoadOptions(
-        options.transformers_cache,
-        options.lora_merge_cache,
-        options.trust_remote_code,
-        options.lora_merge_dtype,
-    )
-
-
 def _ruler(
-    config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
+    config: RainConfig,
+    load: LoadOptions,
+    merge_options: MergeOptions,
+    options: dict[str, Any],
+    console: Console,
 ) -> Ruler:
     settings = config.settings.model_dump(mode="json")
     if options["reasoning_data"] is None:
         console.say("Measuring on samples of the calibration itself: held-out ones say more")
     data = options["reasoning_data"] or config.settings.reasoning_data
     return Ruler(
-        open_reference(config.reasoning, _loading(merge_options)),
+        open_model(config.reasoning, load),
         texts_like(settings, data, options["samples"]),
         pick_device(str(merge_options.device or "cpu")),
         pick_dtype(options["calibration_dtype"]),

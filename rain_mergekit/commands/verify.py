@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +14,6 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
 )
-from rain_mergekit.errors import RainError
 
 _DAMAGED = 3
 
@@ -49,14 +47,16 @@ def verify(**options: Any) -> None:
     """
     from rain_mergekit.commands.console import Console  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.evaluation import drift, load_model  # noqa: PLC0415
-    from rain_mergekit.models import load_tokenizer  # noqa: PLC0415
+    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
-    reasoning, merged = _open(options["against"], options), _open(options["merged"], options)
-    samples = _samples(load_tokenizer(reasoning), options, console)
-    models = [load_model(checkpoint, device, dtype) for checkpoint in (reasoning, merged)]
+    load = LoadOptions.of(options)
+    checkpoints = [open_checkpoint(options[name], load) for name in ("against", "merged")]
+    samples = _samples(checkpoints[0], options, console)
+    models = [load_model(checkpoint, device, dtype) for checkpoint in checkpoints]
     from tqdm import tqdm  # noqa: PLC0415
 
     total = sum(len(sample.input_ids) for sample in samples)
@@ -67,43 +67,17 @@ def verify(**options: Any) -> None:
         click.get_current_context().exit(_DAMAGED)
 
 
-def _open(name: str, options: dict[str, Any]) -> Any:
-    from mergekit.common import ModelReference  # noqa: PLC0415
+def _samples(reasoning: Any, options: dict[str, Any], console: Any) -> list[Any]:
+    from rain_mergekit.data import Markers  # noqa: PLC0415
+    from rain_mergekit.measure import Texts, read_texts  # noqa: PLC0415
 
-    from rain_mergekit.checkpoint import Checkpoint  # noqa: PLC0415
-
-    try:
-        # A folder is taken by its name, whatever `+` and `@` mean in references.
-        local = {"model": {"path": name}} if Path(name).is_dir() else None
-        reference = ModelReference.model_validate(local) if local else ModelReference.parse(name)
-    except (RuntimeError, ValueError) as error:
-        raise RainError(f"{name}: is not a model reference: {error}") from None
-    return Checkpoint(
-        reference,
-        cache_dir=options["transformers_cache"],
-        lora_cache_dir=options["lora_merge_cache"],
-        lora_merge_dtype=options["lora_merge_dtype"],
-        trust_remote_code=options["trust_remote_code"],
-    )
-
-
-def _samples(tokenizer: Any, options: dict[str, Any], console: Any) -> list[Any]:
-    from rain_mergekit.data import Markers, load_reasoning  # noqa: PLC0415
-    from rain_mergekit.features import spread  # noqa: PLC0415
-
-    data = load_reasoning(
-        options["reasoning_data"],
-        tokenizer,
-        markers=Markers(*options["markers"]),
-        window=options["window"],
-        max_tokens=options["max_tokens"],
-        keep_response=True,
-    )
+    path, count, markers = options["reasoning_data"], options["samples"], options["markers"]
+    texts = Texts(path, count, Markers(*markers), options["window"], options["max_tokens"])
+    samples, data = read_texts(reasoning, texts)
     if skipped := data.total - len(data.samples):
         source, reason = data.skipped[0]
         console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
-    count = options["samples"] or len(data.samples)
-    return [data.samples[index] for index in spread(range(len(data.samples)), count)]
+    return samples
 
 
 def _report(found: Any, console: Any) -> None:
