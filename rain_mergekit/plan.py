@@ -106,6 +106,11 @@ def working_memory(shape: ModelShape, work: Workload) -> int:
     return work.itemsize * (work.longest * attention + min(work.longest, TOKENS) * 4 * shape.ffn)
 
 
+def file_bytes(shape: ModelShape, elements: int, *, stores_v: bool) -> int:
+    """The factors of all layers, for that many elements of U in each, float32."""
+    return shape.layers * elements * (2 if stores_v else 1) * FLOAT32
+
+
 def hidden_bytes(shape: ModelShape, work: Workload) -> int:
     """Hidden states of all streams."""
     return sum(work.lengths) * shape.hidden * work.itemsize
@@ -120,15 +125,20 @@ def hidden_budget(
 
 
 def estimate(
-    shape: ModelShape, work: Workload, *, budget: int, rank: int, oblique: bool
+    shape: ModelShape,
+    work: Workload,
+    *,
+    budget: int,
+    rank: int,
+    oblique: bool,
+    stores_v: bool,
 ) -> Estimate:
     """Memory, disk and operations of a calibration with at most `rank` directions a site."""
     hidden = hidden_bytes(shape, work)
     kept = min(hidden, hidden_budget(budget, shape, work, rank, oblique=oblique))
     transient = max(working_memory(shape, work), solver_memory(shape, work, rank, oblique=oblique))
-    factors = 2 if oblique else 1
     ranks = sum(min(rank, work.protected_rows, width) * width for width in shape.widths)
-    file_bytes = shape.layers * ranks * factors * FLOAT32
+    written = file_bytes(shape, ranks, stores_v=stores_v)
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
@@ -136,8 +146,8 @@ def estimate(
             "hidden states": kept,
             "working space": transient,
         },
-        work_disk=hidden - kept + 2 * hidden + file_bytes,
-        file_bytes=file_bytes,
+        work_disk=hidden - kept + 2 * hidden + written,
+        file_bytes=written,
         read_bytes=3 * shape.model_bytes,
         forward_flops=shape.layers * forward_flops(shape, work),
         statistics_flops=shape.layers * statistics_flops(shape, work, oblique=oblique),

@@ -22,8 +22,16 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.heap import give_back
 from rain_mergekit.models import LoadOptions, Trio, check_shapes
 from rain_mergekit.parts import write_part
-from rain_mergekit.plan import Estimate, ModelShape, Workload, estimate, hidden_budget
+from rain_mergekit.plan import (
+    Estimate,
+    ModelShape,
+    Workload,
+    estimate,
+    file_bytes,
+    hidden_budget,
+)
 from rain_mergekit.planning import model_shape, workload
+from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, StreamPlan, build_streams, plan_streams
 from rain_mergekit.walk import LayerResult, LayerWalk, Stream
 from rain_mergekit.workdir import WorkDir
@@ -65,7 +73,7 @@ class Run:
         self._modules = tuple(trio.layout.kinds)
         self._token_wise = token_wise(trio.layout.kinds)
         check_shapes(trio, [self._tensor(i, m) for i in self.indices for m in self._modules])
-        self.max_rank = max_rank(trio, config, len(self.indices))
+        self.max_rank = max_rank(self.needs[0], config.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
             raise RainError(
@@ -139,7 +147,13 @@ class Run:
         """Memory, disk and operations of the whole run on one process."""
         oblique = self._settings.projection == "oblique"
         budget = self._options.activation_budget
-        return estimate(*self.needs, budget=budget, rank=self.max_rank, oblique=oblique)
+        return estimate(
+            *self.needs,
+            budget=budget,
+            rank=self.max_rank,
+            oblique=oblique,
+            stores_v=self._settings.stores_v,
+        )
 
     def _progress(self, tokens: int, first: int) -> tqdm[Any]:
         samples = sum(len(plan.samples) for plan in self.plans)
@@ -196,21 +210,17 @@ class Run:
             self._passes[stream.name] = self._passes.get(stream.name, 0) + len(stream)
 
 
-def max_rank(trio: Trio, config: RainConfig, layers: int) -> int:
+def max_rank(shape: ModelShape, settings: RainSettings) -> int:
     """The rank cap: as given, or what the size budget allows (at least MIN_RANK_CAP).
 
     `rank_by: full` means what it says: only an explicit `max_rank` bounds it.
     """
-    settings = config.settings
     if settings.max_rank is not None:
         return settings.max_rank
     if settings.rank_by == "full":
-        return int(max(trio.config.hidden_size, trio.config.intermediate_size))
-    attention = trio.layout.heads * trio.layout.head_dim
-    widths = 2 * trio.config.hidden_size + attention + trio.config.intermediate_size
-    factors = 2 if settings.projection == "oblique" or settings.ridge > 0 else 1
-    per_rank = widths * torch.float32.itemsize * factors * layers
-    return max(MIN_RANK_CAP, int(settings.size_budget * trio.reasoning.bytes / per_rank))
+        return max(shape.widths)
+    per_rank = file_bytes(shape, sum(shape.widths), stores_v=settings.stores_v)
+    return max(MIN_RANK_CAP, int(settings.size_budget * shape.model_bytes / per_rank))
 
 
 def default_dtype(trio: Trio, device: str) -> torch.dtype:

@@ -177,6 +177,11 @@ class RainSettings(BaseModel):
         return self
 
     @property
+    def stores_v(self) -> bool:
+        """Whether V differs from U, so that the calibration file holds both."""
+        return self.projection == "oblique" or self.ridge > 0
+
+    @property
     def needs_instruction_data(self) -> bool:
         """Whether anything is measured on the instruction set."""
         return self.projection == "oblique" or self.coefficients != "off"

@@ -44,9 +44,9 @@ def test_the_parts_by_hand() -> None:
 
 
 def test_a_7b_model_fits_a_laptop_and_does_not_depend_on_depth() -> None:
-    found = formulas.estimate(SEVEN, WORK, budget=BUDGET, rank=228, oblique=True)
+    found = formulas.estimate(SEVEN, WORK, budget=BUDGET, rank=228, oblique=True, stores_v=True)
     deep = dataclasses.replace(SEVEN, layers=80)
-    deeper = formulas.estimate(deep, WORK, budget=BUDGET, rank=228, oblique=True)
+    deeper = formulas.estimate(deep, WORK, budget=BUDGET, rank=228, oblique=True, stores_v=True)
     assert found.peak == deeper.peak
     assert found.peak < 4 * 2 * SEVEN.layer_parameters + BUDGET
     assert found.file_bytes <= 0.1 * SEVEN.model_bytes
@@ -54,8 +54,10 @@ def test_a_7b_model_fits_a_laptop_and_does_not_depend_on_depth() -> None:
 
 
 def test_hidden_states_without_room_go_to_disk() -> None:
-    tight = formulas.estimate(SEVEN, WORK, budget=0, rank=228, oblique=True)
-    roomy = formulas.estimate(SEVEN, WORK, budget=100 * BUDGET, rank=228, oblique=True)
+    tight = formulas.estimate(SEVEN, WORK, budget=0, rank=228, oblique=True, stores_v=True)
+    roomy = formulas.estimate(
+        SEVEN, WORK, budget=100 * BUDGET, rank=228, oblique=True, stores_v=True
+    )
     states = formulas.hidden_bytes(SEVEN, WORK)
     assert tight.memory["hidden states"] == 0
     assert roomy.memory["hidden states"] == states
