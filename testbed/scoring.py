@@ -5,34 +5,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rain_mergekit.thinking import Thought, split_thinking
 from testbed.formats import FORMATS, content
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """A generated text taken apart; without a closing marker there is no response at all."""
-
-    opened: bool
-    closed: bool
-    thinking: str
-    response: str
-
-    @property
-    def complete(self) -> bool:
-        """A block that was opened, holds something and was closed."""
-        return self.opened and self.closed and bool(self.thinking)
-
-
-def parse(output: str, opened: bool) -> Parsed:
+def parse(output: str, opened: bool) -> Thought:
     """Take apart what came after a prompt; `opened` says that the prompt ended in the marker."""
     if not opened:
-        before, marker, output = output.partition(OPEN)
-        if not marker or before.strip():
-            return Parsed(False, CLOSE in before + output, "", (before + marker + output).strip())
+        return split_thinking(output, OPEN, CLOSE)
+    # A second open marker inside an opened block is the model's own text here.
     thinking, marker, response = output.partition(CLOSE)
-    return Parsed(True, bool(marker), thinking.strip(), response.strip() if marker else "")
+    return Thought(True, bool(marker), thinking.strip(), response.strip())
 
 
 @dataclass(frozen=True)
