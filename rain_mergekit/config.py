@@ -61,7 +61,7 @@ def read_config(path: str | Path) -> RainConfig:
         for model in merge.models
         if model.model != merge.base_model or "role" in (model.parameters or {})
     ]
-    roles = _roles(others, source)
+    roles = _roles(others, merge.base_model, source)
     return RainConfig(
         path=source,
         text=text,
@@ -100,7 +100,9 @@ def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfigura
         raise RainError(f"{source}: mergekit cannot read this: {error}") from None
 
 
-def _roles(models: Sequence[InputModelDefinition], source: str) -> dict[str, ModelReference]:
+def _roles(
+    models: Sequence[InputModelDefinition], base: ModelReference, source: str
+) -> dict[str, ModelReference]:
     if len(models) != 2:
         raise RainError(
             f"{source}: models: expected exactly two besides base_model (role instruct and role "
@@ -113,6 +115,11 @@ def _roles(models: Sequence[InputModelDefinition], source: str) -> dict[str, Mod
             raise RainError(
                 f"{source}: models: {item.model}: parameters.role is {role!r}, expected "
                 "'instruct' or 'pretrained'"
+            )
+        if role == "instruct" and item.model == base:
+            raise RainError(
+                f"{source}: models: {item.model}: base_model cannot have role instruct: there "
+                "would be nothing to merge into it; it can stand for the pretrained model only"
             )
         if role in found:
             raise RainError(

@@ -17,7 +17,7 @@ from rain_mergekit.artifact import CalibrationFile, TensorPlan
 from rain_mergekit.basis_cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.errors import RainError
 from rain_mergekit.method_spec import NAME, Planned, RainMergeError, rain_spec, reported, role_name
-from rain_mergekit.roles import OTHER, assign_roles
+from rain_mergekit.roles import assign_roles, is_proxy, proxy_roles
 
 __all__ = ["RainMerge", "RainMergeError", "register"]
 _SLICE = re.compile(r"\.slices\[\d+\]$")
@@ -66,20 +66,21 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     ) -> None:
         """Require the base model and two others; when planning, also that they fit the file.
 
-        Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
+        One other is enough if the calibration was made with the reasoning model as the pretrained
+        one: mergekit shows a method each model once, and the base model without its role. Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
         """
         calibration, roles = self._planned.take()
         others = [model for model in input_ids if model != base_id]
         whole = group_name is None or _SLICE.search(group_name) is not None
         with reported():
             _require_inputs(input_ids, others, base_id, group_name)
-            if len(others) > 2 or (whole and len(others) < 2):
+            if len(others) > 2 or (whole and not others):
                 raise RainError(
                     "merge_method: rain merges exactly two models into base_model, one with "
                     f"`role: instruct` and one with `role: pretrained`; found {len(others)}: "
                     f"{', '.join(map(str, others)) or 'none'}"
                 )
-            if calibration is not None and len(others) == len(roles) == 2 and not whole:
+            if calibration is not None and others and len(others) == len(roles) and not whole:
                 explicit = dict(zip(others, roles, strict=True))
                 self._models(calibration, base_id, others, explicit)
 
@@ -91,8 +92,12 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         explicit: Mapping[Hashable, str | None],
     ) -> dict[str, Hashable]:
         """The model of each role; the first time, check that the calibration is theirs."""
-        recorded = {role: calibration.models[role].reference for role in OTHER}
-        models = {"reasoning": base, **assign_roles(others, explicit, recorded)}
+        recorded = _recorded(calibration)
+        models: dict[str, Hashable] = {"reasoning": base, "pretrained": base}
+        if len(others) == 1:
+            models |= proxy_roles(others[0], explicit.get(others[0]), recorded)
+        else:
+            models |= assign_roles(others, explicit, recorded)
         key = (calibration, *sorted((role, model) for role, model in models.items()))
         self._checked.get(key, lambda: _check_models(calibration, models))
         return models
@@ -106,21 +111,23 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
         calibration: CalibrationFile = parameters["calibration"]
         name, base = group.metadata.name, group.base
-        others = {entry.id: entry.tensor for entry in group.non_base}
+        others = [entry.id for entry in group.non_base]
         if name is None:
             raise RainError("rain merges tensors by name: pass the tensor's name")
         plan = calibration.tensors.get(name)
-        if len(others) < 2 and plan is not None:
+        wanted = 1 if is_proxy(_recorded(calibration)) else 2
+        if len(others) < wanted and plan is not None:
             found = ", ".join(str(entry.id) for entry in group.entries)
             raise RainError(f"{name}: the calibration lists it, but only {found} has it")
         models: Mapping[str, Hashable] = {}
-        if len(others) == 2:
-            models = self._models(calibration, base.id, list(others), parameters["role"])
+        if len(others) >= wanted:
+            models = self._models(calibration, base.id, others, parameters["role"])
         reasoning: Tensor = base.tensor
         _require_finite(reasoning, name, f"the reasoning model {base.id}")
         if plan is None or parameters["lambda"] == 0:
             return reasoning
-        inputs = others[models["instruct"]], others[models["pretrained"]]
+        tensors = {entry.id: entry.tensor for entry in group.entries}
+        inputs = tensors[models["instruct"]], tensors[models["pretrained"]]
         for role, tensor in zip(("instruct", "pretrained"), inputs, strict=True):
             _require_finite(tensor, name, f"the {role} model {models[role]}")
         if tuple(reasoning.shape) != plan.shape:
@@ -159,6 +166,10 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
                 w_r, w_i, w_b, factors(site), rows, cols, strength, plan.input_axis
             )
         return merged
+
+
+def _recorded(calibration: CalibrationFile) -> dict[str, str]:
+    return {role: model.reference for role, model in calibration.models.items()}
 
 
 def _require_inputs(

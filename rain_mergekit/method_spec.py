@@ -81,7 +81,7 @@ def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]
             _parameter("role", str, non_base, None, role),
         ),
         # An optional tensor of one input is the base's own or is left out; see validate_inputs.
-        contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=2, max_non_base=2),
+        contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1, max_non_base=2),
         optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
     )
 

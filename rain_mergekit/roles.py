@@ -51,6 +51,36 @@ def assign_roles(
     return result
 
 
+def is_proxy(references: Mapping[str, str]) -> bool:
+    """Whether the reasoning model stands for the pretrained one, from the references by role."""
+    return references["pretrained"] == references["reasoning"]
+
+
+def proxy_roles(
+    model: Hashable, explicit: str | None, recorded: Mapping[str, str]
+) -> dict[str, Hashable]:
+    """The roles where the reasoning model stands for the pretrained one too.
+
+    Args:
+        model: the one model besides the base model.
+        explicit: its configured role, or None.
+        recorded: the model reference that the calibration recorded for each of the three roles.
+
+    Raises:
+        RainError: the calibration was made with a pretrained model of its own, or `model` has the
+            role of one.
+    """
+    if not is_proxy(recorded):
+        raise RainError(
+            "merge_method: rain merges exactly two models into base_model, one with "
+            f"`role: instruct` and one with `role: pretrained`; found 1: {model} (the calibration "
+            f"was made with {_list(recorded)})"
+        )
+    if explicit == "pretrained":
+        raise RainError(_contradiction(model, explicit, recorded))
+    return {"instruct": model}
+
+
 def _recorded_role(model: Hashable, recorded: Mapping[str, str]) -> str | None:
     matches = [role for role in OTHER if recorded[role] == str(model)]
     return matches[0] if len(matches) == 1 else None
