@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from rain_mergekit.advice import warnings_of
 from rain_mergekit.assemble import write_file
 from rain_mergekit.calibration_data import Samples, load_samples, record
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.distributed import World, join, leave
 from rain_mergekit.errors import RainError
-from rain_mergekit.host import lost_tensors, lost_warning
 from rain_mergekit.models import Trio, open_trio
 from rain_mergekit.parts import LayerPart, read_part
 from rain_mergekit.plan import Estimate
@@ -68,7 +68,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
-    lost = lost_tensors(trio.reasoning, trio.config)
+    advice = warnings_of(config, trio)
     run = Run(config, options, trio, samples, world)
     job = run.identity(models)
     with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
@@ -80,7 +80,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
             "data": record(samples),
             "settings": config.settings.model_dump(mode="json"),
             "run": {"dtype": str(run.shell.dtype).removeprefix("torch."), "device": job["device"]},
-            "warnings": [lost_warning(lost)] if lost else [],
+            "warnings": advice,
         }
         warnings: tuple[str, ...] = ()
         if world.rank == 0:

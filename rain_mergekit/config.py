@@ -20,7 +20,10 @@ ROLES = ("instruct", "pretrained")
 
 @dataclass(frozen=True)
 class RainConfig:
-    """A parsed configuration: the three models by role, where the calibration lies, settings."""
+    """A parsed configuration: the three models by role, where the calibration lies, settings.
+
+    tokenizer: whether mergekit is told to align the vocabularies.
+    """
 
     path: str
     text: str
@@ -29,6 +32,7 @@ class RainConfig:
     pretrained: ModelReference
     calibration: Path
     settings: RainSettings
+    tokenizer: bool
 
     @property
     def models(self) -> dict[str, ModelReference]:
@@ -70,6 +74,7 @@ def read_config(path: str | Path) -> RainConfig:
         pretrained=roles["pretrained"],
         calibration=_calibration_path(merge, source),
         settings=parse_settings(data.get("rain"), source),
+        tokenizer=merge.tokenizer is not None or merge.tokenizer_source is not None,
     )
 
 

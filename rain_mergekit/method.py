@@ -67,7 +67,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         """Require the base model and two others; when planning, also that they fit the file.
 
         One other is enough if the calibration was made with the reasoning model as the pretrained
-        one: mergekit shows a method each model once, and the base model without its role. Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
+        one: mergekit shows a method each model once, and the base model without its role.
+        Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
         """
         calibration, roles = self._planned.take()
         others = [model for model in input_ids if model != base_id]

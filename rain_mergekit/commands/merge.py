@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
 
+from rain_mergekit.advice import require_mergeable
 from rain_mergekit.calibrate import RunOptions
 from rain_mergekit.card import write_card
 from rain_mergekit.commands.calibration import run_calibration
@@ -46,6 +47,7 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
         merge_options = merge_options.model_copy(update={"quiet": True})
     parsed = read_config(config)
     refuse_input(parsed, out)
+    require_mergeable(parsed, LoadOptions.of(merge_options.model_dump()))
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
         try:
