@@ -23,6 +23,7 @@ _COMMANDS = {
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
     "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
     "card": ("rain_mergekit.commands.card:card", "Say in a model's README.md how it was merged."),
+    "data": ("rain_mergekit.commands.data:data", "Build calibration sets, or check one."),
     "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
 }
 _INTERRUPTED = 130

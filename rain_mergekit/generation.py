@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rain_mergekit.rendering import Markers
 from rain_mergekit.thinking import Thought, split_thinking
 
 _DEFAULT_MARKERS = Markers()
+_GREEDY: Mapping[str, Any] = {"do_sample": False}
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ def generate(
     Prompts go through the chat template as a user's turn. Greedy: the same call gives the same
     answers, up to rounding that depends on the padding. Raises RainError without a chat template.
     """
-    heads = [_render(tokenizer, prompt) for prompt in prompts]
+    heads = [rendered(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(heads)), key=lambda index: len(heads[index]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        written = _continue(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
+        written = continued(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
         for index, (text, finished) in zip(batch, written, strict=True):
             opened = heads[index].rstrip().endswith(markers.open)
             thought = split_thinking(text, markers.open, markers.close, opened_by_template=opened)
@@ -55,17 +56,25 @@ def generate(
     return [answers[index] for index in range(len(heads))]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The chat template with the prompt as a user's turn; RainError if there is no template."""
     if not tokenizer.chat_template:
         raise RainError(f"the tokenizer {tokenizer.name_or_path} has no chat template")
     turns = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
-def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, heads: list[str], limit: int
+def continued(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: list[str],
+    limit: int,
+    drawing: Mapping[str, Any] = _GREEDY,
 ) -> list[tuple[str, bool]]:
-    """Text and whether it ended, without the token that ends a turn."""
+    """Text and whether it ended within `limit` tokens, without the token that ends a turn.
+
+    drawing: how tokens are drawn, in transformers' GenerationConfig's terms.
+    """
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     encoded = [tokenizer(head, add_special_tokens=False)["input_ids"] for head in heads]
@@ -73,7 +82,7 @@ def _continue(
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
+        **drawing,
         max_new_tokens=limit,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,

@@ -40,6 +40,11 @@ def read_samples(path: StrPath, parse: Callable[[str, object], S]) -> tuple[str,
     return hashlib.sha256(data).hexdigest(), samples
 
 
+def read_text(path: StrPath) -> str:
+    """The file's UTF-8 text, without a byte order mark; RainError if it has none."""
+    return _decode(path, _read_bytes(path))
+
+
 def _read_bytes(path: StrPath) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():

@@ -47,7 +47,7 @@ class InstructionSample:
     unrelated_response_spans: tuple[str, ...]
 
 
-class _Fields:
+class Fields:
     """Typed access to the fields of one JSON object; every complaint names place and field."""
 
     def __init__(self, source: str, value: object, path: str = "") -> None:
@@ -63,12 +63,17 @@ class _Fields:
             raise RainError(f"{self.source}: field '{label}' is given twice; keep one of them.")
         return label, self._value.get(name)
 
+    def value(self, name: str) -> object:
+        """The value of any kind, or None if it is absent."""
+        return self._get(name)[1]
+
     def text(self, name: str) -> str | None:
         """The string, or None if it is absent, null or blank."""
         label, value = self._get(name)
         return None if value is None else _text(self.source, label, value) or None
 
     def required(self, name: str, remedy: str = "every sample needs this text") -> str:
+        """The string; RainError with the remedy if there is none."""
         text = self.text(name)
         if text is None:
             label, _ = self._get(name)
@@ -86,6 +91,7 @@ class _Fields:
         return [(f"{label}[{index}]", item) for index, item in enumerate(value)]
 
     def spans(self, name: str, *, optional: bool = False) -> tuple[str, ...]:
+        """A list of texts that are not blank."""
         spans = []
         for label, item in self.items(name, optional=optional):
             span = _text(self.source, label, item)
@@ -115,7 +121,7 @@ def _text(source: str, label: str, value: object) -> str:
 
 def parse_reasoning(source: str, value: object) -> ReasoningSample:
     """Check one JSON value as a reasoning sample; RainError names ``source`` and the field."""
-    fields = _Fields(source, value)
+    fields = Fields(source, value)
     prompt = fields.required("prompt")
     output, reasoning = fields.text("output"), _reasoning(fields)
     if output is None and reasoning is None:
@@ -125,7 +131,7 @@ def parse_reasoning(source: str, value: object) -> ReasoningSample:
 
 def parse_instruction(source: str, value: object) -> InstructionSample:
     """Check one JSON value as an instruction sample; RainError names ``source`` and the field."""
-    fields = _Fields(source, value)
+    fields = Fields(source, value)
     prompt, output = fields.required("prompt"), fields.text("output")
     reasoning, response = _reasoning(fields), fields.text("response")
     if output is None:
@@ -137,7 +143,7 @@ def parse_instruction(source: str, value: object) -> InstructionSample:
     return InstructionSample(source, prompt, output, reasoning, response, specs, shared)
 
 
-def _reasoning(fields: _Fields) -> str | None:
+def _reasoning(fields: Fields) -> str | None:
     """The thinking text, under either of the names that published sets use."""
     texts = {text for name in ("reasoning", "reason") if (text := fields.text(name)) is not None}
     if len(texts) > 1:
@@ -149,7 +155,7 @@ def _reasoning(fields: _Fields) -> str | None:
 
 
 def _spec(source: str, label: str, value: object) -> InstructionSpec:
-    fields = _Fields(source, value, label)
+    fields = Fields(source, value, label)
     return InstructionSpec(
         instruction_id=fields.text("instruction_id") or label,
         prompt_spans=fields.spans("prompt_spans"),

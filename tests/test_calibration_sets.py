@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from instruction_rules import RULES, check
+
+from rain_mergekit.building.rules import RULES, check
 
 FOLDER = Path(__file__).resolve().parent.parent / "calibration"
 INSTRUCTION_FIELDS = {

@@ -27,6 +27,8 @@ from doc_blocks import EMPTY, PAGES, ROOT, Block, blocks, fences
 
 import rain_mergekit
 from rain_mergekit import data
+from rain_mergekit.building.constraints import read_constrained
+from rain_mergekit.building.prompts import read_prompts
 from rain_mergekit.config import read_config
 
 PACKAGE = Path(rain_mergekit.__file__).parent
@@ -41,6 +43,10 @@ parameters: {calibration: ./trio.rain.safetensors, lambda: 1.0}
 dtype: bfloat16
 rain: {reasoning_data: ./trio/reasoning.jsonl, instruction_data: ./trio/instruction.jsonl}
 """
+PROMPTS: dict[str, Callable[[Path], Any]] = {
+    "prompts.jsonl": read_prompts,
+    "constraints.jsonl": read_constrained,
+}
 SETS = {"reasoning.jsonl": 24, "instruction.jsonl": 12}
 
 
@@ -156,6 +162,9 @@ def test_data_examples_are_usable(block: Block, tmp_path: Path) -> None:
     assert block.file is not None, "give it a name: <!-- file: ... -->"
     path = tmp_path / block.file
     path.write_text(block.text, encoding="utf-8")
+    if block.file in PROMPTS:
+        assert PROMPTS[block.file](path)
+        return
     if block.file.startswith("reasoning"):
         loaded: data.DataSet[Any] = data.load_reasoning(path, characters())
     else:
@@ -218,9 +227,11 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 def subcommands(group: click.Group) -> list[click.Command]:
+    """All commands, those of groups inside the group too."""
     context = click.Context(group)
     found = [group.get_command(context, item) for item in group.list_commands(context)]
-    return [command for command in found if command is not None]
+    inner = [c for group in found if isinstance(group, click.Group) for c in subcommands(group)]
+    return [command for command in found if command is not None] + inner
 
 
 def options(command: click.Command) -> list[str]:

@@ -1,7 +1,9 @@
-"""Rule checkers for the instruction calibration set.
+"""Rules that say whether a response follows an instruction, one for each kind.
 
-Every kind of instruction found in ``calibration/instruction.jsonl`` has one
-small pure function here that says whether a response satisfies it.
+`ARGUMENTS` lists what a rule needs to know. The shipped set (`calibration/instruction.jsonl`) is
+checked with them too. The rules are our own rather than a library's, as the marking of spans (see
+marking.py) needs a rule for each kind anyway; what there is for benchmarks brings data sets,
+language models and downloads with it.
 """
 
 from __future__ import annotations
@@ -245,6 +247,34 @@ RULES: dict[str, Rule] = {
     "separator:two_responses": _two_responses,
     "table:markdown": _table,
 }
+
+
+# What each rule is told; a question mark: may be left out.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "length:max_words": ("max_words",),
+    "length:min_words": ("min_words",),
+    "length:exact_sentences": ("sentences",),
+    "keyword:include": ("keywords",),
+    "keyword:forbid": ("forbidden",),
+    "keyword:frequency": ("keyword", "count", "relation?"),
+    "format:json": ("keys",),
+    "format:bullets_exact": ("bullets",),
+    "format:numbered_list": ("items",),
+    "format:sections": ("headings",),
+    "start:phrase": ("phrase",),
+    "end:phrase": ("phrase",),
+    "repeat:prompt_first": ("text",),
+    "placeholder:brackets": ("count", "relation?"),
+    "postscript:marker": ("marker",),
+    "language:reply": ("language",),
+    "highlight:asterisks": ("count", "relation?"),
+    "paragraphs:exact": ("paragraphs", "divider?"),
+    "letter:frequency": ("letter", "count", "relation?"),
+    "separator:two_responses": ("separator",),
+    "table:markdown": ("columns", "rows"),
+}
+RELATIONS = ("exactly", "at_least", "at_most")
+LANGUAGES = tuple(_STOPWORDS)
 
 
 def check(instruction_id: str, kwargs: Kwargs, prompt: str, response: str) -> bool:

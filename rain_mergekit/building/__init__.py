@@ -1,0 +1,1 @@
+"""Building calibration sets from a model's own answers: behind `mergekit-rain data`."""

@@ -1,0 +1,259 @@
+"""What `data reasoning` and `data instruction` share: options, the model, the summary."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rain_mergekit.commands.options import (
+    device_option,
+    dtype_option,
+    loading_options,
+    output_options,
+    pick_device,
+    pick_dtype,
+)
+from rain_mergekit.errors import RainError
+
+if TYPE_CHECKING:
+    from rain_mergekit.building.balance import Candidate
+    from rain_mergekit.building.collect import Collected
+    from rain_mergekit.building.judge import Kept
+    from rain_mergekit.building.tasks import Writer, Written
+    from rain_mergekit.commands.console import Console
+    from rain_mergekit.rendering import Markers
+
+F = TypeVar("F", bound=Callable[..., Any])
+_SHOWN = 6
+
+
+def building_options(default_output: str) -> Callable[[F], F]:
+    """All options but the text of the command."""
+    count = click.IntRange(min=1)
+    options = (
+        click.option("--model", required=True, help="A folder or hub name; its name at --server."),
+        click.option("--server", metavar="URL", help="Ask this OpenAI-compatible server instead."),
+        click.option("--prompts", required=True, type=click.Path(), help="What to ask."),
+        click.option(
+            "-o", "--output", type=click.Path(), default=default_output, show_default=True
+        ),
+        click.option("--count", type=count, help="Samples to choose  [default: all]"),
+        click.option(
+            "--attempts",
+            type=count,
+            default=1,
+            show_default=True,
+            help="Answers to a prompt until one is kept.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=count,
+            default=8192,
+            show_default=True,
+            help="Longer answers are dropped.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0),
+            help="0: always the likeliest token  [default: the model's own]",
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the model's own]"
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
+        markers_option,
+        click.option(
+            "--batch-size",
+            type=count,
+            default=8,
+            show_default=True,
+            help="Answers at a time, without --server.",
+        ),
+        click.option(
+            "--parallel",
+            type=count,
+            default=8,
+            show_default=True,
+            help="Requests at a time, with --server.",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            default=600.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="For one request.",
+        ),
+        click.option(
+            "--retries",
+            type=click.IntRange(min=0),
+            default=4,
+            show_default=True,
+            help="For a request that fails.",
+        ),
+        click.option(
+            "--api-key-env",
+            metavar="NAME",
+            help="The environment variable that holds the server's key.",
+        ),
+        device_option(),
+        dtype_option(),
+        loading_options,
+        output_options,
+    )
+
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def markers_option(function: F) -> F:
+    """The texts around the thinking."""
+    return click.option("--markers", nargs=2, default=("<think>", "</think>"), show_default=True)(
+        function
+    )
+
+
+def build(
+    prompts: Sequence[Any],
+    text_of: Callable[[Any], str],
+    candidate: Callable[[Any, Kept], Candidate],
+    options: dict[str, Any],
+    console: Console,
+) -> list[Candidate]:
+    """Ask, keep, choose, write; say what was done. Raises RainError if nothing can be kept.
+
+    candidate: the sample made from a prompt and an answer with a complete thinking block; it may
+    raise DroppedError.
+    """
+    from rain_mergekit.building.balance import choose  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.building.collect import collect  # noqa: PLC0415
+    from rain_mergekit.building.journal import SUFFIX, Journal  # noqa: PLC0415
+    from rain_mergekit.building.output import refuse_overwriting, write_samples  # noqa: PLC0415
+    from rain_mergekit.rendering import Markers  # noqa: PLC0415
+
+    start, output, markers = time.monotonic(), options["output"], Markers(*options["markers"])
+    refuse_overwriting(output, output + SUFFIX)
+    writer, drawing = _writer(options)
+    judge = _judge(writer, markers, candidate)
+    with Journal(output, {**writer.identity, **drawing}) as journal:
+        known = len(journal)
+        if known:
+            console.say(f"{known} answers are in {journal.path} already")
+        try:
+            found = collect(
+                prompts,
+                text_of,
+                writer,
+                journal,
+                judge,
+                attempts=options["attempts"],
+                quiet=not console.progress,
+            )
+        except KeyboardInterrupt:
+            hint = f"{len(journal)} answers are kept in {journal.path}; the same command goes on"
+            raise KeyboardInterrupt(hint) from None
+        found.dropped.update(getattr(writer, "refused", ()))
+        if not found.kept:
+            raise RainError(f"no answer of {found.asked} can be kept ({_reasons(found.dropped)})")
+        chosen = choose(found.kept, options["count"], options["seed"])
+        write_samples(output, [item.sample for item in chosen])
+        _summary(found, chosen, options, time.monotonic() - start, console)
+        console.say(
+            f"  every answer is kept in {journal.path}: another --count asks for none again"
+        )
+    return chosen
+
+
+def _writer(options: dict[str, Any]) -> tuple[Writer, dict[str, Any]]:
+    """The model, and what the answers depend on besides it."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from rain_mergekit.building.tasks import Sampling  # noqa: PLC0415
+
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    sampling = Sampling(**{name: options[name] for name in names})
+    if options["server"] is not None:
+        from rain_mergekit.building.server import Address, ServerWriter  # noqa: PLC0415
+
+        address = Address(
+            options["server"],
+            options["model"],
+            options["timeout"],
+            options["parallel"],
+            options["retries"],
+            options["api_key_env"],
+        )
+        return ServerWriter(address, sampling), asdict(sampling)
+    from rain_mergekit.building.local import LocalWriter  # noqa: PLC0415
+    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+
+    checkpoint = open_checkpoint(options["model"], LoadOptions.of(options))
+    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
+    local = LocalWriter(
+        checkpoint, sampling, device=device, dtype=dtype, batch_size=options["batch_size"]
+    )
+    return local, asdict(sampling)
+
+
+def _judge(
+    writer: Writer, markers: Markers, candidate: Callable[[Any, Kept], Candidate]
+) -> Callable[[Any, Written], Candidate]:
+    from rain_mergekit.building.judge import keep  # noqa: PLC0415
+
+    opens: bool | None = None
+    if (ask := getattr(writer, "opens_block", None)) is not None:
+        opens = ask("probe", markers)
+    return lambda prompt, written: candidate(
+        prompt, keep(written, markers, opened_by_template=opens)
+    )
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    shown = [f"{count} {reason}" for reason, count in dropped.most_common(_SHOWN)]
+    return "; ".join(shown)
+
+
+def _summary(
+    found: Collected[Candidate],
+    chosen: Sequence[Candidate],
+    options: dict[str, Any],
+    seconds: float,
+    console: Console,
+) -> None:
+    from rain_mergekit.commands.console import counted, duration  # noqa: PLC0415
+
+    console.head(f"Wrote {options['output']}: {counted(len(chosen), 'sample')}")
+    console.say(
+        f"  {found.asked} answers, {found.generated} of them new, {duration(seconds)}; "
+        f"{len(found.kept)} can be used"
+    )
+    if found.dropped:
+        console.say(f"  dropped: {_reasons(found.dropped)}")
+    groups = Counter(group for item in chosen for group in item.groups if group)
+    if groups:
+        console.say("  " + ", ".join(f"{name} {n}" for name, n in sorted(groups.items())))
+    lengths = [item.length for item in chosen]
+    console.say(
+        f"  thinking of {min(lengths)} to {max(lengths)} words, half of them below "
+        f"{median(lengths):.0f}"
+    )
+    if options["count"] and len(chosen) < options["count"]:
+        console.warn(
+            f"{len(chosen)} of {options['count']} samples: give more prompts, or more "
+            "--attempts with a --temperature above 0"
+        )
+    if any("output" not in item.sample for item in chosen):
+        console.warn(
+            "the server takes thinking and response apart, so the white space between "
+            "them is not the model's own: start it without a reasoning parser if you can"
+        )

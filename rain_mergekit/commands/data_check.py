@@ -1,0 +1,112 @@
+"""`mergekit-rain data check`: whether a calibration can use a set, and what it sees of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rain_mergekit.commands.building import markers_option
+from rain_mergekit.commands.options import loading_options, output_options
+
+if TYPE_CHECKING:
+    from rain_mergekit.building.checking import Checked
+    from rain_mergekit.commands.console import Console
+
+_NAMES = ("", "marker", "protected", "instruction", "follows", "unrelated")
+_COLOURS: tuple[dict[str, Any], ...] = (
+    {},
+    {"fg": "magenta", "bold": True},
+    {"fg": "magenta"},
+    {"fg": "cyan", "bold": True},
+    {"fg": "green", "bold": True},
+    {"fg": "yellow"},
+)
+_LONGEST = 600
+
+
+@click.command(
+    epilog="\b\nExample:\n  mergekit-rain data check reasoning.jsonl --model ./reasoning"
+)
+@click.argument("file", type=click.Path())
+@click.option("--model", help="Read it with this model's tokenizer and chat template.")
+@click.option(
+    "--show",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="The sample to print; 0: none.",
+)
+@click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
+@markers_option
+@loading_options
+@output_options
+def check(file: str, **options: Any) -> None:
+    """Read the calibration set FILE as a calibration does; count, and show one sample.
+
+    Without --model characters take the place of tokens. Samples that a calibration would skip are
+    listed with the reason. The spans have colours on a terminal, and are listed below the text.
+    """
+    from rain_mergekit.building.checking import check_set  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.data import Markers  # noqa: PLC0415
+    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models import LoadOptions, load_tokenizer  # noqa: PLC0415
+
+    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console.setup()
+    tokenizer = None
+    if options["model"]:
+        tokenizer = load_tokenizer(open_checkpoint(options["model"], LoadOptions.of(options)))
+    markers = Markers(*options["markers"])
+    checked = check_set(file, tokenizer, markers, options["window"])
+    _count(file, checked, console, "tokens" if options["model"] else "characters")
+    if options["show"]:
+        _show(checked, options["show"], console)
+    _next(checked, file, console)
+
+
+def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
+    data = checked.data
+    console.head(f"{file}: {checked.kind} set, {len(data.samples)} of {data.total} samples usable")
+    lengths = [len(sample.input_ids) for sample in data.samples]
+    console.say(
+        f"  {min(lengths)} to {max(lengths)} {unit}, half of them below {median(lengths):.0f}"
+    )
+    if checked.kind == "instruction":
+        kinds = Counter(span.instruction_id for s in data.samples for span in s.spans)
+        console.say(
+            f"  {sum(kinds.values())} instructions: "
+            + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))
+        )
+    for source, reason in data.skipped:
+        console.warn(f"{source}: skipped: {reason}")
+
+
+def _show(checked: Checked, number: int, console: Console) -> None:
+    """The text in colours, which the console leaves out where nobody sees them, and a list."""
+    from rain_mergekit.building.checking import PLAIN, segments  # noqa: PLC0415
+    from rain_mergekit.commands.inspect import clean  # noqa: PLC0415
+
+    runs = segments(checked, number)
+    console.say(f"\nSample {number}, as the model sees it:\n")
+    parts = (("\n".join(clean(line) for line in _short(run).split("\n")), s) for run, s in runs)
+    console.say("".join(click.style(text, **_COLOURS[style]) for text, style in parts) + "\n")
+    for style in sorted({style for _, style in runs if style != PLAIN}):
+        found = dict.fromkeys(clean(" ".join(run.split())) for run, s in runs if s == style)
+        name = click.style(_NAMES[style], **_COLOURS[style])
+        console.say(f"{name}: " + " | ".join(run for run in found if run))
+    console.say()
+
+
+def _short(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    half = _LONGEST // 2
+    return f"{text[:half]} […] {text[-half:]}"
+
+
+def _next(checked: Checked, file: str, console: Console) -> None:
+    console.say(f"Next: name it in the configuration as rain.{checked.kind}_data: {file}")

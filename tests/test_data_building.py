@@ -1,0 +1,382 @@
+"""`mergekit-rain data`: sets built from a model's own answers, here and behind a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import MAIN, TRIO, refused, run, succeed
+
+from rain_mergekit.building.balance import Candidate, choose
+from rain_mergekit.building.journal import SUFFIX
+from rain_mergekit.building.judge import DroppedError, keep
+from rain_mergekit.building.tasks import Written
+from rain_mergekit.data import Markers, load_reasoning
+from rain_mergekit.generation import rendered
+from rain_mergekit.measure import open_checkpoint
+from rain_mergekit.models import LoadOptions, load_tokenizer
+
+REASONING = TRIO / "reasoning"
+SHORT = ("--max-new-tokens", 96)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server process on this machine over the trio's reasoning model."""
+    command = [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(REASONING)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        assert port, "the server did not start"
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(open_checkpoint(str(REASONING), LoadOptions()))
+
+
+def seen(server: str) -> list[dict[str, Any]]:
+    """All requests that the server has had."""
+    with urllib.request.urlopen(server) as response:  # noqa: S310 - on this machine
+        found: list[dict[str, Any]] = json.loads(response.read())["seen"]
+        return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def ask(folder: Path, count: int = 6) -> Path:
+    """Held-out prompts of the trio in two domains."""
+    records = lines(TRIO / "dev_prompts.jsonl")[:count]
+    found = [
+        {"prompt": record["prompt"], "domain": record["constraint"] or "none"} for record in records
+    ]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in found))
+    return path
+
+
+def from_server(server: str, way: str, folder: Path, *more: object) -> tuple[object, ...]:
+    """The command's arguments."""
+    name = f"trio:{way}" if way else "trio"
+    out = ("-o", folder / "set.jsonl")
+    return ("data", "reasoning", "--server", server, "--model", name, *SHORT, *out, *more)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "reason"),
+    [
+        ("<think>\na\n</think>\n\nb", None, None),
+        ("a\n</think>\n\nb", None, None),
+        ("b", "a", None),
+        ("b", "", "nothing in the thinking"),
+        ("<think>\n</think>b", None, "nothing in the thinking"),
+        ("<think>a</think> ", None, "nothing after the thinking"),
+        ("a", None, "not exactly one"),
+        ("<think>a", None, "not exactly one"),
+        ("<think>a</think>b</think>", None, "not exactly one"),
+        ("<think>a<think>b</think>c", None, "not exactly one"),
+        ("x<think>a</think>b", None, "text before the thinking"),
+        ("</think><think>", None, "text before the thinking"),
+        ("b</think>", "a", "not exactly one"),
+    ],
+)
+def test_only_one_complete_block_is_kept(
+    text: str, reasoning: str | None, reason: str | None
+) -> None:
+    written = Written(text, reasoning, finished=True)
+    if reason is None:
+        kept = keep(written, Markers(), opened_by_template=None)
+        assert (kept.thinking, kept.response) == ("a", "b")
+        return
+    with pytest.raises(DroppedError, match=reason):
+        keep(written, Markers(), opened_by_template=None)
+
+
+def test_template_decides_whether_the_marker_may_be_missing() -> None:
+    written, markers = Written("a]]b", None, finished=True), Markers("[[", "]]")
+    assert keep(written, markers, opened_by_template=True).thinking == "a"
+    with pytest.raises(DroppedError):
+        keep(written, markers, opened_by_template=False)
+    with pytest.raises(DroppedError, match="cut off"):
+        keep(Written("[[a]]b", None, finished=False), markers, opened_by_template=None)
+
+
+def test_domains_and_lengths_are_balanced() -> None:
+    sizes = {"a": 40, "b": 8, "c": 3}
+    found = [
+        Candidate({"n": i}, (domain,), 10 + 90 * (i % 4))
+        for domain in sizes
+        for i in range(sizes[domain])
+    ]
+    chosen = choose(found, 15, seed=1)
+    assert Counter(item.groups[0] for item in chosen) == {"a": 6, "b": 6, "c": 3}
+    lengths = Counter(item.length for item in chosen if item.groups == ("a",))
+    assert set(lengths.values()) <= {1, 2}
+    assert chosen == choose(found, 15, seed=1)
+    assert chosen != choose(found, 15, seed=2)
+    assert choose(found, 6, seed=1) == chosen[:6]
+    assert len(choose(found, None, seed=1)) == len(found)
+    assert choose([], 3, seed=1) == []
+
+
+# A model in this process
+
+
+def test_local_model_builds_a_set(tmp_path: Path, tokenizer: Any) -> None:
+    prompts = ask(tmp_path, 9)
+    out = tmp_path / "set.jsonl"
+    command = ("data", "reasoning", "--model", REASONING, "--prompts", prompts, "-o", out, *SHORT)
+    said = succeed(*command, "--count", 6, "--batch-size", 4)
+    assert "Wrote" in said
+    assert f"Next: mergekit-rain data check {out} --model {REASONING}" in said
+    found = lines(out)
+    assert len(found) == 6
+    data = load_reasoning(out, tokenizer, keep_response=True)
+    assert not data.skipped
+    # Rendered and tokenised, each sample is what the model has seen and generated, token by token.
+    for sample, tokens in zip(found, data.samples, strict=True):
+        assert (
+            list(tokens.input_ids) == greedy(sample["prompt"], tokenizer)[: len(tokens.input_ids)]
+        )
+    assert "9 answers, 0 of them new" in succeed(*command, "--count", 9)
+    assert len(lines(out)) == 9
+
+
+def greedy(prompt: str, tokenizer: Any) -> list[int]:
+    """Head and answer as ids, by transformers alone."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(REASONING, dtype="float32")
+    head = tokenizer(rendered(tokenizer, prompt), return_tensors="pt", add_special_tokens=False)
+    found: list[int] = model.generate(
+        input_ids=head["input_ids"], attention_mask=head["attention_mask"], max_new_tokens=96
+    )[0].tolist()
+    return found
+
+
+def test_interrupted_run_goes_on_the_same(tmp_path: Path) -> None:
+    """Drawn at random: what is missing is made as it would have been, in its own batch."""
+    prompts = ask(tmp_path, 6)
+    command = ("data", "reasoning", "--model", REASONING, "--prompts", prompts, *SHORT)
+    command = (*command, "--temperature", 1.0, "--seed", 7, "--batch-size", 3, "--attempts", 2)
+    whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    succeed(*command, "-o", whole)
+    journal = Path(f"{whole}{SUFFIX}").read_bytes()
+    assert len(journal.splitlines()) >= 7
+    torn = journal.splitlines(keepends=True)
+    Path(f"{again}{SUFFIX}").write_bytes(b"".join(torn[:3]) + torn[3][:20])
+    said = succeed(*command, "-o", again)
+    assert "2 answers are in" in said
+    assert f"{len(torn) - 1} answers, {len(torn) - 3} of them new" in said
+    assert again.read_bytes() == whole.read_bytes()
+    other = tmp_path / "other.jsonl"
+    succeed(*command[:-6], "--seed", 8, "-o", other)
+    assert {s["output"] for s in lines(other)} != {s["output"] for s in lines(whole)}
+
+
+# A server
+
+
+def test_server_gives_the_same_answers(server: str, tmp_path: Path) -> None:
+    """The prompts as text, one a line; greedy decoding is the same here and there."""
+    prompts = tmp_path / "prompts.txt"
+    texts = [item["prompt"] for item in lines(ask(tmp_path, 4))]
+    prompts.write_text("\n".join([*texts, "", texts[0]]) + "\n")
+    succeed(*from_server(server, "", tmp_path, "--prompts", prompts, "--top-p", 0.9))
+    local = tmp_path / "local.jsonl"
+    succeed("data", "reasoning", "--model", REASONING, "--prompts", prompts, "-o", local, *SHORT)
+    assert sorted(map(str, lines(tmp_path / "set.jsonl"))) == sorted(map(str, lines(local)))
+    request = seen(server)[-1]
+    assert (request["max_tokens"], request["top_p"]) == (96, 0.9)
+    assert "temperature" not in request
+    assert request["authorization"] is None
+
+
+def test_server_that_takes_the_thinking_out(server: str, tmp_path: Path, tokenizer: Any) -> None:
+    prompts = ask(tmp_path, 4)
+    said = succeed(*from_server(server, "apart", tmp_path, "--prompts", prompts))
+    assert "without a reasoning parser" in said
+    (first, *_) = lines(tmp_path / "set.jsonl")
+    assert set(first) == {"prompt", "domain", "reasoning", "response"}
+    assert not load_reasoning(tmp_path / "set.jsonl", tokenizer).skipped
+
+
+def test_server_whose_template_opens_the_block(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 3)
+    succeed(*from_server(server, "opened", tmp_path, "--prompts", prompts))
+    assert all("<think>" not in item["output"] for item in lines(tmp_path / "set.jsonl"))
+    assert "3 of 3 samples usable" in succeed("data", "check", tmp_path / "set.jsonl")
+
+
+def test_seed_and_key_reach_the_server(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "s3cret")
+    prompts = ask(tmp_path, 3)
+    options = ("--temperature", 0.8, "--seed", 5, "--api-key-env", "SOME_KEY", "--parallel", 3)
+    said = succeed(*from_server(server, "", tmp_path, "--prompts", prompts, *options))
+    first = (tmp_path / "set.jsonl").read_bytes()
+    requests = seen(server)[-3:]
+    assert {item["authorization"] for item in requests} == {"Bearer s3cret"}
+    assert len({item["seed"] for item in requests}) == 3
+    for file in tmp_path.glob("set.jsonl*"):
+        assert b"s3cret" not in file.read_bytes()
+        file.unlink()
+    assert "s3cret" not in said
+    succeed(*from_server(server, "", tmp_path, "--prompts", prompts, *options))
+    assert (tmp_path / "set.jsonl").read_bytes() == first
+
+
+def test_failing_requests_are_tried_again(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 3)
+    succeed(*from_server(server, "flaky", tmp_path, "--prompts", prompts, "--parallel", 1))
+    assert len(lines(tmp_path / "set.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "words"),
+    [
+        ("down", (), "HTTP 503 (busy)"),
+        ("garbage", (), "not a chat completion"),
+        ("strange", (), "not a chat completion"),
+        ("cut", (), "no usable answer"),
+        ("hang", ("--timeout", 0.5), "timed out"),
+    ],
+)
+def test_server_of_no_use(
+    way: str, options: tuple[object, ...], words: str, server: str, tmp_path: Path
+) -> None:
+    prompts = ask(tmp_path, 2)
+    outcome = run(
+        *from_server(server, way, tmp_path, "--prompts", prompts, "--retries", 0, *options)
+    )
+    assert outcome.code == 1
+    assert words in outcome.output
+    assert "the same command goes on" in outcome.output
+    assert not (tmp_path / "set.jsonl").exists()
+
+
+def test_nobody_answers_there(tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 2)
+    command = from_server("http://127.0.0.1:9", "", tmp_path, "--prompts", prompts)
+    outcome = run(*command, "--retries", 0)
+    assert outcome.code == 1
+    assert "refused" in outcome.output
+
+
+def test_unknown_model_ends_the_run_at_once(server: str, tmp_path: Path) -> None:
+    prompts, before = ask(tmp_path, 6), len(seen(server))
+    command = from_server(server, "", tmp_path, "--prompts", prompts, "--model", "other")
+    outcome = run(*command, "--parallel", 1)
+    assert outcome.code == 1
+    assert "HTTP 404 (The model `other` does not exist.)" in outcome.output
+    assert len(seen(server)) <= before + 2
+
+
+def test_prompt_that_a_server_refuses_costs_only_itself(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 6)
+    hats = sum("hats" in item["prompt"] for item in lines(prompts))
+    assert hats
+    said = succeed(*from_server(server, "picky", tmp_path, "--prompts", prompts))
+    assert f"{hats} refused by the server: HTTP 400 (the prompt is too long)" in said
+    assert len(lines(tmp_path / "set.jsonl")) == 6 - hats
+
+
+def test_killed_run_goes_on(server: str, tmp_path: Path) -> None:
+    """`kill -9` while answers come: nothing is half written, and none is asked for twice."""
+    prompts = ask(tmp_path, 16)
+    arguments = from_server(server, "paced", tmp_path, "--prompts", prompts, "--parallel", 2)
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    journal = tmp_path / f"set.jsonl{SUFFIX}"
+    before = len(seen(server))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "set.jsonl").exists()
+    kept = len(lines(journal)) - 1
+    assert 3 <= kept < 16
+    said = succeed(*arguments)
+    assert f"16 answers, {16 - kept} of them new" in said
+    assert len(lines(tmp_path / "set.jsonl")) == 16
+    in_flight = 4
+    assert len(seen(server)) - before <= 16 + in_flight
+
+
+def test_nothing_usable_says_why(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 2)
+    command = from_server(server, "", tmp_path, "--prompts", prompts, "--max-new-tokens", 3)
+    outcome = run(*command)
+    assert outcome.code == 1
+    assert "no answer of 2 can be kept (2 cut off by the token limit)" in outcome.output
+
+
+# Files
+
+
+def test_too_few_is_said(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 3)
+    said = succeed(*from_server(server, "", tmp_path, "--prompts", prompts, "--count", 5))
+    assert "3 of 5 samples: give more prompts" in said
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 2)
+    command = ("data", "reasoning", "--model", REASONING, "--prompts", prompts, *SHORT)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n")
+    assert "was not made by" in refused(tmp_path, *command, "-o", mine)
+    (tmp_path / f"a.jsonl{SUFFIX}").write_text("my diary\n")
+    assert "holds no answers of" in refused(tmp_path, *command, "-o", tmp_path / "a.jsonl")
+    out = tmp_path / "b.jsonl"
+    succeed(*command, "-o", out)
+    said = refused(tmp_path, *command, "-o", out, "--seed", 3)
+    assert "made with another seed;" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no prompts"),
+        ('{"question": "?"}', "'prompt' is missing or blank"),
+        ("[1]", "must be a JSON object"),
+    ],
+)
+def test_prompts_that_cannot_be_read(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / ("prompts.jsonl" if content else "prompts.txt")
+    path.write_text(content + "\n")
+    command = ("data", "reasoning", "--model", REASONING, "--prompts", path)
+    assert words in refused(tmp_path, *command, "-o", tmp_path / "set.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--server", "localhost:8000"), "is not the address of a server"),
+        (("--server", "file:///etc/passwd"), "is not the address of a server"),
+        (("--server", "http://localhost:1", "--api-key-env", "NOT_SET_AT_ALL"), "holds no key"),
+    ],
+)
+def test_options_that_cannot_be_right(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 1)
+    command = ("data", "reasoning", "--model", "m", "--prompts", prompts, *options)
+    assert words in refused(tmp_path, *command, "-o", tmp_path / "set.jsonl")
