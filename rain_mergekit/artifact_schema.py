@@ -200,7 +200,7 @@ def _require_width(fields: _Fields, plan: SitePlan | None, name: object, width: 
 def _check_remarks(root: _Fields) -> None:
     """Sections for people and reports: types only, and each key must be a stored tensor."""
     root.optional_text("created_by")
-    for name in ("data", "settings"):
+    for name in ("data", "settings", "run"):
         if root.get(name) is not None:
             root.table(name)
     for name in ("layers", "warnings"):

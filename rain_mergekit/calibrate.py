@@ -22,6 +22,7 @@ from rain_mergekit.models import Trio, open_trio
 from rain_mergekit.parts import LayerPart, read_part
 from rain_mergekit.plan import Estimate
 from rain_mergekit.run import Run, RunOptions
+from rain_mergekit.sanity import check_thinking, check_trio
 from rain_mergekit.workdir import WorkDir
 
 __all__ = ["RunOptions", "Summary", "calibrate", "plan"]
@@ -70,17 +71,24 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
     models = _model_records(trio)
     advice = warnings_of(config, trio)
     run = Run(config, options, trio, samples, world)
+    noted = check_trio(trio, models, run.tensors, config.settings)
+    accept = config.settings.accept
     job = run.identity(models)
     with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
-        first = run.walk(work)
+        first, likely = run.walk(work)
         world.wait()
+        noted += check_thinking(likely, run.shell, trio, samples.reasoning.samples, accept)
         parts = [read_part(work.part(index)) for index in run.indices]
         header = {
             "models": models,
             "data": record(samples),
             "settings": config.settings.model_dump(mode="json"),
-            "run": {"dtype": str(run.shell.dtype).removeprefix("torch."), "device": job["device"]},
-            "warnings": advice,
+            "run": {
+                "dtype": str(run.shell.dtype).removeprefix("torch."),
+                "device": job["device"],
+                "likelihood": likely.rounded(),
+            },
+            "warnings": [*noted, *advice],
         }
         warnings: tuple[str, ...] = ()
         if world.rank == 0:

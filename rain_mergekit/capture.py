@@ -39,7 +39,9 @@ class _EndOfShell(Exception):
     """Raised by the last stub: norm and head are not needed."""
 
 
-class _Stub(nn.Module):
+class Stub(nn.Module):
+    """Stands for a layer that is not there: records its calls and passes hidden states on."""
+
     def __init__(self, layer: nn.Module, calls: list[LayerCall], last: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
@@ -52,6 +54,7 @@ class _Stub(nn.Module):
             return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Record the arguments besides the hidden states."""
         self._calls.append(LayerCall(args, kwargs))
         if self._last:
             raise _EndOfShell
@@ -76,7 +79,7 @@ class Shell:
         self.model.eval()
         self.hidden_size = int(config.hidden_size)
         self.layers, self.prefix = _decoder_layers(self.model, config)
-        self._decoder = self.model.get_submodule(self.prefix.rpartition(".")[0])
+        self.decoder = self.model.get_submodule(self.prefix.rpartition(".")[0])
 
     def record(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[LayerCall]]]:
         """Embed each sample: its hidden states (T, d) and one LayerCall a layer.
@@ -86,34 +89,34 @@ class Shell:
         """
         calls: list[LayerCall] = []
         stubs = nn.ModuleList(
-            _Stub(layer, calls, index == len(self.layers) - 1)
+            Stub(layer, calls, index == len(self.layers) - 1)
             for index, layer in enumerate(self.layers)
         )
         shared = _PrefixSharing()
-        embedding = self._decoder.get_input_embeddings()
+        embedding = self.decoder.get_input_embeddings()
         name = next(n for n, m in self.model.named_modules() if m is embedding)
-        self._decoder.layers = stubs
-        self._decoder.to(self.device) if _has_no_meta(self._decoder) else _move_buffers(
-            self._decoder, self.device
+        self.decoder.layers = stubs
+        self.decoder.to(self.device) if _has_no_meta(self.decoder) else _move_buffers(
+            self.decoder, self.device
         )
         try:
             used = torch.tensor(sorted({token for ids in samples for token in ids}))
             read = partial(self._read_rows, used)
-            with self._filled(embedding, name, read), torch.no_grad():
+            with self.filled(embedding, name, read), torch.no_grad():
                 for ids in samples:
                     yield self._record_one(ids, calls, shared)
         finally:
-            self._decoder.layers = self.layers
+            self.decoder.layers = self.layers
 
     def _record_one(
         self, ids: Sequence[int], calls: list[LayerCall], shared: _PrefixSharing
     ) -> tuple[Tensor, list[LayerCall]]:
         calls.clear()
         hidden: list[Tensor] = []
-        first = self._decoder.layers[0]
+        first = self.decoder.layers[0]
         handle = first.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
         try:
-            self._decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
+            self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
         except _EndOfShell:
             pass
         finally:
@@ -126,13 +129,17 @@ class Shell:
         """The real layer `index` of the checkpoint, on the device, in the forward dtype."""
         layer = self.layers[index]
         _move_buffers(layer, self.device)
-        with self._filled(layer, f"{self.prefix}.{index}"), torch.no_grad():
+        with self.filled(layer, f"{self.prefix}.{index}"), torch.no_grad():
             yield layer
 
     @contextmanager
-    def _filled(
+    def filled(
         self, module: nn.Module, prefix: str, read: TensorReader | None = None
     ) -> Iterator[None]:
+        """Fill the empty tensors of `module` from the checkpoint (prefix.name); empty them after.
+
+        RainError if one is missing or has another shape than the model wants.
+        """
         empty = dict(module.state_dict())
         meta = {name: tensor for name, tensor in empty.items() if tensor.is_meta}
         filled = {

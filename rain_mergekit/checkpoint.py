@@ -58,14 +58,19 @@ class Checkpoint:
         return revision
 
     @property
+    def index(self) -> ShardedTensorIndex:
+        """Which tensor lies in which shard."""
+        return self._loader.index
+
+    @property
     def bytes(self) -> int:
         """Size of all shards on disk."""
-        shards = {shard.filename for shard in self._loader.index.shards}
+        shards = {shard.filename for shard in self.index.shards}
         return sum(os.path.getsize(os.path.join(self.path, shard)) for shard in shards)
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of those of the named tensors that exist, from the file headers alone."""
-        return header_shapes(self._loader.index, names)
+        return header_shapes(self.index, names)
 
     def get(self, name: str) -> Tensor:
         """Read one tensor to the CPU; RainError names the model if it is missing or broken."""

@@ -99,6 +99,8 @@ def load_reasoning(
             think_positions=think,
             content_positions=tuple(sorted(set(tokens.inside()) - set(think))),
             response_positions=tokens.response() if keep_response else (),
+            open_start=None if tokens.rendered.opened_by_template else tokens.open.start,
+            close_start=tokens.close.start,
         )
 
     _check_options(window, max_tokens)

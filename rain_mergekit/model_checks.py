@@ -49,6 +49,8 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
             + "\n  ".join(lines)
             + "\nMerge the models that it was made for, or calibrate again with these."
         )
+    if len(opened) == len(models) and all(index.is_safetensors for index in opened.values()):
+        _check_others(calibration, models, opened)
 
 
 def check_source(model: object, name: str, tensor: Tensor) -> None:
@@ -92,6 +94,26 @@ def _check_fingerprint(calibration: CalibrationFile, model: ModelReference, fold
             f"{', '.join(different)}{_hint(calibration, found)}; set base_model to the recorded "
             "model, or calibrate again"
         )
+
+
+def _check_others(
+    calibration: CalibrationFile, models: Mapping[str, Any], indices: Mapping[str, Any]
+) -> None:
+    """Other models than the recorded ones may be meant; not if nothing can come of them."""
+    from rain_mergekit.checkpoint import fingerprint  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.task_vector import check_task_vector  # noqa: PLC0415 - likewise
+
+    found = {role: fingerprint(index.base_path) for role, index in indices.items()}
+    made = {role: calibration.models[role].fingerprint for role in found}
+    other = [role for role in found if made[role] is not None and made[role] != found[role]]
+    for role in other:
+        recorded = calibration.models[role].reference
+        _log.warning("the calibration was made with another %s model: %s", role, recorded)
+    if other or None in made.values():
+        names = {role: str(model) for role, model in models.items()}
+        accepted = (calibration.header.get("settings") or {}).get("accept")
+        accept = accepted if isinstance(accepted, list) else ()
+        check_task_vector(names, found, indices, list(calibration.tensors), accept)
 
 
 def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:

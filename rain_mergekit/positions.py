@@ -22,7 +22,8 @@ class ReasoningTokens:
     """Token ids of one reasoning sample and sorted positions in them.
 
     ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking block;
-    ``response_positions`` is empty unless the response was kept.
+    ``response_positions`` is empty unless the response was kept. ``open_start`` (None where the
+    template opens the block) and ``close_start`` are the markers' first tokens.
     """
 
     source: str
@@ -30,6 +31,8 @@ class ReasoningTokens:
     think_positions: tuple[int, ...]
     content_positions: tuple[int, ...]
     response_positions: tuple[int, ...]
+    open_start: int | None
+    close_start: int
 
 
 @dataclass(frozen=True)

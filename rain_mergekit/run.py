@@ -17,6 +17,7 @@ from rain_mergekit.calibration_data import Samples, record
 from rain_mergekit.capture import Shell, SiteMap
 from rain_mergekit.chunks import TokenChunks, token_wise
 from rain_mergekit.config import RainConfig
+from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.heap import give_back
@@ -32,7 +33,8 @@ from rain_mergekit.plan import (
 )
 from rain_mergekit.planning import model_shape, workload
 from rain_mergekit.settings import RainSettings
-from rain_mergekit.streams import MERGED, StreamPlan, build_streams, plan_streams
+from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
+from rain_mergekit.thinks import Likelihood, likelihood
 from rain_mergekit.walk import LayerResult, LayerWalk, Stream
 from rain_mergekit.workdir import WorkDir
 
@@ -72,7 +74,7 @@ class Run:
         self.indices = range(len(self.shell.layers))
         self._modules = tuple(trio.layout.kinds)
         self._token_wise = token_wise(trio.layout.kinds)
-        check_shapes(trio, [self._tensor(i, m) for i in self.indices for m in self._modules])
+        check_shapes(trio, self.tensors)
         self.max_rank = max_rank(self.needs[0], config.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
@@ -80,6 +82,11 @@ class Run:
                 f"{world.size} processes for {len(samples.reasoning.samples)} usable reasoning "
                 "samples: start at most one process a sample"
             )
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of all tensors to be merged."""
+        return [self._tensor(i, m) for i in self.indices for m in self._modules]
 
     @cached_property
     def plans(self) -> list[StreamPlan]:
@@ -100,7 +107,7 @@ class Run:
             "version": rain_mergekit.__version__,
             "models": models,
             "data": record(self._samples),
-            "settings": self._settings.model_dump(mode="json"),
+            "settings": self._settings.numbers(),
             "dtype": str(self.shell.dtype),
             "device": torch.device(self._options.device).type,
             "processes": self._world.size,
@@ -112,8 +119,11 @@ class Run:
         counts = self._world.sum(torch.tensor([self._passes.get(name, 0) for name in names]))
         return dict(zip(names, counts.tolist(), strict=True))
 
-    def walk(self, work: WorkDir) -> int:
-        """All layers that are not done yet, in order; returns the first of them."""
+    def walk(self, work: WorkDir) -> tuple[int, Likelihood]:
+        """All layers that are not done yet, in order; returns the first of them.
+
+        Also how likely the markers are by the hidden states that left the last layer.
+        """
         streams = self._streams(work)
         stores = {name: stream.store for name, stream in streams.items()}
         try:
@@ -129,10 +139,16 @@ class Run:
                     LOG.info("finished layer %d of %d", index + 1, len(self.indices))
                     if index + 1 < len(self.indices):
                         work.save(index, stores)
+            found = self._likelihood(streams[REASONING])
         finally:
             for store in stores.values():
                 store.close()
-        return first
+        return first, found
+
+    def _likelihood(self, stream: Stream) -> Likelihood:
+        states = (stream.store.get(index) for index in range(len(stream)))
+        samples = [item for item in stream.samples if isinstance(item, ReasoningTokens)]
+        return likelihood(self.shell, samples, states, self._world)
 
     def _streams(self, work: WorkDir) -> dict[str, Stream]:
         oblique = self._settings.projection == "oblique"

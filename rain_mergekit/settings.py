@@ -9,9 +9,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rain_mergekit.errors import RainError
 
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
+
+def _no_truth(value: object) -> object:
+    """pydantic takes `true` for 1, YAML takes `yes` and `on` for true: nobody means a number."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")  # noqa: TRY004 - pydantic wants ValueError
+    return value
+
+
+_Number = BeforeValidator(_no_truth)
+Share = Annotated[float, Field(gt=0.0, le=1.0), _Number]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _Number]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+Accepted = Literal["same_model", "large_task_vector", "other_tokens", "no_thinking"]
 
 
 def _yaml_off(value: object) -> object:
@@ -55,6 +65,7 @@ class RainSettings(BaseModel):
             description="Tokens protected after the open marker and before the close marker, "
             "besides the markers.",
         ),
+        _Number,
     ] = 5
     max_tokens: Annotated[
         PositiveInt | None,
@@ -86,6 +97,7 @@ class RainSettings(BaseModel):
             lt=1.0,
             description="For rank_by: tolerance; relative to the largest singular value.",
         ),
+        _Number,
     ] = 1e-3
     rank_count: Annotated[
         PositiveInt | None, Field(description="For rank_by: count, and required there.")
@@ -109,6 +121,7 @@ class RainSettings(BaseModel):
             description="Regularisation of the oblique projection, relative to the mean energy of "
             "an instruction feature; the larger, the closer to orthogonal.",
         ),
+        _Number,
     ] = 0.1
     ridge: Annotated[
         NonNegative,
@@ -163,6 +176,15 @@ class RainSettings(BaseModel):
         Field(description="Count attention from the thinking block to the instruction as leakage."),
     ] = False
 
+    accept: Annotated[
+        tuple[Accepted, ...],
+        Field(
+            description="Checks whose outcome is a warning and no error: same_model (two of the "
+            "models are one), large_task_vector (larger than the weights), other_tokens (the "
+            "tokenizers disagree), no_thinking (the reasoning model does not think on its set)."
+        ),
+    ] = ()
+
     @model_validator(mode="after")
     def _consistent(self) -> RainSettings:
         if self.rank_by == "count" and self.rank_count is None:
@@ -175,6 +197,10 @@ class RainSettings(BaseModel):
                 "measured on it (or set projection: orthogonal and coefficients: off)"
             )
         return self
+
+    def numbers(self) -> dict[str, Any]:
+        """All settings on which the numbers in the calibration file depend, as JSON has them."""
+        return self.model_dump(mode="json", exclude={"accept"})
 
     @property
     def stores_v(self) -> bool:

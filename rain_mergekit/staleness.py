@@ -110,7 +110,7 @@ def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         yield f"its settings cannot be read ({fields})"
         return
-    old, new = made.model_dump(mode="json"), wanted.model_dump(mode="json")
+    old, new = made.numbers(), wanted.numbers()
     for name, value in new.items():
         if name not in _PATHS and old[name] != value:
             yield f"rain.{name} is {_short(value)}, was {_short(old[name])}"

@@ -63,9 +63,14 @@ def build_streams(
         )
         budget -= store.memory_bytes
         streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples)
-    _embed(shell, plans[0].samples, [streams[REASONING]])
-    if len(plans) > 1:
-        _embed(shell, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
+    try:
+        _embed(shell, plans[0].samples, [streams[REASONING]])
+        if len(plans) > 1:
+            _embed(shell, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
+    except BaseException:  # nobody else knows of their files yet
+        for stream in streams.values():
+            stream.store.close()
+        raise
     return streams
 
 

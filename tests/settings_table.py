@@ -58,6 +58,8 @@ def _value(field: Mapping[str, Any]) -> str:
 def _one(choice: Mapping[str, Any]) -> str:
     if "enum" in choice:
         return ", ".join(f"`{item}`" for item in choice["enum"])
+    if choice["type"] == "array":
+        return f"list of {_one(choice['items'])}"
     if choice["type"] == "null":
         return "null"
     limits = [f"{sign} {choice[key]:g}" for key, sign in _LIMITS.items() if key in choice]

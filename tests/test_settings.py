@@ -104,6 +104,21 @@ def test_each_mistake_has_one_message_naming_file_and_field(
     assert "pydantic" not in text
 
 
+NUMBERS = [
+    name
+    for name, value in RainSettings.model_json_schema()["properties"].items()
+    if {"integer", "number"} & {part.get("type") for part in value.get("anyOf", [value])}
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [True, False])
+def test_yes_is_no_number(name: str, *, value: bool) -> None:
+    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
+    with pytest.raises(RainError, match=f"{name}: Input should be a number, got {value}"):
+        parse(**{name: value})
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     with pytest.raises(RainError, match=r"window.*rank_share"):
         parse(window=-1, rank_share=7)

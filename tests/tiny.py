@@ -206,6 +206,7 @@ class Tiny:
             "rain": {
                 "reasoning_data": str(self.folder / "reasoning.jsonl"),
                 "instruction_data": str(self.folder / "instruction.jsonl"),
+                "accept": ["no_thinking"],  # random models do not
                 **self.settings,
             },
         }
@@ -230,6 +231,11 @@ class Tiny:
         """The whole model as transformers loads it."""
         options = {"dtype": torch.float64, "attn_implementation": "eager", **options}
         return AutoModelForCausalLM.from_pretrained(self.folder / role, **options).eval()
+
+
+def unaccepted(warnings: Sequence[str]) -> list[str]:
+    """Those that are not about random models being no reasoning models."""
+    return [text for text in warnings if not text.endswith("(accepted)")]
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype, shard: str | None = None) -> None:

@@ -1,0 +1,17 @@
+"""Merges that nobody wants are refused, unless the user says that this one is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rain_mergekit.errors import RainError
+
+
+def judge(check: str, problem: str, accept: Collection[str]) -> str:
+    """The problem as a warning where `check` is accepted; RainError with the way on elsewhere."""
+    if check in accept:
+        return f"{problem} (accepted)"
+    raise RainError(
+        f"{problem}. If this is what you want, add `accept: [{check}]` to the `rain:` section "
+        "and calibrate"
+    )
