@@ -15,7 +15,7 @@ from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.errors import RainError
 
 # One float32 copy of the logits of a chunk holds at most this many numbers (128 MiB).
-_CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**25
 # L_think up to KEPT left the format of every merge measured so far alone; above DAMAGED, thinking
 # blocks went missing (5 % of them at 0.03, two thirds at 0.2).
 KEPT, DAMAGED = 0.01, 0.05
@@ -77,6 +77,36 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -
     return model.to(device).eval()
 
 
+class Tally:
+    """Divergences of one sample after another, summed by place."""
+
+    def __init__(self) -> None:
+        self._totals = dict.fromkeys(("think", "content", "rest"), 0.0)
+        self._counts = dict.fromkeys(self._totals, 0)
+        self._samples, self._worst = 0, (-1.0, "")
+
+    def add(self, sample: ReasoningTokens, apart: Tensor) -> None:
+        """One sample's divergence at each of its positions (T)."""
+        for name, positions in _places(sample).items():
+            self._totals[name] += float(apart[list(positions)].sum())
+            self._counts[name] += len(positions)
+        mean = float(apart[list(sample.think_positions)].mean())
+        if mean > self._worst[0] or mean != mean:  # noqa: PLR0124 - NaN is the worst
+            self._worst = (mean, sample.source)
+        self._samples += 1
+
+    def drift(self) -> Drift:
+        """The means; RainError without samples."""
+        if not self._samples:
+            raise RainError("no samples to compare the models on")
+        places = {
+            name: Place(total / max(self._counts[name], 1), self._counts[name])
+            for name, total in self._totals.items()
+        }
+        worst, source = self._worst
+        return Drift(**places, samples=self._samples, worst_source=source, worst=worst)
+
+
 def drift(
     reference: Any,
     model: Any,
@@ -88,21 +118,11 @@ def drift(
     The distribution at position t is that of token t + 1. `tick` is told of every sample's tokens.
     Raises RainError without samples, or if the vocabularies differ.
     """
-    if not samples:
-        raise RainError("no samples to compare the models on")
-    totals, worst = dict.fromkeys(("think", "content", "rest"), 0.0), (-1.0, "")
-    counts = dict.fromkeys(totals, 0)
+    tally = Tally()
     for sample in samples:
-        apart = token_drift(reference, model, sample.input_ids)
-        for name, positions in _places(sample).items():
-            totals[name] += float(apart[list(positions)].sum())
-            counts[name] += len(positions)
-        mean = float(apart[list(sample.think_positions)].mean())
-        if mean > worst[0] or mean != mean:  # noqa: PLR0124 - NaN is the worst
-            worst = (mean, sample.source)
+        tally.add(sample, token_drift(reference, model, sample.input_ids))
         tick(len(sample.input_ids))
-    places = {name: Place(totals[name] / max(counts[name], 1), counts[name]) for name in totals}
-    return Drift(**places, samples=len(samples), worst_source=worst[1], worst=worst[0])
+    return tally.drift()
 
 
 def token_drift(reference: Any, model: Any, ids: Sequence[int]) -> Tensor:
@@ -111,8 +131,8 @@ def token_drift(reference: Any, model: Any, ids: Sequence[int]) -> Tensor:
     Runs through the text in chunks with the models' own caches, so that logits of T x vocabulary
     never exist.
     """
-    width = _vocabulary(reference, model)
-    chunk = max(16, _CHUNK_LOGITS // width)
+    width = same_vocabulary(reference, model)
+    chunk = max(16, CHUNK_LOGITS // width)
     parts = [
         kl_divergence(wanted, found).double().cpu()
         for wanted, found in zip(
@@ -148,7 +168,8 @@ def _places(sample: ReasoningTokens) -> dict[str, Sequence[int]]:
     return {"think": sample.think_positions, "content": sample.content_positions, "rest": rest}
 
 
-def _vocabulary(reference: Any, model: Any) -> int:
+def same_vocabulary(reference: Any, model: Any) -> int:
+    """The number of tokens that both models know; RainError if they differ."""
     sizes = [int(m.get_output_embeddings().weight.shape[0]) for m in (reference, model)]
     if sizes[0] != sizes[1]:
         raise RainError(

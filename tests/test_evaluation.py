@@ -92,7 +92,7 @@ def test_chunks_equal_one_dense_forward_pass(
     numbers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "_CHUNK_LOGITS", numbers)
+    monkeypatch.setattr(evaluation, "CHUNK_LOGITS", numbers)
     ids = samples[0].input_ids
     assert len(ids) > 48  # at the smallest size several chunks
     found = token_drift(reasoning, instruct, ids)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rain_mergekit.commands.options import (
+    budget_option,
     device_option,
     dtype_option,
     loading_options,
@@ -14,6 +15,13 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
 )
+
+if TYPE_CHECKING:
+    from rain_mergekit.behaviour import Behaviour
+    from rain_mergekit.checkpoint import Checkpoint
+    from rain_mergekit.commands.console import Console
+    from rain_mergekit.instruction_checks import Asked
+    from rain_mergekit.verification import Measured, Streaming
 
 _DAMAGED = 3
 
@@ -34,6 +42,26 @@ _DAMAGED = 3
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Skip samples that are longer.")
 @click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
 @click.option("--markers", nargs=2, default=("<think>", "</think>"), show_default=True)
+@click.option(
+    "--generate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Let both models answer N prompts too; they are loaded as a whole for that.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(),
+    help="Where the prompts are, with IFEval's `instruction_id_list` and `kwargs` or without  "
+    "[default: those of the reasoning data]",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Longest answer; too short a limit cuts thinking off.",
+)
+@budget_option
 @device_option()
 @dtype_option()
 @loading_options
@@ -42,34 +70,55 @@ def verify(**options: Any) -> None:
     """Compare MERGED with the reasoning model, token by token, on texts with thinking.
 
     L_think is the mean KL divergence at the think positions: the markers and the tokens around
-    them. Up to 0.01 the format is kept; above 0.05 it is damaged (exit code 3). Both models are
-    loaded as a whole.
+    them. Up to 0.01 the format is kept; above 0.05, or if --generate shows more broken thinking
+    blocks than chance explains, it is damaged (exit code 3). One layer of each model is in memory
+    at a time.
     """
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.evaluation import drift, load_model  # noqa: PLC0415
+    from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+    from rain_mergekit.verification import Streaming, verdict  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
-    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
     load = LoadOptions.of(options)
-    checkpoints = [open_checkpoint(options[name], load) for name in ("against", "merged")]
-    samples = _samples(checkpoints[0], options, console)
-    models = [load_model(checkpoint, device, dtype) for checkpoint in checkpoints]
-    from tqdm import tqdm  # noqa: PLC0415
-
-    total = sum(len(sample.input_ids) for sample in samples)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
-        found = drift(models[0], models[1], samples, progress.update)
-    _report(found, console)
-    if found.verdict == "damaged":
+    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
+    how = Streaming(load, device, dtype, options["activation_budget"])
+    reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
+    asked = _asked(options)
+    found = _measure(reasoning, merged, options, how, console)
+    for line in verify_text.drift_lines(found.drift):
+        console.say(line)
+    for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
+        console.say(line)
+    for line in verify_text.rounding_lines(found):
+        console.say(line)
+    answers: dict[str, Behaviour] = {}
+    if asked:
+        models = {"reasoning": reasoning, "merged": merged}
+        answers = _generate(models, asked, options, how, console)
+        for line in verify_text.behaviour_lines(answers):
+            console.say(line)
+    said = verdict(found.drift, answers.get("merged"), answers.get("reasoning"))
+    console.head(f"Verdict: {verify_text.MEANING[said]}")
+    if said == "damaged":
         click.get_current_context().exit(_DAMAGED)
 
 
-def _samples(reasoning: Any, options: dict[str, Any], console: Any) -> list[Any]:
+def _measure(
+    reasoning: Checkpoint,
+    merged: Checkpoint,
+    options: dict[str, Any],
+    how: Streaming,
+    console: Console,
+) -> Measured:
+    from tqdm import tqdm  # noqa: PLC0415
+
     from rain_mergekit.data import Markers  # noqa: PLC0415
     from rain_mergekit.measure import Texts, read_texts  # noqa: PLC0415
+    from rain_mergekit.models import read_model_config  # noqa: PLC0415
+    from rain_mergekit.verification import measure  # noqa: PLC0415
 
     path, count, markers = options["reasoning_data"], options["samples"], options["markers"]
     texts = Texts(path, count, Markers(*markers), options["window"], options["max_tokens"])
@@ -77,23 +126,44 @@ def _samples(reasoning: Any, options: dict[str, Any], console: Any) -> list[Any]
     if skipped := data.total - len(data.samples):
         source, reason = data.skipped[0]
         console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
-    return samples
+    layers = int(read_model_config(reasoning).num_hidden_layers)
+    total = layers * sum(len(sample.input_ids) for sample in samples)
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
+        return measure(reasoning, merged, samples, how, progress.update)
 
 
-def _report(found: Any, console: Any) -> None:
-    places = (
-        ("L_think", found.think, "the markers and the tokens around them"),
-        ("L_mid", found.content, "inside the thinking block"),
-        ("L_rest", found.rest, "prompt and response"),
-    )
-    console.say(f"Mean KL divergence from the reasoning model, {found.samples} samples (nats):")
-    for name, place, text in places:
-        console.say(f"  {name:<8} {place.mean:<10.3g} {place.positions:>7} positions, {text}")
-    console.say(f"  worst sample at think positions: {found.worst_source} ({found.worst:.3g})")
-    meaning = {
-        "kept": "the thinking format is kept",
-        "at risk": "the thinking format is at risk: generate some answers before using it",
-        "damaged": "the thinking format is damaged: expect missing close markers; "
-        "lower `lambda` or protect more (rank_share, max_rank)",
-    }
-    console.head(f"Verdict: {meaning[found.verdict]}")
+def _asked(options: dict[str, Any]) -> list[Asked]:
+    """The prompts to answer; checked before anything that takes time."""
+    if not options["generate"]:
+        return []
+    from rain_mergekit.features import spread  # noqa: PLC0415
+    from rain_mergekit.instruction_checks import check_rules, read_prompts  # noqa: PLC0415
+
+    prompts = read_prompts(options["prompts"] or options["reasoning_data"])
+    asked = [prompts[index] for index in spread(range(len(prompts)), options["generate"])]
+    check_rules(asked)
+    return asked
+
+
+def _generate(
+    models: dict[str, Checkpoint],
+    asked: list[Asked],
+    options: dict[str, Any],
+    how: Streaming,
+    console: Console,
+) -> dict[str, Behaviour]:
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from rain_mergekit.data import Markers  # noqa: PLC0415
+    from rain_mergekit.verification import answers_of  # noqa: PLC0415
+
+    markers, limit, found = Markers(*options["markers"]), options["max_new_tokens"], {}
+    for name, checkpoint in models.items():
+        with tqdm(total=len(asked), desc=name, disable=not console.progress) as progress:
+            found[name] = answers_of(checkpoint, asked, markers, limit, how, progress.update)
+    if cut := found["merged"].cut:
+        console.warn(
+            f"{cut} of {len(asked)} answers were cut off while thinking at {limit} tokens, so "
+            "nothing is known of their close markers; raise --max-new-tokens"
+        )
+    return found

@@ -1,0 +1,94 @@
+"""What `mergekit-rain verify` says, line by line; no heavy import in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rain_mergekit.behaviour import Behaviour
+    from rain_mergekit.evaluation import Drift
+    from rain_mergekit.layerwise import LayerDrift, SiteDrift
+    from rain_mergekit.verification import Measured
+
+MOST_LAYERS = 12
+MEANING = {
+    "kept": "the thinking format is kept",
+    "at risk": "the thinking format is at risk: generate some answers before using it (--generate)",
+    "damaged": "the thinking format is damaged: expect missing close markers; "
+    "lower `lambda` or protect more (rank_share, max_rank)",
+}
+
+
+def drift_lines(found: Drift) -> Iterator[str]:
+    """KL divergence by place."""
+    places = (
+        ("L_think", found.think, "the markers and the tokens around them"),
+        ("L_mid", found.content, "inside the thinking block"),
+        ("L_rest", found.rest, "prompt and response"),
+    )
+    yield f"Mean KL divergence from the reasoning model, {found.samples} samples (nats):"
+    for name, place, text in places:
+        yield f"  {name:<8} {place.mean:<10.3g} {place.positions:>7} positions, {text}"
+    yield f"  worst sample at think positions: {found.worst_source} ({found.worst:.3g})"
+
+
+def layer_lines(layers: Sequence[LayerDrift], *, all_of_them: bool) -> Iterator[str]:
+    """Drift of the features, a line a layer; of many layers evenly spaced ones and the last."""
+    sites = list(dict.fromkeys(site for layer in layers for site in layer))
+    yield "Drift of the inputs of linear modules at think positions, |H* - H| / |H| in percent:"
+    yield f"  {'layer':>5} " + " ".join(f"{_short(site):>10}" for site in sites)
+    step = 1 if all_of_them else -(-len(layers) // MOST_LAYERS)
+    for index, layer in enumerate(layers):
+        if (len(layers) - 1 - index) % step == 0:
+            cells = (_percent(layer.get(site)) for site in sites)
+            yield f"  {index:>5} " + " ".join(f"{cell:>10}" for cell in cells)
+
+
+def rounding_lines(found: Measured) -> Iterator[str]:
+    """What rounding the merged weights has to do with it."""
+    if found.unrounded is None:
+        yield f"Rounding's part of the drift is not known: {found.unknown}"
+        return
+    last = found.layers[-1].values()
+    drift = sum(site.drift for site in last)
+    share = sum(site.rounding or 0.0 for site in last) / drift if drift else 0.0
+    yield (
+        f"Rounding the merged weights makes up {100 * share:.2g} % of the drift's energy in the "
+        f"last layer; without it L_think is {found.unrounded.think.mean:.3g}"
+    )
+
+
+def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
+    """What the models wrote, side by side."""
+    first = next(iter(found.values()))
+    yield f"Answers to {first.prompts} prompts, greedy:"
+    yield f"  {'':<34}" + "".join(f"{name:>12}" for name in found)
+    rows: list[tuple[str, list[str]]] = [
+        ("without a thinking block", [str(one.unopened) for one in found.values()]),
+        ("close marker missing", [str(one.unclosed) for one in found.values()]),
+        ("nothing in the block", [str(one.empty) for one in found.values()]),
+        ("cut off while thinking", [str(one.cut) for one in found.values()]),
+        ("mean thinking length, tokens", [_mean(one.tokens) for one in found.values()]),
+    ]
+    if first.asked:
+        pairs = [(f"{one.followed}/{one.instructions}") for one in found.values()]
+        rows.append(("instructions followed", pairs))
+        rows.append(
+            ("prompts with all followed", [f"{one.obedient}/{one.asked}" for one in found.values()])
+        )
+    for name, cells in rows:
+        yield f"  {name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _short(site: str) -> str:
+    """`self_attn.q_proj` -> `q_proj`."""
+    return site.rpartition(".")[2]
+
+
+def _percent(found: SiteDrift | None) -> str:
+    return "-" if found is None else f"{100 * found.relative:.3g}"
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"

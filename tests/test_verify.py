@@ -1,0 +1,360 @@
+"""`verify`: drift layer by layer against whole models, rounding, answers, and rules."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import TRIO, refused, run, succeed
+from mergekit.common import ModelReference
+from merging import merge
+from tiny import Tiny, linear_inputs
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rain_mergekit import layerwise
+from rain_mergekit.behaviour import Behaviour, behaviour, breaks_more
+from rain_mergekit.capture import Shell
+from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.data import ReasoningTokens, load_reasoning
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation import Drift, Place, drift, load_model
+from rain_mergekit.generation import Answer
+from rain_mergekit.instruction_checks import Asked, follows, read_prompts
+from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.output_head import output_head
+from rain_mergekit.thinking import Thought
+from rain_mergekit.verification import Streaming, measure, verdict
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+HOW = Streaming(LoadOptions())
+needs_rules = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="if-verifiable needs Python 3.11"
+)
+
+
+def checkpoint(path: Path) -> Checkpoint:
+    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Three bfloat16 models, and what mergekit makes of them in bfloat16 and in float32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    made = Tiny.make(folder, request.param, torch.bfloat16)
+    made.calibrate()
+    for dtype in ("bfloat16", "float32"):
+        merge(folder / dtype, made.content(dtype=dtype)).weights()
+    return made
+
+
+def samples_of(tiny: Tiny) -> tuple[ReasoningTokens, ...]:
+    path = tiny.folder / "reasoning.jsonl"
+    return load_reasoning(path, tiny.tokenizer(), keep_response=True).samples
+
+
+def whole(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def features(folder: Path, samples: tuple[ReasoningTokens, ...]) -> dict[str, Tensor]:
+    """Inputs of every linear module at think positions, from whole forward passes."""
+    model, parts = whole(folder), dict[str, list[Tensor]]()
+    for sample in samples:
+        with linear_inputs(model) as inputs, torch.no_grad():
+            model(input_ids=torch.tensor([sample.input_ids]))
+        for name, rows in inputs.items():
+            parts.setdefault(name, []).append(rows[list(sample.think_positions)].double())
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def test_layer_by_layer_equals_whole_forward_passes(tiny: Tiny) -> None:
+    samples, folder = samples_of(tiny), tiny.folder
+    merged = folder / "bfloat16" / "merged"
+    found = measure(checkpoint(folder / "reasoning"), checkpoint(merged), samples, HOW)
+    before, after, exact = (
+        features(place, samples)
+        for place in (folder / "reasoning", merged, folder / "float32" / "merged")
+    )
+    sites = 0
+    for index, layer in enumerate(found.layers):
+        for site, numbers in layer.items():
+            name, sites = f"model.layers.{index}.{site}", sites + 1
+            energies = (before[name], after[name] - before[name], after[name] - exact[name])
+            expected = [float(rows.square().sum()) for rows in energies]
+            got = [numbers.reference, numbers.drift, numbers.rounding]
+            assert got == pytest.approx(expected, rel=2e-3, abs=1e-6)
+    assert sites == 8  # four input sites in each of two layers
+    last = found.layers[-1]["mlp.down_proj"]
+    assert 0 < (last.rounding_share or 0) < 0.01
+    assert last.relative == pytest.approx((last.drift / last.reference) ** 0.5)
+
+
+def test_next_tokens_equal_those_of_whole_models(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layerwise, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
+    samples, folder = samples_of(tiny), tiny.folder
+    places = [folder / "reasoning", folder / "bfloat16/merged", folder / "float32/merged"]
+    found = measure(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)
+    models = [load_model(checkpoint(place), "cpu", None) for place in places]
+    for one, model in ((found.drift, models[1]), (found.unrounded, models[2])):
+        expected = drift(models[0], model, samples)
+        assert one is not None
+        for place in ("think", "content", "rest"):
+            value, wanted = getattr(one, place), getattr(expected, place)
+            assert value.positions == wanted.positions
+            assert value.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-7)
+        assert one.worst_source == expected.worst_source
+
+
+def test_hidden_states_that_find_no_room_in_memory(tiny: Tiny) -> None:
+    samples, folder = samples_of(tiny), tiny.folder
+    models = checkpoint(folder / "reasoning"), checkpoint(folder / "bfloat16/merged")
+    small = replace(HOW, budget=0)
+    assert measure(*models, samples, small) == measure(*models, samples, HOW)
+
+
+def test_a_model_beside_itself(tiny: Tiny) -> None:
+    samples, seen = samples_of(tiny), list[int]()
+    model = checkpoint(tiny.folder / "reasoning")
+    found = measure(model, model, samples, HOW, seen.append)
+    assert sum(seen) == 2 * sum(len(sample.input_ids) for sample in samples)
+    assert all(site.drift == 0 for layer in found.layers for site in layer.values())
+    assert all(site.rounding_share is None for layer in found.layers for site in layer.values())
+    assert found.drift.think.mean == 0
+    assert "mergekit_config.yml" in str(found.unknown)
+
+
+# What may follow the layers besides norm and matrix: softcap, logit scale, tied or own matrix
+HEADS: Mapping[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 2},
+    "granite": {"logits_scaling": 7.0, "num_key_value_heads": 2},
+    "cohere": {"logit_scale": 0.3, "num_key_value_heads": 2},
+    "llama": {"tie_word_embeddings": False, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        **HEADS[family],
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    ids, last = torch.arange(1, 21)[None], list[Tensor]()
+    model.model.layers[-1].register_forward_hook(
+        lambda _m, _a, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0]
+    shell = Shell(checkpoint(tmp_path), config, torch.float32, "cpu")
+    for _ in range(2):  # it leaves the shell as it was
+        with output_head(shell) as logits:
+            parts = [logits(part) for part in last[0].reshape(20, 32).split(7)]
+            assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
+        assert all(parameter.is_meta for parameter in shell.model.parameters())
+        assert len(list(shell.record([[1, 2, 3]]))) == 1
+
+
+# Rounding that is not known
+
+
+def test_why_rounding_is_not_known(tiny: Tiny, tmp_path: Path) -> None:
+    samples, folder = samples_of(tiny)[:1], tiny.folder
+    reasoning = checkpoint(folder / "reasoning")
+
+    def reason(place: Path, how: Streaming = HOW) -> str:
+        found = measure(reasoning, checkpoint(place), samples, how)
+        assert found.unrounded is None
+        assert all(site.rounding is None for site in found.layers[-1].values())
+        return str(found.unknown)
+
+    merged = folder / "bfloat16" / "merged"
+    assert "--dtype float32" in reason(merged, replace(HOW, dtype=torch.bfloat16))
+    parameters = {"calibration": str(tiny.path), "lambda": [0.5, 1.0]}
+    merge(tmp_path / "slope", tiny.content(parameters=parameters)).weights()
+    assert "lambda is [0.5, 1.0], not one number" in reason(tmp_path / "slope" / "merged")
+
+
+# mergekit-rain verify
+
+DATA = TRIO / "reasoning.jsonl"
+
+
+def verify(merged: Path, *options: object) -> tuple[object, ...]:
+    return ("verify", merged, "--against", TRIO / "reasoning", "--reasoning-data", DATA, *options)
+
+
+def test_verify_shows_layers_and_answers() -> None:
+    outcome = run(*verify(TRIO / "instruct", "--samples", 3, "--generate", 12))
+    assert outcome.code == 3
+    lines = outcome.output.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["layer"])
+    assert lines[head].split() == ["layer", "q_proj", "o_proj", "gate_proj", "down_proj"]
+    layers = json.loads((TRIO / "reasoning/config.json").read_text())["num_hidden_layers"]
+    assert [line.split()[0] for line in lines[head + 1 : head + 1 + layers]] == [
+        str(index) for index in range(layers)
+    ]
+    assert "Rounding's part of the drift is not known" in outcome.output
+    row = next(line for line in lines if "without a thinking block" in line)
+    assert row.split()[-2:] == ["0", "12"]
+
+
+def test_verify_says_when_answers_were_cut() -> None:
+    options = ("--samples", 2, "--generate", 3, "--max-new-tokens", 8)
+    said = succeed(*verify(TRIO / "reasoning", *options))
+    assert "3 of 3 answers were cut off while thinking at 8 tokens" in said
+    assert "Verdict: the thinking format is kept" in said
+
+
+# Behaviour
+
+NONE = Thought(False, False, "", "plain")
+GOOD = Thought(True, True, "a b", "an answer")
+OPEN = Thought(True, False, "a", "")
+EMPTY = Thought(True, True, "", "an answer")
+
+
+def test_behaviour_counts() -> None:
+    tokenizer = load_tokenizer(checkpoint(TRIO / "reasoning"))
+    thoughts = [(NONE, True), (GOOD, True), (OPEN, True), (OPEN, False), (EMPTY, True)]
+    answers = [Answer("p", "", thought, finished) for thought, finished in thoughts]
+    found = behaviour([Asked("s", "p")] * 5, answers, tokenizer)
+    assert (found.unopened, found.unclosed, found.cut, found.empty) == (1, 1, 1, 1)
+    assert found.broken == 3
+    assert found.tokens == len(tokenizer("a b", add_special_tokens=False)["input_ids"])
+    assert found.asked == found.instructions == 0
+
+
+def counts(prompts: int, unclosed: int, cut: int = 0) -> Behaviour:
+    return Behaviour(prompts, 0, unclosed, 0, cut, None, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("merged", "reasoning", "worse"),
+    [
+        (counts(50, 0), counts(50, 0), False),
+        (counts(50, 1), counts(50, 0), False),
+        (counts(50, 10), counts(50, 0), True),
+        (counts(50, 10), counts(50, 9), False),
+        (counts(4, 4), counts(4, 0), True),
+        (counts(50, 0, cut=50), counts(50, 0), False),
+    ],
+)
+def test_broken_blocks_beyond_chance(merged: Behaviour, reasoning: Behaviour, worse: bool) -> None:
+    assert breaks_more(merged, reasoning) is worse
+    calm = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
+    assert verdict(calm, merged, reasoning) == ("damaged" if worse else "kept")
+    assert verdict(calm, None, None) == "kept"
+
+
+# Rules
+
+CASES = [
+    ("punctuation:no_comma", {}, "No such thing.", "One, two."),
+    ("keywords:existence", {"keywords": ["tin"]}, "A tin cup.", "A cup."),
+    ("keywords:forbidden_words", {"forbidden_words": ["tin"]}, "A cup.", "A tin cup."),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "a b c", "a b"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2.0}, "* a\n* b", "* a"),
+    ("detectable_format:json_format", {}, '{"a": 1}', "a"),
+    ("startend:end_checker", {"end_phrase": "Bye."}, "So. Bye.", "Bye. So."),
+    ("startend:quotation", {}, '"all of it"', "all of it"),
+    ("detectable_format:title", {}, "<<One>> text", "text"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        "a\n\nThen b",
+        "a\n\nnow b",
+    ),
+]
+
+
+def prompts(folder: Path, **fields: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "Say it.", **fields}) + "\n")
+    return path
+
+
+@needs_rules
+@pytest.mark.parametrize(("rule", "arguments", "good", "bad"), CASES, ids=[c[0] for c in CASES])
+def test_rules(rule: str, arguments: dict[str, Any], good: str, bad: str, tmp_path: Path) -> None:
+    kwargs = [{**arguments, "prompt_to_repeat": None, "num_sections": None}]
+    (asked,) = read_prompts(prompts(tmp_path, instruction_id_list=[rule], kwargs=kwargs))
+    assert [follows(asked, text) for text in (good, bad, " ")] == [[True], [False], [False]]
+
+
+@needs_rules
+def test_only_the_response_after_a_closed_block_is_checked() -> None:
+    tokenizer = load_tokenizer(checkpoint(TRIO / "reasoning"))
+    asked = Asked("s", "p", (("punctuation:no_comma", {}), ("startend:quotation", {})))
+    thoughts = [
+        Thought(True, True, "a, b", "none here"),
+        Thought(True, True, "a, b", '"all"'),
+        Thought(True, False, '"none here"', ""),
+        Thought(False, False, "", '"all"'),
+    ]
+    answers = [Answer("p", "", thought, True) for thought in thoughts]
+    found = behaviour([asked] * 4, answers, tokenizer)
+    assert (found.asked, found.obedient, found.instructions, found.followed) == (4, 1, 8, 3)
+
+
+@needs_rules
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instruction_id_list": ["x:y"]}, "there is no rule 'x:y' (known: change_case:"),
+        ({"instruction_id_list": ["startend:end_checker"]}, "needs end_phrase in `kwargs`"),
+        (
+            {
+                "instruction_id_list": ["length_constraints:number_words"],
+                "kwargs": [{"num_words": 3, "relation": "about"}],
+            },
+            "relation",
+        ),
+        (
+            {"instruction_id_list": ["startend:quotation"], "kwargs": [{"size": 3}]},
+            "unexpected keyword",
+        ),
+        ({"instruction_id_list": "startend:quotation"}, "must be a list of texts"),
+        ({"instruction_id_list": ["a"], "kwargs": []}, "one object for each instruction"),
+        ({"prompt": 3}, "expected an object with a text `prompt`"),
+    ],
+)
+def test_prompts_that_cannot_be_used(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    options = ("--samples", 1, "--generate", 1, "--prompts", prompts(tmp_path, **fields))
+    assert message in refused(tmp_path, *verify(TRIO / "reasoning", *options))
+
+
+def test_rules_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "if_verifiable.ifeval", None)
+    with pytest.raises(RainError, match=r"pip install 'rain-mergekit\[ifeval\]'"):
+        follows(Asked("s", "p", (("startend:quotation", {}),)), "text")
+    assert follows(Asked("s", "p"), "text") == []
+
+
+@needs_rules
+def test_rules_that_need_data_of_nltk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    rule = ("length_constraints:number_sentences", {"num_sentences": 1, "relation": "at least"})
+    with pytest.raises(RainError, match=r"nltk\.downloader punkt_tab"):
+        follows(Asked("s", "p", (rule,)), "One. Two.")
