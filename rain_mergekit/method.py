@@ -14,6 +14,7 @@ from torch import Tensor
 from rain_mergekit import _autoload
 from rain_mergekit.apply import Factors, merged_weight
 from rain_mergekit.artifact import CalibrationFile, TensorPlan
+from rain_mergekit.artifact_schema import ROLES
 from rain_mergekit.basis_cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.errors import RainError
 from rain_mergekit.method_spec import NAME, Planned, RainMergeError, rain_spec, reported, role_name
@@ -104,7 +105,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         return models
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Merge one tensor; returns the base tensor itself where nothing is to be done."""
+        """Merge one tensor; returns a copy of the base tensor where nothing is to be done."""
         self._planned.take()  # tensors merged in memory are validated first and bound afterwards
         with reported(), torch.no_grad():
             return self._merge(group, parameters)
@@ -124,21 +125,22 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         if len(others) >= wanted:
             models = self._models(calibration, base.id, others, parameters["role"])
         reasoning: Tensor = base.tensor
-        _require_finite(reasoning, name, f"the reasoning model {base.id}")
         if plan is None or parameters["lambda"] == 0:
-            return reasoning
+            _require_finite(reasoning, name, f"the reasoning model {base.id}")
+            return reasoning.clone()  # itself would keep its whole mapped shard in memory
         tensors = {entry.id: entry.tensor for entry in group.entries}
-        inputs = tensors[models["instruct"]], tensors[models["pretrained"]]
-        for role, tensor in zip(("instruct", "pretrained"), inputs, strict=True):
-            _require_finite(tensor, name, f"the {role} model {models[role]}")
-        if tuple(reasoning.shape) != plan.shape:
+        weights = reasoning, tensors[models["instruct"]], tensors[models["pretrained"]]
+        if tuple(reasoning.shape) != plan.shape:  # mergekit has made sure that all are alike
             raise RainError(
                 f"{name} has shape {list(reasoning.shape)}, the calibration expects "
                 f"{list(plan.shape)}: it was made for another model"
             )
+        merged = self._apply(calibration, plan, weights, parameters["lambda"])
+        if not _finite(merged):  # as it is whenever an input is not: no pass over those is needed
+            for role, weight in zip(ROLES, weights, strict=True):
+                _require_finite(weight, name, f"the {role} model {models[role]}")
+            _require_finite(merged, name, f"the result in {merged.dtype}")
         _check_source(base.id, name, reasoning)
-        merged = self._apply(calibration, plan, (reasoning, *inputs), parameters["lambda"])
-        _require_finite(merged, name, f"the result in {merged.dtype}")
         return merged
 
     def _apply(
@@ -199,9 +201,13 @@ def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
 
 
 def _require_finite(tensor: Tensor, name: str, who: str) -> None:
-    # Extremes carry NaN and infinity with them and need no temporary of the tensor's size.
-    if tensor.numel() and not all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor)):
+    if not _finite(tensor):
         raise RainError(f"{name} holds NaN or infinite values in {who}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # Extremes carry NaN and infinity with them and need no temporary of the tensor's size.
+    return not tensor.numel() or all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor))
 
 
 def register() -> None:

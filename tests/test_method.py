@@ -26,7 +26,7 @@ from merging import (
 )
 from safetensors.torch import load_file, save_file
 
-from rain_mergekit.apply import Factors, merged_weight
+from rain_mergekit.apply import BLOCK_ELEMENTS, MIN_BLOCK_ROWS, Factors, merged_weight
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.errors import RainError
 from rain_mergekit.method import RainMerge, RainMergeError, register
@@ -365,7 +365,7 @@ def test_instruct_model_of_another_size(trio: Trio, file: Path, tmp_path: Path) 
 def test_not_a_number_in_a_model(tmp_path: Path, role: str) -> None:
     trio = Trio.make(tmp_path / "models")
     weights = trio.weights(role)
-    weights[Q0][3, 4] = float("nan")
+    weights[Q0][0, 4] = float("nan")  # in the row that is compared with the checkpoint's, too
     save_file(weights, getattr(trio, role) / "model.safetensors", metadata={"format": "pt"})
     path = make_calibration(trio).write(tmp_path / "c.safetensors")
     message = merge(tmp_path / "run", config(trio, path)).error()
@@ -510,6 +510,7 @@ def test_unlisted_tensor_that_the_others_lack_is_the_base(file: Path) -> None:
     parameters = {"calibration": file}
     found = merge_tensors([tensor], "rain", parameters=parameters, base_index=0, name="x.bias")
     assert torch.equal(found, tensor)
+    assert found.data_ptr() != tensor.data_ptr()  # a piece of a mapped shard would keep all of it
 
 
 def test_a_shared_basis_is_read_once(trio: Trio, file: Path) -> None:
@@ -609,19 +610,37 @@ def test_experts_with_their_own_bases(tmp_path: Path, axis: int, *, shared: bool
 
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_row_blocks_do_not_show(axis: int) -> None:
-    shape = (2100, 7) if axis == -1 else (7, 2100)
+    d_out, d_in = 300, BLOCK_ELEMENTS // MIN_BLOCK_ROWS + 1  # two whole blocks and a piece
+    shape = (d_out, d_in) if axis == -1 else (d_in, d_out)
     base, tuned, origin = (torch.randn(shape) for _ in range(3))
-    u = torch.linalg.qr(torch.randn(7, 2))[0]
-    rows, cols = torch.rand(2100), torch.rand(7)
+    u = torch.linalg.qr(torch.randn(d_in, 2))[0]
+    rows, cols = torch.rand(d_out), torch.rand(d_in)
     found = merged_weight(base, tuned, origin, Factors(u, u), rows, cols, 0.3, axis)
     first, second, third = (
         w.double() if axis == -1 else w.double().T for w in (base, tuned, origin)
     )
-    keep = torch.eye(7, dtype=torch.float64) - u.double() @ u.double().T
+    keep = torch.eye(d_in, dtype=torch.float64) - u.double() @ u.double().T
     wanted = first + 0.3 * (rows.double()[:, None] * (second - third) * cols.double()) @ keep
     wanted = wanted if axis == -1 else wanted.T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert found.is_contiguous()
+
+
+def test_what_is_not_finite_shows_through_scales_of_zero(tmp_path: Path) -> None:
+    calibration = small(1, 6)
+    calibration.tensors["rows"] = torch.zeros(5).double()
+    calibration.header["tensors"]["w"] = {
+        "site": "s0",
+        "shape": [5, 6],
+        "input_axis": -1,
+        "rows": "rows",
+        "cols": None,
+    }
+    path = calibration.write(tmp_path / "c.safetensors")
+    weights = [torch.randn(5, 6) for _ in range(3)]
+    weights[2][1, 2] = float("-inf")
+    with pytest.raises(RainMergeError, match="w holds NaN or infinite values in the pretrained"):
+        direct(path, "w", weights)
 
 
 def test_inputs_are_not_changed(trio: Trio, file: Path) -> None:
