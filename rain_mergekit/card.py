@@ -17,6 +17,7 @@ from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.front_matter import with_tags
 from rain_mergekit.summary import Data, Summary, summarise
+from rain_mergekit.measured import Measured, load
 
 BEGIN = "<!-- rain-mergekit: begin; `mergekit-rain card` rewrites what follows -->"
 END = "<!-- rain-mergekit: end -->"
@@ -60,7 +61,7 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     path = Path(folder, "README.md")
     old = _read(path)
     try:
-        new = with_section(with_tags(old, TAGS), section(config, summary))
+        new = with_section(with_tags(old, TAGS), section(config, summary, load(folder)))
     except RainError as error:
         raise RainError(f"{path}: {error}") from None
     if new == old:
@@ -68,6 +69,27 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     with replacing(path) as out:
         out.write(new.encode("utf-8"))
     return True
+
+
+def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Put the README.md of `folder`, if there is one, in place of that of the merge in `new`.
+
+    What people wrote into it stays; where it shows the configuration of the earlier merge as
+    mergekit prints it, the new one takes its place.
+    """
+    try:
+        text = Path(folder, "README.md").read_bytes()
+        shown = [f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new)]
+    except FileNotFoundError:
+        return
+    if text.count(shown[0]) == 1:
+        text = text.replace(*shown)
+    Path(new, "README.md").write_bytes(text)
+
+
+def _config_text(folder: str | os.PathLike[str]) -> str:
+    file = Path(folder, "mergekit_config.yml")
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else "\0"
 
 
 def with_section(text: str, content: str) -> str:
@@ -86,13 +108,14 @@ def with_section(text: str, content: str) -> str:
     return text[:start] + part + text[end + len(END) :]
 
 
-def section(config: RainConfig, summary: Summary) -> str:
-    """Method, models, strength, data, projection and citation, as Markdown."""
+def section(config: RainConfig, summary: Summary, measured: Measured | None = None) -> str:
+    """Method, models, strength, data, projection, measurement and citation, as Markdown."""
     models = summary.models
     intro = _INTRO.format(
         reasoning=_model(models["reasoning"]), instruct=_model(models["instruct"])
     )
-    rows = [f"| {name} | {text} |" for name, text in _rows(config, summary)]
+    told = [*_rows(config, summary), *(_measurement(measured) if measured else ())]
+    rows = [f"| {name} | {text} |" for name, text in told]
     table = "\n".join(["| | |", "|---|---|", *rows])
     return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\nPlease cite:\n\n{_CITATION}"
 
@@ -107,6 +130,16 @@ def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
     yield "projection", _projection(summary)
     yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
     yield "calibrated with", _code(summary.created_by)
+
+
+def _measurement(found: Measured) -> Iterator[tuple[str, str]]:
+    yield (
+        "divergence from the reasoning model",
+        f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere "
+        f"{found.rest:.3g} nats; the thinking format is {_code(found.verdict)}",
+    )
+    about = f"{found.samples} samples, SHA-256 {_code(found.sha256)}"
+    yield "measured on", f"{_code(found.data)}, {about}"
 
 
 def _projection(summary: Summary) -> str:

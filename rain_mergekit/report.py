@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rain_mergekit import spectra
@@ -14,6 +15,7 @@ from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.errors import RainError
 from rain_mergekit.sites import Kind, Site
 from rain_mergekit.summary import Summary, summarise
+from rain_mergekit.task_vectors import Change, TaskVectors, by_module
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation import Drift
@@ -43,8 +45,14 @@ class Picture:
     caption: str
 
 
-def render(file: CalibrationFile, merged: Merged | None = None) -> str:
+def render(
+    file: CalibrationFile,
+    merged: Merged | None = None,
+    vectors: TaskVectors | str = "they were not asked for",
+) -> str:
     """The page as HTML text.
+
+    vectors: the models' task vectors, or why they are not shown.
 
     Raises RainError if matplotlib or jinja2 is missing, or the file is damaged.
     """
@@ -62,6 +70,10 @@ def render(file: CalibrationFile, merged: Merged | None = None) -> str:
         spectra=list(_spectra(file, summary)),
         heads=list(_heads(summary)),
         moved=list(_moved(merged)),
+        vectors=vectors,
+        norms=list(_norms(vectors)),
+        overlaps=list(_overlaps(vectors)),
+        modules=_module_rows(vectors),
         kept=_all(summary.sites, lambda site: site.kept),
         responses=_all(summary.sites, lambda site: site.response),
     )
@@ -171,3 +183,79 @@ def _moved(merged: Merged | None) -> Iterator[Picture]:
     if merged is not None and merged.moved:
         svg = figures.lines("m-moved", "change / weight (norms)", merged.moved)
         yield Picture(svg, "How far the weights moved", "moved")
+
+
+def _norms(vectors: TaskVectors | str) -> Iterator[Picture]:
+    """The task vector before and after, and what is left of it."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    quantities: tuple[tuple[str, str, Callable[[Change], float | None]], ...] = (
+        ("before", "norm of the task vector", lambda change: change.before),
+        ("after", "norm of what is merged", lambda change: change.after),
+        ("left", "merged / task vector (norms)", _left),
+    )
+    for name, what, value in quantities:
+        rows = by_module(vectors.changes, value) if isinstance(vectors, TaskVectors) else {}
+        if rows:
+            yield Picture(figures.lines(f"t-{name}", what, rows), _NORMS[name], name)
+
+
+_NORMS = {
+    "before": "The task vector, before",
+    "after": "What is merged of it at strength 1",
+    "left": "What the projection leaves",
+}
+
+
+def _left(change: Change) -> float | None:
+    return change.after / change.before if change.before else None
+
+
+def _overlaps(vectors: TaskVectors | str) -> Iterator[Picture]:
+    """How much the two task vectors' principal subspaces share, by layer."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    sides: tuple[tuple[str, str, Callable[[Change], float | None]], ...] = (
+        ("right", "input side", lambda c: c.overlap.right if c.overlap else None),
+        ("left", "output side", lambda c: c.overlap.left if c.overlap else None),
+    )
+    for name, side, value in sides:
+        rows = by_module(vectors.changes, value) if isinstance(vectors, TaskVectors) else {}
+        if rows:
+            svg = figures.lines(f"p-{name}", f"overlap, {side}", rows)
+            yield Picture(svg, f"Shared principal directions, {side}", name)
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """Means of one module over the layers; overlaps with what chance would give."""
+
+    name: str
+    before: float
+    after: float
+    left: float | None
+    right: float | None
+    chance_left: float | None
+    chance_right: float | None
+
+
+def _module_rows(vectors: TaskVectors | str) -> list[ModuleRow]:
+    if not isinstance(vectors, TaskVectors):
+        return []
+    found: dict[str, list[Change]] = {}
+    for change in vectors.changes:
+        found.setdefault(change.module, []).append(change)
+    return [_module_row(name, group) for name, group in found.items()]
+
+
+def _module_row(name: str, group: Sequence[Change]) -> ModuleRow:
+    shared = [change.overlap for change in group if change.overlap is not None]
+    return ModuleRow(
+        name=name,
+        before=fmean(change.before for change in group),
+        after=fmean(change.after for change in group),
+        left=fmean(o.left for o in shared) if shared else None,
+        right=fmean(o.right for o in shared) if shared else None,
+        chance_left=fmean(o.chance_left for o in shared) if shared else None,
+        chance_right=fmean(o.chance_right for o in shared) if shared else None,
+    )

@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.advice import require_mergeable
 from rain_mergekit.calibrate import RunOptions
-from rain_mergekit.card import write_card
+from rain_mergekit.card import carry_over, write_card
 from rain_mergekit.commands.calibration import run_calibration
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
@@ -57,15 +57,16 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
                 f"{config} is calibrated, but {out} was not written; the same command goes on"
             ) from None
         if merge_options.write_model_card:
-            add_card(stage, console)
+            add_card(out, stage, console)
     console.head(f"Wrote {out}")
 
 
-def add_card(stage: Path, console: Console) -> None:
-    """Our part of the model card; a finished merge is not lost for it."""
+def add_card(out: str | Path, stage: Path, console: Console) -> None:
+    """Our part of the model card, into the one that is there; a merge is not lost for it."""
     try:
+        carry_over(out, stage)
         write_card(stage)
-    except RainError as error:
+    except (OSError, RainError) as error:
         console.warn(f"the model card says nothing of the calibration: {error}")
 
 

@@ -20,6 +20,7 @@ from rain_mergekit.errors import RainError
 if TYPE_CHECKING:
     from rain_mergekit.artifact import CalibrationFile
     from rain_mergekit.report import Merged
+    from rain_mergekit.task_vectors import TaskVectors
 
 
 @click.command(
@@ -40,6 +41,19 @@ if TYPE_CHECKING:
     help="With --merged: measure L_think on these samples, as verify does.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many of them.")
+@click.option(
+    "--task-vectors/--no-task-vectors",
+    default=None,
+    help="Read the three models, for the norms and the overlap of their task vectors  "
+    "[default: if they are folders on this machine]",
+)
+@click.option(
+    "--subspace",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="How many of the strongest directions to compare.",
+)
 @device_option()
 @dtype_option()
 @loading_options
@@ -61,10 +75,42 @@ def report(calibration: str, output: str, **options: Any) -> None:
     _protect_foreign(output)
     file = CalibrationFile.open(calibration)
     merged = _merged(file, options, console) if options["merged"] else None
-    page = render(file, merged)
+    page = render(file, merged, _vectors(file, options, console))
     with replacing(output) as out:
         out.write(page.encode("utf-8", "replace"))
     console.head(f"Wrote {output}")
+
+
+def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> TaskVectors | str:
+    """The task vectors, or why the page does not show them."""
+    from rain_mergekit.task_vectors import differing, measure, unreachable  # noqa: PLC0415
+
+    asked: bool | None = options["task_vectors"]
+    reason = unreachable(file) if asked is None else None
+    if asked is False or reason is not None:
+        return reason or "switched off by --no-task-vectors"
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+
+    console.setup()
+    load = LoadOptions.of(options)
+    try:
+        models = {role: open_checkpoint(m.reference, load) for role, m in file.models.items()}
+        if others := differing(file, models):
+            raise RainError(
+                f"the models are not those of {file.path}: another {' and '.join(others)} model is "
+                "there now"
+            )
+        total, quiet = len(file.tensors), not console.progress
+        with tqdm(total=total, desc="task vectors", unit="", disable=quiet) as progress:
+            device = pick_device(options["device"])
+            return measure(file, models, options["subspace"], device, progress.update)
+    except RainError as error:
+        if asked:
+            raise
+        return str(error)
 
 
 def _protect_foreign(output: str) -> None:

@@ -107,7 +107,7 @@ def _merge(config: RainConfig, place: Path, options: MergeOptions, console: Cons
     with staged_folder(place) as stage:
         merge_into(config, stage, options)
         if options.write_model_card:
-            add_card(stage, console)
+            add_card(place, stage, console)
 
 
 def _ruler(

@@ -1,0 +1,64 @@
+"""What `verify` has measured of a merged model, kept in its folder for the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rain_mergekit.atomic import replacing
+from rain_mergekit.checkpoint import fingerprint
+from rain_mergekit.evaluation import Drift
+
+NAME = "rain_verification.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean divergence by place in nats, on this many samples of the set of that name."""
+
+    think: float
+    content: float
+    rest: float
+    samples: int
+    data: str
+    sha256: str
+    verdict: str
+
+
+def save(folder: str | os.PathLike[str], drift: Drift, data: str, sha256: str) -> None:
+    """Write what was measured beside the weights that it was measured on; RainError if it fails.
+
+    Of `data` only the file's name is kept.
+    """
+    content = {
+        "weights": fingerprint(os.fspath(folder))["weights"],
+        "L_think": drift.think.mean,
+        "L_mid": drift.content.mean,
+        "L_rest": drift.rest.mean,
+        "samples": drift.samples,
+        "data": os.path.basename(data),
+        "data_sha256": sha256,
+        "verdict": drift.verdict,
+    }
+    with replacing(Path(folder, NAME)) as out:
+        out.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def load(folder: str | os.PathLike[str]) -> Measured | None:
+    """What was measured on the weights that are in the folder now, or None.
+
+    RainError if there is a measurement and the weights cannot be read.
+    """
+    try:
+        content: Any = json.loads(Path(folder, NAME).read_bytes())
+        numbers = [float(content[name]) for name in ("L_think", "L_mid", "L_rest")]
+        texts = [str(content[name]) for name in ("data", "data_sha256", "verdict")]
+        samples, weights = int(content["samples"]), content["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if weights != fingerprint(os.fspath(folder))["weights"]:
+        return None  # of an earlier merge
+    return Measured(*numbers, samples, *texts)

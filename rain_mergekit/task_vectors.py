@@ -1,0 +1,198 @@
+"""The task vectors of a calibration's three models: their size, and where they point.
+
+Read from the checkpoints one weight at a time, for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.apply import Factors
+from rain_mergekit.artifact import CalibrationFile, TensorPlan
+from rain_mergekit.artifact_schema import ROLES
+from rain_mergekit.checkpoint import Checkpoint, fingerprint
+from rain_mergekit.sites import locate, module_order
+
+SMALL = 512  # up to this size a matrix is decomposed exactly
+_EXTRA, _ROUNDS = 16, 6
+_NOISE = 1e-4  # of float32 differences of float16 weights
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much two principal subspaces share, 0 to 1; `chance`: what random ones would."""
+
+    left: float
+    right: float
+    chance_left: float
+    chance_right: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One weight: Frobenius norms of Δ and of what is merged of it at λ = 1, and the overlap.
+
+    The overlap is that of θ_I - θ_B and θ_R - θ_B; None where one of them is zero.
+    """
+
+    module: str
+    layer: int
+    before: float
+    after: float
+    overlap: Overlap | None
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """All weights that could be read, and remarks on those that could not."""
+
+    changes: tuple[Change, ...]
+    rank: int
+    remarks: tuple[str, ...]
+
+
+def unreachable(file: CalibrationFile) -> str | None:
+    """Why the models cannot be read without a download; None if all three are local folders."""
+    away = [role for role in ROLES if not Path(file.models[role].reference).is_dir()]
+    if not away:
+        return None
+    names = ", ".join(f"{file.models[role].reference} ({role})" for role in away)
+    return f"not a folder on this machine: {names}"
+
+
+def differing(file: CalibrationFile, models: Mapping[str, Checkpoint]) -> list[str]:
+    """The roles whose checkpoint is not the one that was recorded."""
+    return [
+        role
+        for role, recorded in file.models.items()
+        if recorded.fingerprint is not None
+        and dict(recorded.fingerprint) != _parts(models[role], recorded.fingerprint)
+    ]
+
+
+def _parts(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, str]:
+    found = fingerprint(checkpoint.path)
+    return {part: found[part] for part in wanted if part in found}
+
+
+def measure(
+    file: CalibrationFile,
+    models: Mapping[str, Checkpoint],
+    rank: int,
+    device: str = "cpu",
+    tick: Callable[[int], object] = lambda _done: None,
+) -> TaskVectors:
+    """Norms and overlaps of every listed weight; `tick` is told of each.
+
+    rank: of the principal subspaces. One weight of the three models is in memory at a time, in
+    float32. RainError if a checkpoint cannot be read.
+    """
+    changes, left_out = [], 0
+    for name, plan in file.tensors.items():
+        if len(plan.shape) == 2 and all(name in model.names for model in models.values()):
+            changes.append(_change(file, models, name, plan, rank, torch.device(device)))
+        else:
+            left_out += 1
+        tick(1)
+    for model in models.values():
+        model.release()
+    remarks = (f"{left_out} of {len(file.tensors)} weights are experts, and left out",)
+    changes.sort(key=lambda change: (module_order(change.module), change.layer))
+    return TaskVectors(tuple(changes), rank, remarks if left_out else ())
+
+
+def _change(
+    file: CalibrationFile,
+    models: Mapping[str, Checkpoint],
+    name: str,
+    plan: TensorPlan,
+    rank: int,
+    device: torch.device,
+) -> Change:
+    weights = (models[role].get(name) for role in ("instruct", "pretrained", "reasoning"))
+    instruct, pretrained, reasoning = (w.to(device, torch.float32) for w in weights)
+    tuned, thinking = instruct - pretrained, reasoning - pretrained
+    if plan.input_axis == -2:
+        tuned, thinking = tuned.mT, thinking.mT
+    site = plan.site if isinstance(plan.site, str) else None
+    factors = file.factors(site) if site is not None else Factors(None, None)
+    layer, kind = locate(name.removesuffix(".weight"))
+    return Change(
+        module=kind.split(".")[-1],
+        layer=layer or 0,
+        before=_norm(tuned),
+        after=_norm(merged_part(tuned, factors, file.scale(plan.rows), file.scale(plan.cols))),
+        overlap=overlap(tuned, thinking, rank),
+    )
+
+
+def merged_part(
+    delta: Tensor, factors: Factors, rows: Tensor | None, cols: Tensor | None
+) -> Tensor:
+    """(S_row Δ S_col)(I - U Vᵀ) for delta (d_out, d_in), float32."""
+    for scale, shape in ((rows, (-1, 1)), (cols, (1, -1))):
+        if scale is not None:
+            delta = delta * scale.to(delta).reshape(shape)
+    if factors.u is None or factors.v is None:
+        return delta
+    return delta - (delta @ factors.u.to(delta)) @ factors.v.to(delta).mT
+
+
+def overlap(first: Tensor, second: Tensor, rank: int) -> Overlap | None:
+    """‖A_kᵀ B_k‖² / k for the top-k left, and right, singular vectors of two m x n matrices.
+
+    k is `rank`, or less where one of them has fewer directions; None where one is zero.
+    """
+    found = [principal(matrix, rank) for matrix in (first, second)]
+    k = min(left.shape[1] for left, _ in found)
+    if not k:
+        return None
+    (left_a, right_a), (left_b, right_b) = ((u[:, :k], v[:, :k]) for u, v in found)
+    pairs = ((left_a, left_b), (right_a, right_b))
+    left, right = (float((a.mT @ b).square().sum()) / k for a, b in pairs)
+    return Overlap(left, right, k / first.shape[0], k / first.shape[1])
+
+
+def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The top left (m, k) and right (n, k) singular vectors, k <= rank, in order.
+
+    Exact for small matrices, else by subspace iteration from a fixed start. Directions below 1e-4
+    of the largest are left out.
+    """
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= SMALL:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return _significant(u[:, :rank], s[:rank], vt[:rank].mT)
+    width = min(rank + _EXTRA, *matrix.shape)
+    start = torch.Generator().manual_seed(0)
+    right = torch.randn(matrix.shape[1], width, generator=start).to(matrix)
+    for _ in range(_ROUNDS):
+        left = torch.linalg.qr(matrix @ right).Q
+        right = torch.linalg.qr(matrix.mT @ left).Q
+    u, s, vt = torch.linalg.svd(matrix @ right, full_matrices=False)
+    return _significant(u[:, :rank], s[:rank], (right @ vt.mT)[:, :rank])
+
+
+def _significant(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    count = int((s > _NOISE * s.max()).sum()) if s.numel() else 0
+    return u[:, :count], v[:, :count]
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
+def by_module(
+    changes: Iterator[Change] | tuple[Change, ...], value: Callable[[Change], float | None]
+) -> dict[str, dict[int, float]]:
+    """A quantity by module and layer; weights that have none are left out."""
+    found: dict[str, dict[int, float]] = {}
+    for change in changes:
+        if (number := value(change)) is not None:
+            found.setdefault(change.module, {})[change.layer] = number
+    return found
