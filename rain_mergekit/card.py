@@ -16,8 +16,8 @@ from rain_mergekit.atomic import replacing
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.front_matter import with_tags
+from rain_mergekit.recorded import Recorded, load
 from rain_mergekit.summary import Data, Summary, summarise
-from rain_mergekit.measured import Measured, load
 
 BEGIN = "<!-- rain-mergekit: begin; `mergekit-rain card` rewrites what follows -->"
 END = "<!-- rain-mergekit: end -->"
@@ -79,11 +79,11 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
     """
     try:
         text = Path(folder, "README.md").read_bytes()
-        shown = [f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new)]
+        was, now = (f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new))
     except FileNotFoundError:
         return
-    if text.count(shown[0]) == 1:
-        text = text.replace(*shown)
+    if text.count(was) == 1:
+        text = text.replace(was, now)
     Path(new, "README.md").write_bytes(text)
 
 
@@ -108,7 +108,7 @@ def with_section(text: str, content: str) -> str:
     return text[:start] + part + text[end + len(END) :]
 
 
-def section(config: RainConfig, summary: Summary, measured: Measured | None = None) -> str:
+def section(config: RainConfig, summary: Summary, measured: Recorded | None = None) -> str:
     """Method, models, strength, data, projection, measurement and citation, as Markdown."""
     models = summary.models
     intro = _INTRO.format(
@@ -132,12 +132,10 @@ def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
     yield "calibrated with", _code(summary.created_by)
 
 
-def _measurement(found: Measured) -> Iterator[tuple[str, str]]:
-    yield (
-        "divergence from the reasoning model",
-        f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere "
-        f"{found.rest:.3g} nats; the thinking format is {_code(found.verdict)}",
-    )
+def _measurement(found: Recorded) -> Iterator[tuple[str, str]]:
+    numbers = f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere"
+    verdict = f"the thinking format is {_code(found.verdict)}"
+    yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
     about = f"{found.samples} samples, SHA-256 {_code(found.sha256)}"
     yield "measured on", f"{_code(found.data)}, {about}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,36 @@ def test_table_only(place: Workplace) -> None:
     assert "up to date" in said
     assert "held-out ones say more" in said
     assert [path.name for path in out.iterdir()] == ["sweep.json"]
+
+
+def test_text_of_an_earlier_card_is_kept(place: Workplace) -> None:
+    """What people wrote stays; mergekit's configuration block and our section are the new ones."""
+    out, data = place.folder / "again", place.folder / "reasoning.jsonl"
+    succeed("merge", place.write(parameters={"lambda": 0.5}), out)
+    verify = ("verify", out, "--against", place.model("reasoning"), "--reasoning-data", data)
+    assert f"Wrote it into {out}/README.md" in succeed(*verify, "--card", "--samples", 2)
+    page = out / "README.md"
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"\| L_think [0-9.e-]+, in the thinking block [0-9.e-]+, elsewhere", text)
+    assert "`reasoning.jsonl`, 2 samples, SHA-256 `" in text
+    assert "Nothing to change" in succeed("card", out)
+    page.write_text(text.replace("# again", "# My model\n\nMine."), encoding="utf-8")
+    succeed("merge", place.write(parameters={"lambda": 0.25}), out)
+    renewed = page.read_text(encoding="utf-8")
+    assert "# My model\n\nMine." in renewed
+    assert renewed.count("lambda: 0.25") == 1
+    assert "lambda: 0.5" not in renewed
+    assert "| strength λ | `0.25` |" in renewed
+    assert renewed.count(BEGIN) == 1
+    assert "L_think" not in renewed  # it was measured on other weights
+    assert "Nothing to change" in succeed("card", out)
+
+
+def test_card_of_what_is_no_merge_is_refused_before_measuring(place: Workplace) -> None:
+    data = place.folder / "reasoning.jsonl"
+    verify = ("verify", place.model("instruct"), "--against", place.model("reasoning"))
+    said = refused(place.folder, *verify, "--reasoning-data", data, "--card")
+    assert "cannot read the configuration" in said
 
 
 def test_without_a_card(place: Workplace) -> None:

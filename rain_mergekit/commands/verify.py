@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rain_mergekit.behaviour import Behaviour
     from rain_mergekit.checkpoint import Checkpoint
     from rain_mergekit.commands.console import Console
+    from rain_mergekit.data import DataSet
     from rain_mergekit.instruction_checks import Asked
     from rain_mergekit.verification import Measured, Streaming
 
@@ -61,6 +62,7 @@ _DAMAGED = 3
     show_default=True,
     help="Longest answer; too short a limit cuts thinking off.",
 )
+@click.option("--card", is_flag=True, help="Write what is measured into MERGED's model card.")
 @budget_option
 @device_option()
 @dtype_option()
@@ -84,10 +86,12 @@ def verify(**options: Any) -> None:
     console.setup()
     load = LoadOptions.of(options)
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
+    if options["card"]:
+        _check_folder(options["merged"])
     how = Streaming(load, device, dtype, options["activation_budget"])
     reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
     asked = _asked(options)
-    found = _measure(reasoning, merged, options, how, console)
+    found, data = _measure(reasoning, merged, options, how, console)
     for line in verify_text.drift_lines(found.drift):
         console.say(line)
     for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
@@ -102,6 +106,8 @@ def verify(**options: Any) -> None:
             console.say(line)
     said = verdict(found.drift, answers.get("merged"), answers.get("reasoning"))
     console.head(f"Verdict: {verify_text.MEANING[said]}")
+    if options["card"]:
+        _write_card(options["merged"], found, data, console)
     if said == "damaged":
         click.get_current_context().exit(_DAMAGED)
 
@@ -112,7 +118,7 @@ def _measure(
     options: dict[str, Any],
     how: Streaming,
     console: Console,
-) -> Measured:
+) -> tuple[Measured, DataSet[Any]]:
     from tqdm import tqdm  # noqa: PLC0415
 
     from rain_mergekit.data import Markers  # noqa: PLC0415
@@ -129,7 +135,25 @@ def _measure(
     layers = int(read_model_config(reasoning).num_hidden_layers)
     total = layers * sum(len(sample.input_ids) for sample in samples)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
-        return measure(reasoning, merged, samples, how, progress.update)
+        return measure(reasoning, merged, samples, how, progress.update), data
+
+
+def _check_folder(merged: str) -> None:
+    """Known before anything that takes time."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from rain_mergekit.config import read_config  # noqa: PLC0415
+
+    read_config(Path(merged, "mergekit_config.yml"))
+
+
+def _write_card(merged: str, found: Measured, data: DataSet[Any], console: Console) -> None:
+    from rain_mergekit import recorded  # noqa: PLC0415
+    from rain_mergekit.card import write_card  # noqa: PLC0415
+
+    recorded.save(merged, found.drift, data.path, data.sha256)
+    write_card(merged)
+    console.say(f"Wrote it into {merged}/README.md")
 
 
 def _asked(options: dict[str, Any]) -> list[Asked]:

@@ -1,4 +1,4 @@
-"""What `verify` has measured of a merged model, kept in its folder for the model card."""
+"""What `verify --card` has measured of a merged model, kept in its folder for the model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "rain_verification.json"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Recorded:
     """Mean divergence by place in nats, on this many samples of the set of that name."""
 
     think: float
@@ -47,18 +47,24 @@ def save(folder: str | os.PathLike[str], drift: Drift, data: str, sha256: str) -
         out.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def load(folder: str | os.PathLike[str]) -> Measured | None:
+def load(folder: str | os.PathLike[str]) -> Recorded | None:
     """What was measured on the weights that are in the folder now, or None.
 
     RainError if there is a measurement and the weights cannot be read.
     """
     try:
         content: Any = json.loads(Path(folder, NAME).read_bytes())
-        numbers = [float(content[name]) for name in ("L_think", "L_mid", "L_rest")]
-        texts = [str(content[name]) for name in ("data", "data_sha256", "verdict")]
-        samples, weights = int(content["samples"]), content["weights"]
+        found = Recorded(
+            think=float(content["L_think"]),
+            content=float(content["L_mid"]),
+            rest=float(content["L_rest"]),
+            samples=int(content["samples"]),
+            data=str(content["data"]),
+            sha256=str(content["data_sha256"]),
+            verdict=str(content["verdict"]),
+        )
+        weights = content["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if weights != fingerprint(os.fspath(folder))["weights"]:
-        return None  # of an earlier merge
-    return Measured(*numbers, samples, *texts)
+    # Else it is of an earlier merge.
+    return found if weights == fingerprint(os.fspath(folder))["weights"] else None
