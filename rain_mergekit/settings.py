@@ -145,6 +145,13 @@ class RainSettings(BaseModel):
             "(which weigh 1); 0: only the markers are protected."
         ),
     ] = 1.0
+    protect_prompt: Annotated[
+        NonNegative,
+        Field(
+            description="Weight of the reasoning set's prompts, in the same way: the thinking "
+            "reads them through attention."
+        ),
+    ] = 0.0
     protect_response: Annotated[
         NonNegative,
         Field(description="Weight of the reasoning set's responses, in the same way."),
@@ -152,8 +159,8 @@ class RainSettings(BaseModel):
     content_rows: Annotated[
         PositiveInt,
         Field(
-            description="Tokens of the thinking content, and of the responses, that are used, over "
-            "all samples (at least one each)."
+            description="Tokens of the thinking content, of the prompts, and of the responses that "
+            "are used, over all samples (at least one each)."
         ),
     ] = 2048
 

@@ -105,6 +105,8 @@ def _groups(
     groups: dict[str, Sequence[int]] = {"think": sample.think_positions}
     if settings.protect_thinking > 0:
         groups["content"] = spread(sample.content_positions, content)
+    if settings.protect_prompt > 0:
+        groups["prompt"] = spread(range(sample.think_positions[0]), content)
     if settings.protect_response > 0:
         groups["response"] = spread(sample.response_positions, content)
     return groups

@@ -220,6 +220,8 @@ def protected_groups(settings: RainSettings) -> list[Group]:
     groups = [Group("think", 1.0)]
     if settings.protect_thinking > 0:
         groups.append(Group("content", settings.protect_thinking))
+    if settings.protect_prompt > 0:
+        groups.append(Group("prompt", settings.protect_prompt))
     if settings.protect_response > 0:
         groups.append(Group("response", settings.protect_response))
     return groups

@@ -200,6 +200,7 @@ def _check_merge(
     [
         {"rank_by": "tolerance", "rank_tolerance": 0.2, "epsilon": 0.003},
         {"rank_by": "count", "rank_count": 7, "protect_thinking": 0.25},
+        {"rank_by": "energy", "rank_share": 0.7, "protect_prompt": 2.0},
         {"rank_by": "energy", "rank_share": 0.7, "protect_response": 3.0, "window": 0},
         {"rank_by": "response_energy", "rank_share": 0.5, "epsilon": 10.0},
     ],

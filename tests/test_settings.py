@@ -77,6 +77,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"instruction_rows": 0}, "instruction_rows"),
     ({"protect_thinking": -1}, "protect_thinking"),
     ({"protect_thinking": NAN}, "protect_thinking"),
+    ({"protect_prompt": -0.5}, "protect_prompt"),
     ({"protect_response": INF}, "protect_response"),
     ({"content_rows": 0}, "content_rows"),
     ({"coefficients": "on"}, "coefficients"),

@@ -308,6 +308,12 @@ class DenseSite:
         return torch.eye(len(self.basis), dtype=torch.float64) - self.basis @ self.v.mT
 
 
+def _chosen_positions(sample: Any, name: str) -> list[int]:
+    if name == "prompt_positions":  # all that comes before the first protected position
+        return list(range(min(sample.think_positions)))
+    return list(getattr(sample, name))
+
+
 class Dense:
     """The method on the whole model at once, float64, from its description."""
 
@@ -344,7 +350,7 @@ class Dense:
         """Inputs of one module at the named positions of every sample, stacked."""
         samples = self.reasoning if kind == "reasoning" else self.instruction
         parts = [
-            inputs[module][list(getattr(sample, positions))]
+            inputs[module][_chosen_positions(sample, positions)]
             for sample, inputs in zip(samples, self.features[kind], strict=True)
         ]
         return torch.cat(parts)
@@ -363,6 +369,7 @@ class Dense:
         moment = think.mT @ think / len(think)
         for positions, weight in (
             ("content_positions", options.protect_thinking),
+            ("prompt_positions", options.protect_prompt),
             ("response_positions", options.protect_response),
         ):
             if weight:
