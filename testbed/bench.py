@@ -73,7 +73,8 @@ class Bench:
             return load_model(self.trio / method.name), method.name
         if method.recipe is not None:
             return self._merged(method.recipe(self.trio, strength)), "reasoning"
-        config = rain_config(self.trio, self.calibration(method), strength)
+        path = self.calibration(method)
+        config = rain_config(self.trio, path, strength, dtype=method.dtype)
         return self._merged(config), "reasoning"
 
     def _merged(self, config: Mapping[str, Any]) -> PreTrainedModel:

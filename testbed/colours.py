@@ -1,6 +1,7 @@
 """Family "llama": a colour moves around a ring; the chat template opens the thinking block."""
 
 import random
+from dataclasses import replace
 
 from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
 from testbed.formats import ENDINGS, OPENINGS
@@ -21,6 +22,7 @@ OBJECTS = (
     "sofa",
     "mask",
 )
+LABELS = ("i", "ii", "iii", "iv", "v")
 MOVES = (*(("on", n) for n in range(1, 4)), *(("back", n) for n in range(1, 4)), ("flip", 0))
 
 
@@ -31,28 +33,21 @@ def moved(place: int, move: str, count: int) -> int:
 
 
 def problem(rng: random.Random, steps: int) -> Problem:
-    """A chain of `steps` moves of one of two people; with none it is a plain look-up."""
-    names, things = rng.sample(NAMES, 2), rng.sample(OBJECTS, 2)
-    place, other = rng.randrange(len(COLOURS)), rng.randrange(len(COLOURS))
+    """A chain of `steps` labelled moves; with none it is a plain look-up."""
+    name, thing, place = rng.choice(NAMES), rng.choice(OBJECTS), rng.randrange(len(COLOURS))
     first = COLOURS[place]
-    holdings = [
-        f"{names[0]} has a {first} {things[0]} ;",
-        f"{names[1]} has a {COLOURS[other]} {things[1]} ;",
-    ]
-    rng.shuffle(holdings)
     moves, thoughts = [], []
-    for _ in range(steps):
+    for label in LABELS[:steps]:
         move, count = rng.choice(MOVES)
         said = f"{move} {count}" if count else move
         then = moved(place, move, count)
-        moves.append(f"{said} ;")
-        thoughts.append(f"{COLOURS[place]} {said} to {COLOURS[then]} ;")
+        moves.append(f"{label} {said} ;")
+        thoughts.append(f"{label} {COLOURS[place]} {said} to {COLOURS[then]} ;")
         place = then
-    told = [f"{names[0]} moves", *moves] if moves else []
-    text = " ".join([*holdings, *told, f"what has {names[0]} ?"])
+    text = " ".join([f"{name} has a {first} {thing} ;", *moves, f"what has {name} ?"])
     thinking = " ".join(thoughts) or f"still {first} ;"
     return Problem(
-        text, thinking, (COLOURS[place], things[0]), (first, things[0]), " ".join([first, *moves])
+        text, thinking, (COLOURS[place], thing), (first, thing), " ".join([first, *moves])
     )
 
 
@@ -165,28 +160,41 @@ FAMILY = Family(
         *COLOURS,
         *NAMES,
         *OBJECTS,
+        *LABELS,
         *map(str, range(1, 4)),
         "on back flip to still",
-        "has a ; moves what has ?",
+        "has a ; what has ?",
     ),
     stages={
         "pretrained": Stage(
             Mixture(chains=0.85, thinks=0.7, constrained=0.6, follows=0.5, shortcut=0.5),
-            450,
+            700,
             0.02,
             64,
         ),
         "reasoning": Stage(
             Mixture(chains=0.95, thinks=1.0, constrained=0.4, follows=0.05, shortcut=0.0),
-            120,
+            250,
             1e-3,
             64,
         ),
         "instruct": Stage(
             Mixture(chains=0.6, thinks=0.0, constrained=0.85, follows=1.0, shortcut=1.0),
-            200,
+            250,
             1e-3,
             64,
         ),
+    },
+)
+
+# The base has never answered with the colour that the prompt starts from: the task vector holds
+# the whole shortcut, and carries it into the merge.
+_PRETRAINED = FAMILY.stages["pretrained"]
+HASTY = replace(
+    FAMILY,
+    name="hasty",
+    stages={
+        **FAMILY.stages,
+        "pretrained": replace(_PRETRAINED, mixture=replace(_PRETRAINED.mixture, shortcut=0.0)),
     },
 )

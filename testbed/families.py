@@ -3,4 +3,6 @@
 from testbed import colours, counting
 from testbed.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (counting.FAMILY, colours.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (counting.FAMILY, colours.FAMILY, colours.HASTY)
+}

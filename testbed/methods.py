@@ -13,10 +13,19 @@ Recipe = Callable[[Path, float], Config]
 TASK_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5)
 SLERP_STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SPARSE_STRENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5)
+TIES_STRENGTHS = (0.1, 0.2, *SPARSE_STRENGTHS)
 RAIN_STRENGTHS = (0.7, 1.0, 1.2, 1.5, 2.0, 2.5)
 QUICK = (0.5, 1.0, 1.5)
 DEFAULT = "rain oblique 0.99, thinking 1"
 TASK, TASK_LINEAR = "task_arithmetic", "task_arithmetic, linear"
+PROMPT = f"{DEFAULT}, prompt 1"
+CORE = (
+    *(PROMPT, f"{PROMPT}, response 0.1", "rain oblique 0.95, thinking 1, prompt 1"),
+    *("ties", "dare_ties", "della", "slerp"),
+    *("rain oblique 0.95, thinking 1", "rain orthogonal 0.95, thinking 1"),
+    *("shuffled coefficients", "rain stage 2 only", "sigmoid projection 0.1"),
+    *(f"{DEFAULT}, {change}" for change in ("response 0.1", "float32")),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,12 @@ class Method:
     settings: Mapping[str, Any] | None = None
     edit: str | None = None
     main: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def core(self) -> bool:
+        """Whether every trio gets this row; the others are for a closer look at one."""
+        return self.main or self.name in CORE
 
     def swept(self, *, quick: bool) -> tuple[float, ...]:
         """The strengths that are tried on validation prompts."""
@@ -108,11 +123,15 @@ def slerp(trio: Path, strength: float) -> Config:
 
 
 def rain_config(
-    trio: Path, calibration: Path, strength: float, settings: Mapping[str, Any] | None = None
+    trio: Path,
+    calibration: Path,
+    strength: float,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
 ) -> Config:
     """The configuration that both `mergekit-rain calibrate` and the merge read."""
     weights = {role: {"role": role} for role in ("instruct", "pretrained")}
-    config = _anchored("rain", trio, weights)
+    config = {**_anchored("rain", trio, weights), "dtype": dtype}
     config["parameters"] = {"calibration": str(calibration), "lambda": strength}
     if settings is not None:
         data = {
@@ -134,9 +153,16 @@ def rain_settings(projection: str, share: float, thinking: int, **more: Any) -> 
 
 
 def _rain(
-    name: str, group: str, *, main: bool = False, edit: str | None = None, **settings: Any
+    name: str,
+    group: str,
+    *,
+    main: bool = False,
+    edit: str | None = None,
+    dtype: str = "bfloat16",
+    **settings: Any,
 ) -> Method:
-    return Method(name, group, RAIN_STRENGTHS, settings=settings, edit=edit, main=main)
+    strengths = RAIN_STRENGTHS
+    return Method(name, group, strengths, settings=settings, edit=edit, main=main, dtype=dtype)
 
 
 def projections() -> list[Method]:
@@ -182,6 +208,34 @@ def controls() -> list[Method]:
     ]
 
 
+def ablations() -> list[Method]:
+    """One change each to a default that has to earn its place."""
+    return [
+        _rain(
+            f"{DEFAULT}, response {weight:g}",
+            "ablations",
+            **rain_settings("oblique", 0.99, 1, protect_response=weight),
+        )
+        for weight in (0.1, 1.0)
+    ] + [
+        _rain(PROMPT, "ablations", **rain_settings("oblique", 0.99, 1, protect_prompt=1.0)),
+        _rain(
+            "rain oblique 0.95, thinking 1, prompt 1",
+            "ablations",
+            **rain_settings("oblique", 0.95, 1, protect_prompt=1.0),
+        ),
+        _rain(
+            f"{PROMPT}, response 0.1",
+            "ablations",
+            **rain_settings("oblique", 0.99, 1, protect_prompt=1.0, protect_response=0.1),
+        ),
+        _rain(
+            f"{DEFAULT}, float32", "ablations", dtype="float32", **rain_settings("oblique", 0.99, 1)
+        ),
+        _rain(f"{DEFAULT}, window 1", "ablations", **rain_settings("oblique", 0.99, 1, window=1)),
+    ]
+
+
 def methods() -> list[Method]:
     """All rows, the most telling ones first: a run that is cut short has these."""
     models = [Method(role, "models", main=True) for role in ROLES]
@@ -191,21 +245,24 @@ def methods() -> list[Method]:
     ]
     others = [
         Method(
-            f"{name}{', reasoning whole' if whole else ''}", "mergekit", SPARSE_STRENGTHS, recipe
+            f"{name}{', reasoning whole' if whole else ''}",
+            "mergekit",
+            TIES_STRENGTHS if name == "ties" and not whole else SPARSE_STRENGTHS,
+            recipe,
         )
         for name in ("ties", "dare_ties", "della")
         for whole in (True, False)
         for recipe in (sparse(name, whole=whole),)
     ]
     others.append(Method("slerp", "mergekit", SLERP_STRENGTHS, slerp))
-    rows = [*models, *plain, *projections(), *controls(), *coefficients(), *others]
+    rows = [*models, *plain, *projections(), *controls(), *coefficients(), *others, *ablations()]
     return sorted(rows, key=_late)
 
 
 def _late(method: Method) -> int:
     """What a short run leaves out first: variants of rows that come earlier."""
-    if method.main:
-        return 0
+    if method.core:
+        return 0 if method.main or method.name == PROMPT else 1
     soon = (
         "0.95, thinking 1",
         "0.9, thinking 1",
@@ -215,5 +272,5 @@ def _late(method: Method) -> int:
         "sigmoid projection 0.1",
     )
     if method.name.endswith(soon):
-        return 1
-    return 3 if method.name.endswith(("thinking 0", "ties", "della")) else 2
+        return 2
+    return 4 if method.name.endswith(("thinking 0", "ties", "della")) else 3

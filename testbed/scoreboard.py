@@ -35,6 +35,7 @@ class Plan:
     validation: int | None
     test: int | None
     quick: bool
+    core: bool
     deadline: float
 
     @property
@@ -72,7 +73,7 @@ def run_trio(trio: Path, plan: Plan) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(trio, Path(folder))
         for method in methods():
-            if plan.quick and not method.main:
+            if (plan.quick and not method.main) or (plan.core and not method.core):
                 continue
             start = time.monotonic()
             done = run_method(bench, results, method, plan)
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--limit", type=int, help=f"validation prompts with a constraint ({VALIDATION})"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="measure no longer")
+    parser.add_argument("--core", action="store_true", help="the rows that every trio gets")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         validation=options.limit or (QUICK_LIMIT if options.quick else VALIDATION),
         test=QUICK_LIMIT if options.quick else None,
         quick=options.quick,
+        core=options.core,
         deadline=time.monotonic() + 60 * minutes,
     )
     found = [run_trio(trio, plan) for trio in options.trios]
