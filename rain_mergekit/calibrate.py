@@ -71,8 +71,8 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
     models = _model_records(trio)
     advice = warnings_of(config, trio)
     run = Run(config, options, trio, samples, world)
-    noted = check_trio(trio, models, run.tensors, config.settings)
     accept = config.settings.accept
+    noted = check_trio(trio, models, run.tensors, samples.markers, accept)
     job = run.identity(models)
     with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
         first, likely = run.walk(work)

@@ -13,6 +13,7 @@ from rain_mergekit.data import (
     load_instruction,
     load_reasoning,
 )
+from rain_mergekit.detection import find_markers
 from rain_mergekit.models import Trio, load_tokenizer
 from rain_mergekit.settings import RainSettings
 
@@ -23,16 +24,19 @@ class Samples:
 
     reasoning: DataSet[ReasoningTokens]
     instruction: DataSet[InstructionTokens] | None
+    markers: Markers
 
 
 def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     """Read, render and tokenise the calibration sets with the reasoning model's tokenizer."""
     tokenizer = load_tokenizer(trio.reasoning)
-    markers = Markers(settings.markers.open, settings.markers.close)
+    options, path = settings.chat_template_kwargs, settings.reasoning_data
+    markers = settings.marker_texts or find_markers(path, tokenizer, options)
     reasoning = load_reasoning(
-        settings.reasoning_data,
+        path,
         tokenizer,
         markers=markers,
+        chat_template_kwargs=options,
         window=settings.window,
         max_tokens=settings.max_tokens,
         keep_response=settings.protect_response > 0,
@@ -43,10 +47,11 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
             settings.instruction_data,
             tokenizer,
             markers=markers,
+            chat_template_kwargs=options,
             window=settings.window,
             max_tokens=settings.max_tokens,
         )
-    return Samples(reasoning, instruction)
+    return Samples(reasoning, instruction, markers)
 
 
 def record(samples: Samples) -> dict[str, Any]:
@@ -54,6 +59,7 @@ def record(samples: Samples) -> dict[str, Any]:
     think = sum(len(sample.think_positions) for sample in samples.reasoning.samples)
     instruction = samples.instruction
     return {
+        "markers": [list(pair) for pair in samples.markers.pairs],
         "reasoning": _record(samples.reasoning, think),
         "instruction": None
         if instruction is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import RainError
 from .positions import Encoded, InstructionTokens, ReasoningTokens, SpanPositions, encode
@@ -18,7 +18,7 @@ from .samples import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -78,11 +78,12 @@ def load_reasoning(
     tokenizer: PreTrainedTokenizerBase,
     *,
     markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     window: int = 5,
     max_tokens: int | None = None,
     keep_response: bool = False,
 ) -> DataSet[ReasoningTokens]:
-    """Tokenise a reasoning set; ids end with the close marker unless ``keep_response``.
+    """Tokenise a reasoning set; ids end with the last close marker unless ``keep_response``.
 
     A sample that cannot be used is skipped with its reason. Raises RainError for a broken file,
     an unfit tokenizer, a template that refuses a sample, or if no sample is left.
@@ -90,7 +91,7 @@ def load_reasoning(
 
     def convert(sample: ReasoningSample, _: list[str]) -> ReasoningTokens:
         tokens = _encode(sample, renderer, tokenizer)
-        length = len(tokens.input_ids) if keep_response else tokens.close.stop
+        length = len(tokens.input_ids) if keep_response else tokens.end
         _check_length(length, max_tokens)
         think = tokens.think(window)
         return ReasoningTokens(
@@ -99,12 +100,12 @@ def load_reasoning(
             think_positions=think,
             content_positions=tuple(sorted(set(tokens.inside()) - set(think))),
             response_positions=tokens.response() if keep_response else (),
-            open_start=None if tokens.rendered.opened_by_template else tokens.open.start,
-            close_start=tokens.close.start,
+            open_starts=tuple(block.open.start for block in tokens.blocks if block.lead),
+            close_starts=tuple(block.close.start for block in tokens.blocks),
         )
 
     _check_options(window, max_tokens)
-    renderer = Renderer(tokenizer, markers)
+    renderer = Renderer(tokenizer, markers, chat_template_kwargs)
     return _load(path, parse_reasoning, convert)
 
 
@@ -113,6 +114,7 @@ def load_instruction(
     tokenizer: PreTrainedTokenizerBase,
     *,
     markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     window: int = 5,
     max_tokens: int | None = None,
 ) -> DataSet[InstructionTokens]:
@@ -136,7 +138,7 @@ def load_instruction(
         )
 
     _check_options(window, max_tokens)
-    renderer = Renderer(tokenizer, markers)
+    renderer = Renderer(tokenizer, markers, chat_template_kwargs)
     return _load(path, parse_instruction, convert)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.rendering import Markers
+from rain_mergekit.markers import Markers
 from rain_mergekit.thinking import Thought, split_thinking
 
 _DEFAULT_MARKERS = Markers()
@@ -35,6 +35,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     tick: Callable[[int], object] = lambda _done: None,
 ) -> list[Answer]:
     """One answer to each prompt, in their order; `tick` is told of every finished batch.
@@ -42,26 +43,33 @@ def generate(
     Prompts go through the chat template as a user's turn. Greedy: the same call gives the same
     answers, up to rounding that depends on the padding. Raises RainError without a chat template.
     """
-    heads = [rendered(tokenizer, prompt) for prompt in prompts]
+    heads = [rendered(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     order = sorted(range(len(heads)), key=lambda index: len(heads[index]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         written = continued(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
         for index, (text, finished) in zip(batch, written, strict=True):
-            opened = heads[index].rstrip().endswith(markers.open)
-            thought = split_thinking(text, markers.open, markers.close, opened_by_template=opened)
+            opened = bool(markers.opening(heads[index]))
+            thought = split_thinking(text, markers, opened_by_template=opened)
             answers[index] = Answer(prompts[index], text, thought, finished)
         tick(len(batch))
     return [answers[index] for index in range(len(heads))]
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
     """The chat template with the prompt as a user's turn; RainError if there is no template."""
     if not tokenizer.chat_template:
         raise RainError(f"the tokenizer {tokenizer.name_or_path} has no chat template")
     turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    text = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+    )
+    return str(text)
 
 
 def continued(

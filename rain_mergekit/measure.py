@@ -9,37 +9,51 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
+from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.checkpoint import Checkpoint, fingerprint
 from rain_mergekit.data import DataSet, Markers, ReasoningTokens, load_reasoning
+from rain_mergekit.detection import find_markers
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, drift, load_model
 from rain_mergekit.features import spread
 from rain_mergekit.models import LoadOptions, load_tokenizer, open_model
+from rain_mergekit.settings import parse_settings
 from rain_mergekit.sites import locate, module_order
+
+# What parse_settings needs beside, so that no instruction set is asked for.
+_NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Which texts with thinking to measure on; count None: all of them."""
+    """Which texts with thinking to measure on; count None: all; markers None: found in them."""
 
     path: str
     count: int | None = None
-    markers: Markers = field(default_factory=Markers)
+    markers: Markers | None = None
     window: int = 5
     max_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
-    """Texts of that file, with the markers and the window of a calibration's settings."""
-    found = settings.get("markers")
-    markers = found if isinstance(found, dict) else {}
-    words = [markers.get("open", "<think>"), markers.get("close", "</think>")]
-    window = settings.get("window", 5)
-    if not all(isinstance(word, str) for word in words) or type(window) is not int or window < 0:
+    """Texts of that file, with markers, window and template as in a calibration's settings."""
+    names = ("markers", "window", "chat_template_kwargs")
+    recorded = {name: settings[name] for name in names if name in settings}
+    try:
+        known = parse_settings({**recorded, "reasoning_data": path, **_NO_OTHER_SET}, path)
+        markers = known.marker_texts
+    except RainError:  # of another program, or another version
         return Texts(path, count)
-    return Texts(path, count, Markers(*words), window)
+    return Texts(
+        path=path,
+        count=count,
+        markers=markers,
+        window=known.window,
+        chat_template_kwargs=known.chat_template_kwargs,
+    )
 
 
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
@@ -73,16 +87,23 @@ def read_texts(
     reasoning: Checkpoint, texts: Texts
 ) -> tuple[list[ReasoningTokens], DataSet[ReasoningTokens]]:
     """The samples to measure on, evenly spaced, and the whole set that they come from."""
+    tokenizer = load_tokenizer(reasoning)
     data = load_reasoning(
         texts.path,
-        load_tokenizer(reasoning),
-        markers=texts.markers,
+        tokenizer,
+        markers=markers_of(texts, tokenizer),
+        chat_template_kwargs=texts.chat_template_kwargs,
         window=texts.window,
         max_tokens=texts.max_tokens,
         keep_response=True,
     )
     count = texts.count or len(data.samples)
     return [data.samples[index] for index in spread(range(len(data.samples)), count)], data
+
+
+def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:
+    """The markers of the texts, or those that the model of this tokenizer writes."""
+    return texts.markers or find_markers(texts.path, tokenizer, texts.chat_template_kwargs)
 
 
 def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:

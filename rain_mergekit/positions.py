@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING
 
+from .markers import Span
 from .rendering import Rendered, UnusableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +22,9 @@ _MAX_LOST = 0.05
 class ReasoningTokens:
     """Token ids of one reasoning sample and sorted positions in them.
 
-    ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking block;
-    ``response_positions`` is empty unless the response was kept. ``open_start`` (None where the
-    template opens the block) and ``close_start`` are the markers' first tokens.
+    ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking blocks;
+    ``response_positions`` is empty unless the response was kept. ``open_starts`` (of the blocks
+    that the model opens itself) and ``close_starts`` are the markers' first tokens.
     """
 
     source: str
@@ -31,8 +32,8 @@ class ReasoningTokens:
     think_positions: tuple[int, ...]
     content_positions: tuple[int, ...]
     response_positions: tuple[int, ...]
-    open_start: int | None
-    close_start: int
+    open_starts: tuple[int, ...]
+    close_starts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class SpanPositions:
 class InstructionTokens:
     """Token ids of one instruction sample and sorted positions in them.
 
-    ``think_positions`` is Ω_think; ``thinking_positions`` is everything between the markers.
+    ``think_positions`` is Ω_think; ``thinking_positions`` is everything between the markers of a
+    block.
     """
 
     source: str
@@ -61,50 +63,70 @@ class InstructionTokens:
 
 
 @dataclass(frozen=True)
+class TokenBlock:
+    """One thinking block: its markers' token ranges, and how many tokens before it decide on it."""
+
+    open: range
+    close: range
+    lead: int
+
+    def think(self, window: int) -> Iterator[int]:
+        """Both markers, ``window`` tokens after the first and before the second, and the lead.
+
+        The windows stay inside the block.
+        """
+        yield from range(max(self.open.start - self.lead, 0), self.open.stop)
+        yield from range(self.open.stop, min(self.open.stop + window, self.close.start))
+        yield from range(max(self.close.start - window, self.open.stop), self.close.stop)
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """Tokens of one rendered sample; ``open`` and ``close`` are the markers' token ranges."""
+    """Tokens of one rendered sample, and its thinking blocks in order (at least one)."""
 
     rendered: Rendered
     input_ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
-    open: range
-    close: range
+    blocks: tuple[TokenBlock, ...]
+
+    @property
+    def end(self) -> int:
+        """The token after the last close marker."""
+        return self.blocks[-1].close.stop
 
     def think(self, window: int) -> tuple[int, ...]:
-        """Both markers, ``window`` tokens after the first and before the second.
+        """Ω_think: the markers of every block with ``window`` tokens inside of each.
 
-        The windows stay inside the block. If the template does not open the block itself, the
-        token before the open marker belongs to it too: it decides that thinking starts.
+        If the template does not open a block itself, the token before its open marker belongs to
+        it too: it decides that thinking starts.
         """
-        lead = 0 if self.rendered.opened_by_template else 1
-        first = range(max(self.open.start - lead, 0), self.open.stop + window)
-        last = range(max(self.close.start - window, self.open.start), self.close.stop)
-        return tuple(i for i in sorted({*first, *last}) if i < self.close.stop)
+        return tuple(sorted({i for block in self.blocks for i in block.think(window)}))
 
     def inside(self) -> tuple[int, ...]:
-        """The tokens between the markers."""
-        return tuple(range(self.open.stop, self.close.start))
+        """The tokens between the markers of all blocks."""
+        return tuple(i for b in self.blocks for i in range(b.open.stop, b.close.start))
 
     def response(self) -> tuple[int, ...]:
-        """The tokens after the close marker."""
-        return tuple(range(self.close.stop, len(self.input_ids)))
+        """The tokens after the last close marker."""
+        return tuple(range(self.end, len(self.input_ids)))
 
     def in_prompt(self, spans: Iterable[str]) -> tuple[int, ...]:
-        """Tokens of every occurrence of ``spans`` in the prompt's own text."""
-        place = self.rendered.prompt
-        return self._positions(spans, place, range(self.open.start), "prompt")
+        """Tokens of every occurrence of ``spans`` in the texts of users and system."""
+        before = range(self.blocks[-1].open.start)
+        return self._positions(spans, self.rendered.prompt, before, "prompt")
 
     def in_response(self, spans: Iterable[str]) -> tuple[int, ...]:
-        """Tokens of every occurrence of ``spans`` after the close marker."""
-        place = (self.rendered.close[1], len(self.rendered.text))
-        return self._positions(spans, place, range(self.close.stop, len(self.offsets)), "response")
+        """Tokens of every occurrence of ``spans`` after the last close marker."""
+        place = (self.rendered.blocks[-1].close[1], len(self.rendered.text))
+        return self._positions(spans, [place], range(self.end, len(self.offsets)), "response")
 
     def _positions(
-        self, spans: Iterable[str], place: tuple[int, int], tokens: range, part: str
+        self, spans: Iterable[str], places: Iterable[Span], tokens: range, part: str
     ) -> tuple[int, ...]:
-        covered = bytearray(len(self.rendered.text))
+        covered, text = bytearray(len(self.rendered.text)), self.rendered.text
         for span in spans:
-            if not _cover(covered, self.rendered.text, span, place):
+            found = [_cover(covered, text, span, place) for place in places]
+            if not any(found):
                 raise UnusableError(f"the {part} does not contain the span {_short(span)}")
         return _overlapping(covered, self.offsets, tokens)
 
@@ -129,8 +151,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded:
         rendered=rendered,
         input_ids=tuple(int(token) for token in batch["input_ids"]),
         offsets=offsets,
-        open=_marker(rendered, offsets, rendered.open),
-        close=_marker(rendered, offsets, rendered.close),
+        blocks=tuple(
+            TokenBlock(
+                open=_marker(rendered, offsets, block.open),
+                close=_marker(rendered, offsets, block.close),
+                lead=0 if block.opened_by_template else 1,
+            )
+            for block in rendered.blocks
+        ),
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 S = TypeVar("S")
+_DIGITS = 100
 StrPath = str | os.PathLike[str]
 
 
@@ -74,10 +75,14 @@ def _rows(path: str, text: str) -> Iterator[tuple[str, object]]:
             yield f"{path}:{number}", _parse_json(path, line, number)
 
 
+def _whole(text: str) -> int | float:
+    """A tool's argument keeps its form; int() refuses a number for its length, float() does not."""
+    return int(text) if len(text) < _DIGITS else float(text)
+
+
 def _parse_json(path: str, text: str, line: int) -> object:
     try:
-        # no field is a number, and float() never refuses a number for its length
-        value: object = json.loads(text, object_pairs_hook=JsonObject, parse_int=float)
+        value: object = json.loads(text, object_pairs_hook=JsonObject, parse_int=_whole)
     except json.JSONDecodeError as exc:
         raise RainError(
             f"{path}:{line + exc.lineno - 1}: not valid JSON ({exc.msg}, column {exc.colno}); "

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import jinja2
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from .errors import RainError
+from .markers import Block, Markers, Span, first
+from .template import ChatTemplate, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .samples import InstructionSample, ReasoningSample
 
-_PROBE = "RAINPROMPTPROBE"
-# A template is a program of the model's author: what it can raise, without the interpreter's own.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+__all__ = ["Markers", "Rendered", "Renderer", "UnusableError"]
+_ASKING = ("user", "system", "developer")
 
 
 class UnusableError(Exception):
@@ -32,31 +25,15 @@ class UnusableError(Exception):
 
 
 @dataclass(frozen=True)
-class Markers:
-    """The texts that open and close the thinking block."""
-
-    open: str = "<think>"
-    close: str = "</think>"
-
-    def __post_init__(self) -> None:
-        if not (self.open.strip() and self.close.strip()):
-            raise RainError("The thinking markers must not be blank.")
-        if self.open in self.close or self.close in self.open:
-            raise RainError(
-                f"The thinking markers {self.open!r} and {self.close!r} contain one another; "
-                "give two texts that can be told apart."
-            )
-
-
-@dataclass(frozen=True)
 class Rendered:
-    """One rendered sample; ``prompt``, ``open``, ``close`` are [start, end) character ranges."""
+    """One rendered sample; all places are [start, end) character ranges, in order.
+
+    `prompt` holds the texts of users and system, `blocks` every thinking block.
+    """
 
     text: str
-    prompt: tuple[int, int]
-    open: tuple[int, int]
-    close: tuple[int, int]
-    opened_by_template: bool
+    prompt: tuple[Span, ...]
+    blocks: tuple[Block, ...]
 
 
 class Renderer:
@@ -65,112 +42,109 @@ class Renderer:
     Raises RainError if the tokenizer has no chat template or no character offsets (slow tokenizer).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not getattr(tokenizer, "chat_template", None):
-            raise RainError(
-                f"The tokenizer {name} has no chat template; add the reasoning model's own "
-                "chat_template.jinja, calibration has to see what the model sees."
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        markers: Markers,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs or {})
         if not getattr(tokenizer, "is_fast", False):
             raise RainError(
-                f"The tokenizer {name} gives no character offsets; a fast tokenizer "
+                f"The tokenizer {self._template.name} gives no character offsets; a fast tokenizer "
                 "(tokenizer.json) is needed."
             )
-        self._tokenizer, self._name, self.markers = tokenizer, name, markers
-        self._frame = self._probe()
+        self.markers = markers
 
     def render(self, sample: ReasoningSample | InstructionSample) -> Rendered:
-        """The rendered prompt, continued by ``output`` as it is or by the assembled parts.
+        """The rendered conversation, continued by ``output`` or by the assembled parts.
 
-        Raises RainError if the template refuses the sample, UnusableError if the prompt or the
+        Raises RainError if the template refuses the sample, UnusableError if the prompt or a
         thinking block cannot be located without doubt.
         """
-        head = self._template(sample.source, sample.prompt)
-        place = self._locate(head, sample.prompt)
-        opened = self._template_marker(head[place[1] :])
+        messages = sample.conversation
+        head = self._template.render(sample.source, messages, sample.tools)
+        places = self._template.locate(head, messages, sample.tools)
+        if places is None:
+            raise UnusableError("the chat template does not keep the prompt's text as it is")
+        opened = self._opening(head[places[-1][1] :])
         if sample.output is None:
             body = self._assemble(opened, sample.reasoning or "", sample.response)
         else:
             body = self._without_opening(sample.output, opened)
-        return self._join(head, place, opened, body)
+        roles = [m["role"] for m in messages if m["role"] != "assistant"]
+        asked = (place for place, role in zip(places, roles, strict=True) if role in _ASKING)
+        lead = head[places[-1][1] : len(head) - len(opened)] if opened else ""
+        earlier = self._earlier(head, messages, places, lead)
+        last = self._last(head, opened, body)
+        if sample.output is None and len(last) > 1:
+            raise UnusableError("its thinking or its response holds markers of its own")
+        return Rendered(head + body, tuple(asked), (*earlier, *last))
 
-    def _template(self, source: str, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except _TEMPLATE_ERRORS as exc:
-            raise RainError(
-                f"{source}: the chat template of {self._name} refuses this sample: {exc}"
-            ) from exc
-        if not isinstance(text, str):
-            raise RainError(f"{source}: the chat template of {self._name} did not give one text.")
-        return text
-
-    def _probe(self) -> tuple[str, str] | None:
-        """What the template writes before and after a prompt, if that can be told."""
-        try:
-            parts = self._template("probe", _PROBE).split(_PROBE)
-        except RainError:
-            return None  # the first sample will say why
-        return (parts[0], parts[1]) if len(parts) == 2 else None
-
-    def _locate(self, head: str, prompt: str) -> tuple[int, int]:
-        """The prompt's own range; a search alone would mistake "user" for the role's name."""
-        before, after = self._frame or ("", "")
-        start, end = len(before), len(head) - len(after)
-        framed = head.startswith(before) and head.endswith(after) and start <= end
-        if framed and head[start:end].strip() == prompt.strip():
-            return start, end
-        for text in (prompt, prompt.strip()):
-            if head.count(text) == 1:
-                return head.index(text), head.index(text) + len(text)
-        raise UnusableError("the chat template does not keep the prompt's text as it is")
-
-    def _template_marker(self, tail: str) -> str:
+    def _opening(self, tail: str) -> str:
         """The open marker and the white space after it that the template ends with, or ""."""
-        bare = tail.rstrip()
-        start = len(bare) - len(self.markers.open)
-        opened = tail[start:] if bare.endswith(self.markers.open) else ""
-        rest = tail.removesuffix(opened)
-        if self.markers.open in rest or self.markers.close in rest:
+        opened = self.markers.opening(tail)
+        words = self.markers.opens if self.markers.loose else self._words()
+        if first(tail, words, 0, len(tail) - len(opened)) is not None:
             raise UnusableError(
-                "the chat template writes a thinking block of its own after the prompt"
+                "the chat template writes a thinking block of its own after the prompt; if it "
+                "can be told to think, do so by rain.chat_template_kwargs, such as "
+                "{enable_thinking: true}"
             )
         return opened
 
+    def _words(self) -> tuple[str, ...]:
+        return (*self.markers.opens, *self.markers.closes())
+
+    def _marker(self, opened: str) -> str:
+        found = first(opened, self.markers.opens, 0, len(opened))
+        return opened[slice(*found)] if found else ""
+
     def _assemble(self, opened: str, reasoning: str, response: str | None) -> str:
-        """Open marker, reasoning, close marker on lines of their own, a blank line, response."""
+        """Open marker, reasoning, close marker and response, with the format's own white space."""
+        after_open, before_close, after_close = self.markers.gaps
         start = "" if opened else self.markers.open
-        gap = "" if opened[-1:].isspace() else "\n"
-        answer = "" if response is None else f"\n\n{response}"
-        return f"{start}{gap}{reasoning}\n{self.markers.close}{answer}"
+        gap = "" if opened[-1:].isspace() else after_open
+        closes = self.markers.closes(self._marker(opened) or self.markers.open)
+        answer = "" if response is None else f"{after_close}{response}"
+        return f"{start}{gap}{reasoning}{before_close}{closes[0]}{answer}"
 
     def _without_opening(self, output: str, opened: str) -> str:
         """``output`` less the open marker that the template has already written."""
-        if not opened:
-            return output
-        if output.startswith(opened):
+        if not opened or output.startswith(opened):
             return output[len(opened) :]
-        bare = output.lstrip()
-        return bare[len(self.markers.open) :] if bare.startswith(self.markers.open) else output
+        bare, marker = output.lstrip(), self._marker(opened)
+        return bare[len(marker) :] if bare.startswith(marker) else output
 
-    def _join(self, head: str, place: tuple[int, int], opened: str, body: str) -> Rendered:
-        marks = self.markers
-        for marker, expected in ((marks.open, 0 if opened else 1), (marks.close, 1)):
-            if (found := body.count(marker)) != expected:
-                where = "after the chat template's open marker" if opened else "after the prompt"
-                raise UnusableError(f"{found} times {marker!r} {where}, expected {expected}")
-        start = len(head) - len(opened) if opened else len(head) + body.index(marks.open)
-        stop = len(head) + body.index(marks.close)
-        if stop < start:
-            raise UnusableError(f"{marks.close!r} comes before {marks.open!r}")
-        return Rendered(
-            text=head + body,
-            prompt=place,
-            open=(start, start + len(marks.open)),
-            close=(stop, stop + len(marks.close)),
-            opened_by_template=bool(opened),
-        )
+    def _last(self, head: str, opened: str, body: str) -> list[Block]:
+        """The blocks of what the model wrote last: at least one, and nothing wrong with them."""
+        at = len(head) - len(opened)
+        given = first(head, self.markers.opens, at, len(head)) if opened else None
+        blocks, wrong = self.markers.scan(head + body, len(head), opened=given)
+        if not (blocks or wrong):
+            wrong = [f"no {self.markers.open!r} after the prompt"]
+        if wrong:
+            raise UnusableError(wrong[0])
+        return blocks
+
+    def _earlier(
+        self, head: str, messages: Sequence[Message], places: Sequence[Span], lead: str
+    ) -> Iterator[Block]:
+        """The blocks of the model's earlier turns that the template has kept.
+
+        What is wrong there, and empty blocks, the template wrote: neither is a reason to skip.
+        """
+        for start, stop in _turns(messages, places):
+            for block in self.markers.scan(head, start, stop)[0]:
+                if head[block.open[1] : block.close[0]].strip():
+                    given = bool(lead) and head.endswith(lead, 0, block.open[0])
+                    yield Block(block.open, block.close, given)
+
+
+def _turns(messages: Sequence[Message], places: Sequence[Span]) -> Iterator[Span]:
+    """The ranges that hold the model's earlier turns, between the other texts."""
+    passed = 0
+    for message, following in pairwise(messages):
+        passed += message["role"] != "assistant"
+        if message["role"] == "assistant" and following["role"] != "assistant" and passed:
+            yield places[passed - 1][1], places[passed][0]

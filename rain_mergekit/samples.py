@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from .conversation import Conversation, Message, parse_conversation
 from .errors import RainError
-from .reading import JsonObject
+from .fields import Fields
 
-_KINDS = {bool: "true or false", float: "a number", list: "a list", str: "a string"}
+
+class _Asked:
+    """What both kinds of samples ask."""
+
+    prompt: str
+    messages: tuple[Message, ...]
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages for the chat template, up to where the model's last turn begins."""
+        return self.messages or ({"role": "user", "content": self.prompt},)
 
 
 @dataclass(frozen=True)
-class ReasoningSample:
+class ReasoningSample(_Asked):
     """One reasoning sample: verbatim ``output``, or ``reasoning`` and perhaps a ``response``.
 
-    ``source`` is ``file:line`` (JSON lines) or ``file[index]`` (JSON list).
+    ``source`` is ``file:line`` (JSON lines) or ``file[index]`` (JSON list). ``messages`` is empty
+    where the sample has only a ``prompt``.
     """
 
     source: str
@@ -22,6 +35,8 @@ class ReasoningSample:
     output: str | None
     reasoning: str | None
     response: str | None
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class InstructionSpec:
 
 
 @dataclass(frozen=True)
-class InstructionSample:
+class InstructionSample(_Asked):
     """One instruction sample: verbatim ``output``, or ``reasoning`` and ``response``."""
 
     source: str
@@ -45,102 +60,55 @@ class InstructionSample:
     response: str | None
     instructions: tuple[InstructionSpec, ...]
     unrelated_response_spans: tuple[str, ...]
-
-
-class Fields:
-    """Typed access to the fields of one JSON object; every complaint names place and field."""
-
-    def __init__(self, source: str, value: object, path: str = "") -> None:
-        self.source, self.path = source, path
-        if not isinstance(value, JsonObject):
-            what = f"field '{path}'" if path else "a sample"
-            raise RainError(f"{source}: {what} must be a JSON object, found {_kind(value)}.")
-        self._value = value
-
-    def _get(self, name: str) -> tuple[str, object]:
-        label = f"{self.path}.{name}" if self.path else name
-        if name in self._value.repeated:
-            raise RainError(f"{self.source}: field '{label}' is given twice; keep one of them.")
-        return label, self._value.get(name)
-
-    def value(self, name: str) -> object:
-        """The value of any kind, or None if it is absent."""
-        return self._get(name)[1]
-
-    def text(self, name: str) -> str | None:
-        """The string, or None if it is absent, null or blank."""
-        label, value = self._get(name)
-        return None if value is None else _text(self.source, label, value) or None
-
-    def required(self, name: str, remedy: str = "every sample needs this text") -> str:
-        """The string; RainError with the remedy if there is none."""
-        text = self.text(name)
-        if text is None:
-            label, _ = self._get(name)
-            raise RainError(f"{self.source}: field '{label}' is missing or blank: {remedy}.")
-        return text
-
-    def items(self, name: str, *, optional: bool = False) -> list[tuple[str, object]]:
-        """The list's items, each with the label that names it in messages."""
-        label, value = self._get(name)
-        if value is None and optional:
-            return []
-        if not isinstance(value, list):
-            found = "nothing" if value is None else _kind(value)
-            raise RainError(f"{self.source}: field '{label}' must be a list, found {found}.")
-        return [(f"{label}[{index}]", item) for index, item in enumerate(value)]
-
-    def spans(self, name: str, *, optional: bool = False) -> tuple[str, ...]:
-        """A list of texts that are not blank."""
-        spans = []
-        for label, item in self.items(name, optional=optional):
-            span = _text(self.source, label, item)
-            if not span:
-                raise RainError(f"{self.source}: field '{label}' is blank; remove that span.")
-            spans.append(span)
-        return tuple(spans)
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else _KINDS.get(type(value), "an object")
-
-
-def _text(source: str, label: str, value: object) -> str:
-    """The string as it is, or "" if it is only white space."""
-    if not isinstance(value, str):
-        raise RainError(f"{source}: field '{label}' must be a string, found {_kind(value)}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as exc:  # "\ud800" is valid JSON, but no tokenizer takes it
-        raise RainError(
-            f"{source}: field '{label}' has half of a surrogate pair at character {exc.start}; "
-            "write the whole character."
-        ) from exc
-    return value if value.strip() else ""
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 def parse_reasoning(source: str, value: object) -> ReasoningSample:
     """Check one JSON value as a reasoning sample; RainError names ``source`` and the field."""
     fields = Fields(source, value)
-    prompt = fields.required("prompt")
-    output, reasoning = fields.text("output"), _reasoning(fields)
+    asked = parse_conversation(fields)
+    output, reasoning, response = _said(fields, asked)
     if output is None and reasoning is None:
         fields.required("reasoning", "give 'output', or 'reasoning' and 'response'")
-    return ReasoningSample(source, prompt, output, reasoning, fields.text("response"))
+    return ReasoningSample(
+        source, asked.prompt, output, reasoning, response, asked.messages, asked.tools
+    )
 
 
 def parse_instruction(source: str, value: object) -> InstructionSample:
     """Check one JSON value as an instruction sample; RainError names ``source`` and the field."""
     fields = Fields(source, value)
-    prompt, output = fields.required("prompt"), fields.text("output")
-    reasoning, response = _reasoning(fields), fields.text("response")
+    asked = parse_conversation(fields)
+    output, reasoning, response = _said(fields, asked)
     if output is None:
         remedy = "give 'output', or 'reason' and 'response'"
         reasoning = reasoning or fields.required("reason", remedy)
         response = response or fields.required("response", remedy)
-    specs = tuple(_spec(source, *item) for item in fields.items("related_prompt_list"))
-    shared = fields.spans("unrelated_response_spans", optional=True)
-    return InstructionSample(source, prompt, output, reasoning, response, specs, shared)
+    return InstructionSample(
+        source=source,
+        prompt=asked.prompt,
+        output=output,
+        reasoning=reasoning,
+        response=response,
+        instructions=tuple(_spec(source, *item) for item in fields.items("related_prompt_list")),
+        unrelated_response_spans=fields.spans("unrelated_response_spans", optional=True),
+        messages=asked.messages,
+        tools=asked.tools,
+    )
+
+
+def _said(fields: Fields, asked: Conversation) -> tuple[str | None, str | None, str | None]:
+    """Output, reasoning and response, from the sample or from its last message."""
+    said = fields.text("output"), _reasoning(fields), fields.text("response")
+    if asked.answer is None:
+        return said
+    if any(part is not None for part in said):
+        raise RainError(
+            f"{fields.source}: the model's last turn is given twice, as the last of 'messages' and "
+            "beside them; keep one of them."
+        )
+    return asked.answer
 
 
 def _reasoning(fields: Fields) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any
 from rain_mergekit.accepting import judge
 from rain_mergekit.capture import Shell
 from rain_mergekit.data import ReasoningTokens
+from rain_mergekit.markers import Markers
 from rain_mergekit.models import Trio, load_tokenizer
-from rain_mergekit.settings import RainSettings
 from rain_mergekit.task_vector import check_task_vector
 from rain_mergekit.thinks import Likelihood, likelihood_of
 from rain_mergekit.tokens import disagreements
@@ -22,20 +22,23 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 def check_trio(
-    trio: Trio, records: Mapping[str, Any], names: Collection[str], settings: RainSettings
+    trio: Trio,
+    records: Mapping[str, Any],
+    names: Collection[str],
+    markers: Markers,
+    accept: Collection[str],
 ) -> list[str]:
     """What can be told before any layer is computed; returns what was accepted, as warnings."""
     checkpoints = trio.items()
     models = {role: str(checkpoint.reference) for role, checkpoint in checkpoints.items()}
     fingerprints = {role: record["fingerprint"] for role, record in records.items()}
     indices = {role: checkpoint.index for role, checkpoint in checkpoints.items()}
-    found = check_task_vector(models, fingerprints, indices, names, settings.accept)
-    return found + _check_tokens(trio, settings)
+    found = check_task_vector(models, fingerprints, indices, names, accept)
+    return found + _check_tokens(trio, markers, accept)
 
 
-def _check_tokens(trio: Trio, settings: RainSettings) -> list[str]:
+def _check_tokens(trio: Trio, markers: Markers, accept: Collection[str]) -> list[str]:
     own = load_tokenizer(trio.reasoning)
-    markers = settings.markers.open, settings.markers.close
     found: list[str] = []
     for role in ("instruct", "pretrained"):
         checkpoint = trio.items()[role]
@@ -44,8 +47,8 @@ def _check_tokens(trio: Trio, settings: RainSettings) -> list[str]:
             continue
         other = load_tokenizer(checkpoint)
         who = f"the {role} model {checkpoint.reference}"
-        problems = disagreements(own, other, who, markers)
-        found += [judge("other_tokens", problem, settings.accept) for problem in problems]
+        problems = disagreements(own, other, who, markers.words)
+        found += [judge("other_tokens", problem, accept) for problem in problems]
     return found
 
 

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.markers import Markers
 
 
 def _no_truth(value: object) -> object:
@@ -30,16 +41,34 @@ def _yaml_off(value: object) -> object:
 
 
 class MarkerSettings(BaseModel):
-    """The strings that open and close the thinking block."""
+    """The strings that open and close a thinking block."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    open: Annotated[str, Field(min_length=1, description="Text that opens the thinking block.")] = (
-        "<think>"
-    )
-    close: Annotated[
-        str, Field(min_length=1, description="Text that closes the thinking block.")
-    ] = "</think>"
+    open: Annotated[str, Field(min_length=1)]
+    close: Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: object) -> object:
+    """One pair is a list of one."""
+    if value == []:
+        raise ValueError("a pair of texts, or auto, is expected")
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _own_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_RESERVED & set(value)):
+        raise ValueError(f"{', '.join(taken)} cannot be set here")
+    return value
+
+
+# What the conversation itself decides; the rest is the template's own.
+_RESERVED = frozenset(
+    {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+)
+Auto = Annotated[Literal["auto"], Tag("auto")]
+Pairs = Annotated[tuple[MarkerSettings, ...], Tag("pairs")]
 
 
 class RainSettings(BaseModel):
@@ -57,7 +86,20 @@ class RainSettings(BaseModel):
             "for coefficients."
         ),
     ] = None
-    markers: MarkerSettings = MarkerSettings()
+    markers: Annotated[
+        Auto | Pairs,
+        Discriminator(lambda value: "auto" if isinstance(value, str) else "pairs"),
+        BeforeValidator(_listed),
+        Field(
+            description="The texts that open and close a thinking block: those known that the "
+            "outputs, the chat template or the tokenizer show, or one pair, or several."
+        ),
+    ] = "auto"
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        AfterValidator(_own_arguments),
+        Field(description="Arguments of the chat template, such as enable_thinking: true."),
+    ] = {}
     window: Annotated[
         int,
         Field(
@@ -210,6 +252,13 @@ class RainSettings(BaseModel):
         return self.model_dump(mode="json", exclude={"accept"})
 
     @property
+    def marker_texts(self) -> Markers | None:
+        """The configured markers; None where they are to be found. RainError if unfit."""
+        if isinstance(self.markers, str):
+            return None
+        return Markers.of([(pair.open, pair.close) for pair in self.markers])
+
+    @property
     def stores_v(self) -> bool:
         """Whether V differs from U, so that the calibration file holds both."""
         return self.projection == "oblique" or self.ridge > 0
@@ -235,9 +284,11 @@ def parse_settings(section: object, source: str) -> RainSettings:
 
 
 def _describe(item: Mapping[str, Any]) -> str:
-    field = ".".join(str(part) for part in item["loc"])
+    parts = [str(part) for part in item["loc"] if part not in ("auto", "pairs")]
+    field = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        known = ", ".join(RainSettings.model_fields)
+        model = RainSettings if len(parts) == 1 else MarkerSettings
+        known = ", ".join(model.model_fields)
         return f"unknown setting {field!r} (known: {known})"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{field}: {message}, got {item['input']!r}" if field else message

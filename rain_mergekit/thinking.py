@@ -1,13 +1,18 @@
-"""A generated text taken apart: the thinking block and the response after it."""
+"""A generated text taken apart: the thinking blocks and the response after the last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .markers import Markers, first
+
 
 @dataclass(frozen=True)
 class Thought:
-    """One output. Without a close marker an opened block never ended: there is no response."""
+    """One output. Where an opened block was never closed there is no response.
+
+    ``thinking`` joins the blocks of an output with several.
+    """
 
     opened: bool
     closed: bool
@@ -20,18 +25,23 @@ class Thought:
         return self.opened and self.closed and bool(self.thinking)
 
 
-def split_thinking(
-    text: str, open_marker: str, close_marker: str, *, opened_by_template: bool = False
-) -> Thought:
+def split_thinking(text: str, markers: Markers, *, opened_by_template: bool = False) -> Thought:
     """Split what a model wrote after the prompt; both parts come without surrounding space.
 
-    A block counts as opened where the output begins with the marker, or the template wrote it.
+    A block counts as opened where the output begins with a marker, or the template wrote it.
     """
     body = text.lstrip()
-    opened = body.startswith(open_marker)
-    if opened:
-        body = body.removeprefix(open_marker)
-    elif not opened_by_template:
-        return Thought(False, close_marker in body, "", body.strip())
-    thinking, close, response = body.partition(close_marker)
-    return Thought(True, bool(close), thinking.strip(), response.strip())
+    span = first(body, markers.opens, 0, len(body))
+    if span is None or span[0] > 0:
+        span = (0, 0)
+    if span == (0, 0) and not opened_by_template:
+        closed = first(body, markers.closes(), 0, len(body)) is not None
+        return Thought(False, closed, "", body.strip())
+    blocks, _ = markers.scan(body, opened=span)
+    parts = [body[block.open[1] : block.close[0]].strip() for block in blocks]
+    end = blocks[-1].close[1] if blocks else 0
+    again = first(body, markers.opens, end, len(body)) if blocks else span
+    if again is not None:
+        parts.append(body[again[1] :].strip())
+    response = "" if again is not None else body[end:].strip()
+    return Thought(True, again is None, "\n\n".join(filter(None, parts)), response)

@@ -60,10 +60,10 @@ def likelihood(
     rows: list[Tensor] = []
     targets: list[tuple[bool, int]] = []
     for sample, hidden in zip(samples, states, strict=True):
-        for start in (sample.open_start, sample.close_start):
+        for start in (*sample.open_starts, *sample.close_starts):
             if start:  # the first token of all is predicted by nothing
                 rows.append(hidden[start - 1].cpu())
-                targets.append((start == sample.open_start, sample.input_ids[start]))
+                targets.append((start in sample.open_starts, sample.input_ids[start]))
     totals = torch.zeros(2, 2, dtype=torch.float64)
     for (opens, _), p in zip(targets, _probabilities(shell, rows, targets), strict=True):
         totals[int(opens)] += torch.tensor([p, 1.0], dtype=torch.float64)

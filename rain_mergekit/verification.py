@@ -13,12 +13,13 @@ import torch
 from rain_mergekit.behaviour import Behaviour, behaviour, breaks_more
 from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import Markers, ReasoningTokens
+from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, load_model
 from rain_mergekit.generation import generate
 from rain_mergekit.instruction_checks import Asked
 from rain_mergekit.layerwise import LayerDrift, Side, Tick, feature_drift, token_drift
+from rain_mergekit.measure import Texts, markers_of
 from rain_mergekit.models import LoadOptions, load_tokenizer, read_model_config
 from rain_mergekit.unrounded import Unrounded
 
@@ -96,17 +97,27 @@ def _unrounded(reasoning: Checkpoint, merged: Checkpoint, anchor: Side, how: Str
 def answers_of(
     checkpoint: Checkpoint,
     asked: Sequence[Asked],
-    markers: Markers,
+    texts: Texts,
     limit: int,
     how: Streaming,
     tick: Tick = lambda _done: None,
 ) -> Behaviour:
-    """What the model, loaded as a whole, writes to the prompts in at most `limit` tokens each."""
+    """What the model, loaded as a whole, writes to the prompts in at most `limit` tokens each.
+
+    texts: what it is measured on, for the markers and the arguments of the chat template.
+    """
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, how.device, how.dtype)
     prompts = [prompt.text for prompt in asked]
     answers = generate(
-        model, tokenizer, prompts, max_new_tokens=limit, markers=markers, batch_size=16, tick=tick
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=limit,
+        markers=markers_of(texts, tokenizer),
+        chat_template_kwargs=texts.chat_template_kwargs,
+        batch_size=16,
+        tick=tick,
     )
     return behaviour(asked, answers, tokenizer)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rain_mergekit.markers import Markers
 from rain_mergekit.thinking import Thought, split_thinking
 from testbed.formats import FORMATS, content
 
@@ -14,7 +15,7 @@ OPEN, CLOSE = "<think>", "</think>"
 def parse(output: str, opened: bool) -> Thought:
     """Take apart what came after a prompt; `opened` says that the prompt ended in the marker."""
     if not opened:
-        return split_thinking(output, OPEN, CLOSE)
+        return split_thinking(output, Markers(OPEN, CLOSE))
     # A second open marker inside an opened block is the model's own text here.
     thinking, marker, response = output.partition(CLOSE)
     return Thought(True, bool(marker), thinking.strip(), response.strip())

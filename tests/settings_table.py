@@ -25,7 +25,7 @@ def table() -> str:
     """The Markdown table, one row a setting."""
     schema = RainSettings.model_json_schema()
     rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
-    for name, value, default, meaning in _rows(schema, schema["properties"], "", required(schema)):
+    for name, value, default, meaning in _rows(schema["properties"], required(schema)):
         rows.append(f"| `{name}` | {value} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
@@ -35,22 +35,15 @@ def required(schema: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(schema.get("required", ()))
 
 
-def _rows(
-    schema: Mapping[str, Any], fields: Mapping[str, Any], prefix: str, needed: frozenset[str]
-) -> Iterator[tuple[str, str, str, str]]:
+def _rows(fields: Mapping[str, Any], needed: frozenset[str]) -> Iterator[tuple[str, str, str, str]]:
     for name, field in fields.items():
-        label = prefix + name
-        if "$ref" in field:
-            part = schema["$defs"][field["$ref"].rpartition("/")[2]]
-            yield from _rows(schema, part["properties"], f"{label}.", required(part))
-            continue
         default = "required" if name in needed else f"`{_yaml(field['default'])}`"
-        yield label, _value(field), default, field["description"]
+        yield name, _value(field), default, field["description"]
 
 
 def _value(field: Mapping[str, Any]) -> str:
     """The type, choices and limits in words."""
-    choices = field.get("anyOf", [field])
+    choices = field.get("anyOf") or field.get("oneOf") or [field]
     parts = [_one(choice) for choice in choices]
     return ", or ".join(parts)
 
@@ -58,10 +51,14 @@ def _value(field: Mapping[str, Any]) -> str:
 def _one(choice: Mapping[str, Any]) -> str:
     if "enum" in choice:
         return ", ".join(f"`{item}`" for item in choice["enum"])
+    if "const" in choice:
+        return f"`{choice['const']}`"
+    if choice["type"] == "array" and "$ref" in choice["items"]:
+        return "`{open: text, close: text}`, or a list of these"
     if choice["type"] == "array":
         return f"list of {_one(choice['items'])}"
-    if choice["type"] == "null":
-        return "null"
+    if choice["type"] in ("null", "object"):
+        return "null" if choice["type"] == "null" else "mapping"
     limits = [f"{sign} {choice[key]:g}" for key, sign in _LIMITS.items() if key in choice]
     return " ".join([_WORDS[choice["type"]], ", ".join(limits)]).strip()
 

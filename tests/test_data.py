@@ -363,11 +363,13 @@ def test_template_that_strips_the_prompt(
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        ("so</think>A", "0 times '<think>' after the prompt, expected 1"),
-        ("<think>so A", "0 times '</think>' after the prompt, expected 1"),
-        ("<think>a</think><think>b</think>", "2 times '<think>' after the prompt, expected 1"),
-        ("<think>a</think>b</think>", "2 times '</think>' after the prompt, expected 1"),
-        ("</think>so<think>A", "'</think>' comes before '<think>'"),
+        ("so A", "no '<think>' after the prompt"),
+        ("so</think>A", "'</think>' comes without '<think>' before it"),
+        ("<think>so A", "the block is not closed by '</think>'"),
+        ("<think>a<think>b</think>", "'<think>' comes again before '</think>'"),
+        ("<think>a</think><think>b", "the block is not closed by '</think>'"),
+        ("<think>a</think>b</think>", "'</think>' comes without '<think>' before it"),
+        ("</think>so<think>A", "'</think>' comes without '<think>' before it"),
     ],
 )
 def test_skipped_outputs(
@@ -380,13 +382,21 @@ def test_skipped_outputs(
     assert data.skipped == ((f"{path}:1", reason),)
 
 
-@pytest.mark.parametrize("marker", ["<think>", "</think>"])
-def test_reasoning_that_holds_a_marker_is_skipped(
-    opening: PreTrainedTokenizerFast, write: Write, marker: str
+@pytest.mark.parametrize(
+    ("field", "text", "reason"),
+    [
+        ("reasoning", "a <think> b", "'<think>' comes again before '</think>'"),
+        ("reasoning", "a </think> b", "'</think>' comes without '<think>' before it"),
+        ("reasoning", "a </think> b <think> c", "holds markers of its own"),
+        ("response", "a <think> b </think> c", "holds markers of its own"),
+    ],
+)
+def test_parts_that_hold_markers_are_skipped(
+    opening: PreTrainedTokenizerFast, write: Write, field: str, text: str, reason: str
 ) -> None:
-    data = load_reasoning(write(PARTS, {**PARTS, "reasoning": f"a {marker} b"}), opening)
-    ((_, reason),) = data.skipped
-    assert f"'{marker}' after the chat template's open marker, expected" in reason
+    data = load_reasoning(write(PARTS, {**PARTS, field: text}), opening)
+    ((_, found),) = data.skipped
+    assert reason in found
 
 
 def test_prompt_that_holds_markers_is_only_a_prompt(

@@ -253,6 +253,21 @@ def test_template_that_opens_the_block(
     assert opened.thought == plain.thought
 
 
+def test_template_that_is_told_to_open_the_block(
+    reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    told = load_tokenizer(checkpoint(TRIO / "reasoning"))
+    told.chat_template = str(tokenizer.chat_template).replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant\n{% if think %}<think>\n{% endif %}"
+    )
+    for options in ({}, {"think": True}):
+        (answer,) = generate(
+            reasoning, told, prompts(1), max_new_tokens=80, chat_template_kwargs=options
+        )
+        assert answer.text.startswith("<think>") == (not options)
+        assert answer.thought.complete
+
+
 def test_other_markers(reasoning: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     (answer,) = generate(
         reasoning, tokenizer, prompts(1), max_new_tokens=80, markers=Markers("<a>", "</a>")
@@ -287,7 +302,7 @@ def test_no_chat_template(reasoning: Qwen2ForCausalLM) -> None:
     ],
 )
 def test_split(text: str, opened: bool, expected: tuple[object, ...]) -> None:
-    found = split_thinking(text, "<think>", "</think>", opened_by_template=opened)
+    found = split_thinking(text, Markers(), opened_by_template=opened)
     parts = (found.opened, found.closed, found.thinking, found.response, found.complete)
     assert parts == expected
 

@@ -101,8 +101,7 @@ def test_summary_is_what_the_file_holds(path: Path) -> None:
 
 def test_settings_that_differ() -> None:
     known = {"reasoning_data": "r", "instruction_data": "i", "window": 5, "rank_share": 0.9}
-    markers = {"open": "<think>", "close": "</think>"}
-    assert changed_settings({**known, "markers": markers, "newer": None}) == {
+    assert changed_settings({**known, "markers": "auto", "newer": None}) == {
         "rank_share": 0.9,
         "newer": None,
     }

@@ -26,7 +26,8 @@ def test_two_paths_are_enough() -> None:
         "response_energy",
         0.99,
     )
-    assert (settings.markers.open, settings.markers.close) == ("<think>", "</think>")
+    assert (settings.markers, settings.marker_texts) == ("auto", None)
+    assert settings.chat_template_kwargs == {}
     assert settings.coefficients == "off"
     assert settings.needs_instruction_data
 
@@ -55,9 +56,16 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"window": 2.5}, "window"),
     ({"window": "many"}, "window: .*got 'many'"),
     ({"max_tokens": 0}, "max_tokens"),
-    ({"markers": {"open": ""}}, r"markers\.open"),
-    ({"markers": {"opens": "<t>"}}, r"markers\.opens"),
-    ({"markers": "<think>"}, "markers"),
+    ({"markers": {"open": "", "close": "b"}}, r"markers\.0\.open"),
+    ({"markers": {"open": "<t>"}}, r"markers\.0\.close: Field required"),
+    ({"markers": {"opens": "<t>"}}, r"unknown setting 'markers\.0\.opens' \(known: open, close\)"),
+    ({"markers": [{"open": "a", "close": "b"}, {"open": "a"}]}, r"markers\.1\.close"),
+    ({"markers": []}, "markers: a pair of texts, or auto, is expected"),
+    ({"markers": "<think>"}, "markers: Input should be 'auto', got '<think>'"),
+    ({"markers": None}, "markers"),
+    ({"markers": 5}, "markers"),
+    ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools cannot be set here"),
     ({"projection": "parallel"}, "projection: .*oblique.*orthogonal.*got 'parallel'"),
     ({"rank_by": "entropy"}, "rank_by"),
     ({"rank_by": "count"}, "rank_by: count needs `rank_count`"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -99,7 +99,7 @@ def segments(checked: Checked, number: int) -> list[tuple[str, int]]:
     _paint(styles, encoded, encoded.think(checked.window), PROTECTED)
     if isinstance(sample, InstructionSample):
         _paint_spans(styles, encoded, sample)
-    for start, end in (encoded.rendered.open, encoded.rendered.close):
+    for start, end in chain(*((block.open, block.close) for block in encoded.rendered.blocks)):
         styles[start:end] = bytes([MARKER]) * (end - start)
     return _runs(encoded.rendered.text, styles)
 

@@ -9,8 +9,8 @@ from rain_mergekit.building.judge import DroppedError, Kept
 from rain_mergekit.building.marking import prompt_spans, response_spans
 from rain_mergekit.building.rules import ARGUMENTS, LANGUAGES, RELATIONS, RULES, check
 from rain_mergekit.errors import RainError
+from rain_mergekit.fields import Fields
 from rain_mergekit.reading import JsonObject, StrPath, read_samples
-from rain_mergekit.samples import Fields
 
 _LISTS = ("keywords", "forbidden", "keys", "headings", "columns")
 _TEXTS = ("keyword", "phrase", "text", "marker", "language", "letter", "separator", "divider")

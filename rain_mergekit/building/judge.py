@@ -38,9 +38,7 @@ def keep(written: Written, markers: Markers, *, opened_by_template: bool | None)
         opened_by_template = not opens
     if closes != 1 or opens > 1 or not (opens or opened_by_template):
         raise DroppedError("not exactly one thinking block")
-    thought = split_thinking(
-        written.text, markers.open, markers.close, opened_by_template=opened_by_template
-    )
+    thought = split_thinking(written.text, markers, opened_by_template=opened_by_template)
     if not thought.opened:
         raise DroppedError("text before the thinking block")
     if opens and markers.open in thought.thinking + thought.response:

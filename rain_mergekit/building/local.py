@@ -44,7 +44,7 @@ class LocalWriter:
 
     def opens_block(self, prompt: str, markers: Markers) -> bool:
         """Whether the chat template has written the open marker before the model begins."""
-        return rendered(self.tokenizer, prompt).rstrip().endswith(markers.open)
+        return bool(markers.opening(rendered(self.tokenizer, prompt)))
 
     def write(
         self, tasks: Sequence[Task], is_done: Callable[[Task], bool]

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.fields import Fields
 from rain_mergekit.reading import StrPath, read_samples, read_text
-from rain_mergekit.samples import Fields
 
 
 @dataclass(frozen=True)

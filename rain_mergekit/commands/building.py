@@ -140,7 +140,7 @@ def build(
     from rain_mergekit.building.output import refuse_overwriting, write_samples  # noqa: PLC0415
     from rain_mergekit.rendering import Markers  # noqa: PLC0415
 
-    start, output, markers = time.monotonic(), options["output"], Markers(*options["markers"])
+    start, output, markers = time.monotonic(), options["output"], Markers.of([options["markers"]])
     refuse_overwriting(output, output + SUFFIX)
     writer, drawing = _writer(options)
     judge = _judge(writer, markers, candidate)

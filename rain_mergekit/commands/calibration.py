@@ -40,6 +40,7 @@ def report(summary: Summary, console: Console) -> None:
         layers += f" (continued after {summary.first_layer})"
     console.say(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
     console.say(f"  {_protection(header['sites'], summary.mean_rank)}")
+    console.say(f"  thinking: {summary.samples.markers}")
     sets: list[tuple[str, DataSet[Any] | None]] = [
         ("reasoning samples", summary.samples.reasoning),
         ("instruction samples", summary.samples.instruction),

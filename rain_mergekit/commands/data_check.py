@@ -60,7 +60,7 @@ def check(file: str, **options: Any) -> None:
     tokenizer = None
     if options["model"]:
         tokenizer = load_tokenizer(open_checkpoint(options["model"], LoadOptions.of(options)))
-    markers = Markers(*options["markers"])
+    markers = Markers.of([options["markers"]])
     checked = check_set(file, tokenizer, markers, options["window"])
     _count(file, checked, console, "tokens" if options["model"] else "characters")
     if options["show"]:

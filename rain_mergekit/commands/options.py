@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,17 @@ def parse_size(value: str) -> int:
     if found is None:
         raise click.BadParameter(f"{value!r} is not a size such as 2GiB, 500MB or 1048576")
     return int(float(found.group(1)) * {**_UNITS, **_BINARY}[found.group(2) or ""])
+
+
+def parse_mapping(value: str) -> dict[str, Any]:
+    """A JSON object; a usage error says what is wrong with the text."""
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise click.BadParameter(f'{value!r} is not a JSON object such as {{"name": true}}')
+    return found
 
 
 def parse_device(value: str) -> str:

@@ -12,6 +12,7 @@ from rain_mergekit.commands.options import (
     dtype_option,
     loading_options,
     output_options,
+    parse_mapping,
     pick_device,
     pick_dtype,
 )
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.data import DataSet
     from rain_mergekit.instruction_checks import Asked
+    from rain_mergekit.measure import Texts
     from rain_mergekit.verification import Measured, Streaming
 
 _DAMAGED = 3
@@ -42,7 +44,19 @@ _DAMAGED = 3
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many, evenly spaced.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Skip samples that are longer.")
 @click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
-@click.option("--markers", nargs=2, default=("<think>", "</think>"), show_default=True)
+@click.option(
+    "--markers",
+    nargs=2,
+    multiple=True,
+    metavar="OPEN CLOSE",
+    help="What opens and closes thinking; may be given several times.  [default: found out]",
+)
+@click.option(
+    "--chat-template-kwargs",
+    callback=lambda _context, _option, value: parse_mapping(value),
+    default="{}",
+    help="Arguments of the chat template, such as '{\"enable_thinking\": true}'.",
+)
 @click.option(
     "--generate",
     type=click.IntRange(min=1),
@@ -121,14 +135,11 @@ def _measure(
 ) -> tuple[Measured, DataSet[Any]]:
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.data import Markers  # noqa: PLC0415
-    from rain_mergekit.measure import Texts, read_texts  # noqa: PLC0415
+    from rain_mergekit.measure import read_texts  # noqa: PLC0415
     from rain_mergekit.models import read_model_config  # noqa: PLC0415
     from rain_mergekit.verification import measure  # noqa: PLC0415
 
-    path, count, markers = options["reasoning_data"], options["samples"], options["markers"]
-    texts = Texts(path, count, Markers(*markers), options["window"], options["max_tokens"])
-    samples, data = read_texts(reasoning, texts)
+    samples, data = read_texts(reasoning, _texts(options))
     if skipped := data.total - len(data.samples):
         source, reason = data.skipped[0]
         console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
@@ -136,6 +147,20 @@ def _measure(
     total = layers * sum(len(sample.input_ids) for sample in samples)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
         return measure(reasoning, merged, samples, how, progress.update), data
+
+
+def _texts(options: dict[str, Any]) -> Texts:
+    from rain_mergekit.data import Markers  # noqa: PLC0415
+    from rain_mergekit.measure import Texts  # noqa: PLC0415
+
+    return Texts(
+        path=options["reasoning_data"],
+        count=options["samples"],
+        markers=Markers.of(options["markers"]) if options["markers"] else None,
+        window=options["window"],
+        max_tokens=options["max_tokens"],
+        chat_template_kwargs=options["chat_template_kwargs"],
+    )
 
 
 def _check_folder(merged: str) -> None:
@@ -178,13 +203,12 @@ def _generate(
 ) -> dict[str, Behaviour]:
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.data import Markers  # noqa: PLC0415
     from rain_mergekit.verification import answers_of  # noqa: PLC0415
 
-    markers, limit, found = Markers(*options["markers"]), options["max_new_tokens"], {}
+    texts, limit, found = _texts(options), options["max_new_tokens"], {}
     for name, checkpoint in models.items():
         with tqdm(total=len(asked), desc=name, disable=not console.progress) as progress:
-            found[name] = answers_of(checkpoint, asked, markers, limit, how, progress.update)
+            found[name] = answers_of(checkpoint, asked, texts, limit, how, progress.update)
     if cut := found["merged"].cut:
         console.warn(
             f"{cut} of {len(asked)} answers were cut off while thinking at {limit} tokens, so "
