@@ -115,7 +115,7 @@ def test_skipped_samples_are_reported_with_their_reasons(place: Workplace) -> No
     place.write_samples("instruction", instruction)
     said = succeed("calibrate", place.write(rain={"max_tokens": 120}))
     assert "reasoning samples: 4 of 6 used" in said
-    assert "0 times '</think>'" in said
+    assert "the block is not closed by '</think>'" in said
     assert "more than max_tokens = 120" in said
     assert "instruction samples: 5 of 6 used" in said
     assert "the response does not contain the span 'not there'" in said

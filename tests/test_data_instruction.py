@@ -250,7 +250,7 @@ def test_check_lists_what_would_be_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "set.jsonl", [bad, good])
     said = succeed("data", "check", path, "--markers", "[a]", "[b]")
     assert "reasoning set, 1 of 2 samples usable" in said
-    assert re.search(r"set.jsonl:1: skipped: 0 times '\[b\]'", said)
+    assert re.search(r"set.jsonl:1: skipped: the block is not closed by '\[b\]'", said)
     assert "\\x1b[31m" in said
     assert "none of its 2 samples can be used" in refused(tmp_path, "data", "check", path)
     outcome = run("data", "check", path, "--markers", "[a]", "[b]", "--show", 2)

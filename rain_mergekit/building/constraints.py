@@ -123,8 +123,9 @@ def _argument(where: str, name: str, value: object) -> Any:
         expected, good = "a text", _is_text(value)
     else:
         expected = "a whole number"
-        good = isinstance(value, float) and value >= 0 and value.is_integer()
-        value = int(value) if good and isinstance(value, float) else value
+        number = float(value) if type(value) in (int, float) else -1.0  # type: ignore[arg-type]
+        good = number >= 0 and number.is_integer()
+        value = int(number) if good else value
     if not good:
         found = "nothing" if value is None else repr(value)[:60]
         raise RainError(f"{where} must be {expected}, found {found}")
