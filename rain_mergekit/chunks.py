@@ -40,12 +40,14 @@ class TokenChunks:
 
     def _run(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """hidden: (1, T, d)."""
-        if hidden.shape[1] <= self._size:
+        length = hidden.shape[1]
+        if length <= self._size:
             return forward(hidden)
         result = torch.empty_like(hidden)
+        size = -(-length // -(-length // self._size))  # alike: a short last chunk would be slow
         try:
-            for start in range(0, hidden.shape[1], self._size):
-                self.start, part = start, slice(start, start + self._size)
+            for start in range(0, length, size):
+                self.start, part = start, slice(start, start + size)
                 result[:, part] = forward(hidden[:, part])
         finally:
             self.start = 0

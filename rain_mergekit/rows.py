@@ -11,7 +11,7 @@ from torch import Tensor
 STATISTICS_DTYPE = torch.float64
 BLOCK_BYTES = 8 * 1024**2
 TASK_ROWS = 1024
-STRIP = 512
+STRIP = 192
 
 
 @dataclass(frozen=True)
