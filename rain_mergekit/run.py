@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ from rain_mergekit.plan import (
     hidden_budget,
 )
 from rain_mergekit.planning import model_shape, workload
+from rain_mergekit.readahead import Piece, reading_ahead, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
 from rain_mergekit.thinks import Likelihood, likelihood
@@ -132,7 +133,8 @@ class Run:
             with self._progress(tokens, first) as progress:
                 for index in self.indices[first:]:
                     progress.set_description(f"Layer {index + 1}/{len(self.indices)}")
-                    result = self._layer(index, streams, progress.update)
+                    with reading_ahead(self._needed_next(index)):
+                        result = self._layer(index, streams, progress.update)
                     if self._world.rank == 0:
                         part = work.part(index)
                         write_part(part, self._name(index), result, self._shapes(index))
@@ -209,6 +211,17 @@ class Run:
         self._trio.release()
         give_back()
         return result
+
+    def _needed_next(self, index: int) -> Iterator[Piece]:
+        """The weights in the order of their use, once layer `index` itself is there."""
+        trio = self._trio
+        for checkpoint, layer in (
+            (trio.instruct, index),
+            (trio.pretrained, index),
+            (trio.reasoning, index + 1),
+        ):
+            places, prefix = checkpoint.index.tensor_paths, f"{self._name(layer)}."
+            yield from tensor_pieces(checkpoint.path, places, prefix)
 
     def _name(self, index: int) -> str:
         return f"{self.shell.prefix}.{index}"
