@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.host import lost_tensors, lost_warning
+from rain_mergekit.host import lost_warning
 from rain_mergekit.models import LoadOptions, Trio, open_model, read_model_config
 from rain_mergekit.roles import is_proxy
 
 
-def warnings_of(config: RainConfig, trio: Trio) -> list[str]:
-    """Sentences for the user and for the calibration file; headers are read, no tensors."""
-    lost = lost_tensors(trio.reasoning, trio.config)
+def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str]:
+    """Sentences for the user and for the calibration file; headers are read, no tensors.
+
+    lost: the tensors that mergekit will leave out.
+    """
     found = [lost_warning(lost)] if lost else []
     if is_proxy({role: str(model) for role, model in config.models.items()}):
         found.append(

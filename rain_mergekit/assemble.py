@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,10 @@ import rain_mergekit
 from rain_mergekit import coefficients
 from rain_mergekit.artifact_writer import write_calibration
 from rain_mergekit.coefficients import HeadStatistics
+from rain_mergekit.errors import RainError
 from rain_mergekit.modules import HeadLayout
+from rain_mergekit.names import Names, Target
+from rain_mergekit.observe import site_name
 from rain_mergekit.parts import STORED_DTYPE, LayerPart
 from rain_mergekit.settings import RainSettings
 
@@ -24,23 +28,24 @@ def write_file(
     path: Path,
     header: Mapping[str, Any],
     parts: Sequence[LayerPart],
-    layout: HeadLayout,
+    names: Names,
     settings: RainSettings,
 ) -> tuple[str, ...]:
     """Add coefficients and write the calibration file atomically; returns recorded warnings.
 
-    header: models, data, settings and warnings so far; the rest is added here.
+    header: models, data, settings and warnings so far; the rest is added here. names: what the
+    merge will call each tensor.
     """
     sources: Sources = {key: partial(part.read, key) for part in parts for key in part.keys}
     sites = {name: site for part in parts for name, site in part.sites.items()}
     tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
-    layers = _coefficients(parts, layout, settings, tensors, sources)
-    warnings = [*header.get("warnings", ()), *_warnings(sites)]
+    layers = _coefficients(parts, settings, tensors, sources)
+    warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers)]
     complete = {
         "created_by": f"rain_mergekit {rain_mergekit.__version__}",
         **header,
         "sites": sites,
-        "tensors": tensors,
+        "tensors": _renamed(tensors, names, sources),
         "layers": layers,
         "warnings": warnings,
     }
@@ -61,18 +66,23 @@ def used_coefficients(
 
 def _coefficients(
     parts: Sequence[LayerPart],
-    layout: HeadLayout,
     settings: RainSettings,
     tensors: dict[str, dict[str, Any]],
     sources: Sources,
 ) -> list[dict[str, Any]]:
     """Scale vectors of every tensor, and the statistics behind them."""
-    measured = [(part.name, part.statistics) for part in parts if part.statistics is not None]
+    measured = [part for part in parts if part.statistics is not None]
     if not measured:
-        return []
-    raw, used = used_coefficients([item for _, item in measured], settings)
+        if settings.coefficients == "off":
+            return []
+        raise RainError(
+            "the model computes no attention that can be observed: set `coefficients: off`"
+        )
+    raw, used = used_coefficients([p.statistics for p in measured if p.statistics], settings)
     layers: list[dict[str, Any]] = []
-    for (name, item), raw_alpha, alpha in zip(measured, raw, used, strict=True):
+    for part, raw_alpha, alpha in zip(measured, raw, used, strict=True):
+        assert part.statistics is not None and part.layout is not None  # noqa: S101, PT018
+        name, item = part.name, part.statistics
         values = {
             "alignment": item.alignment,
             "leakage": item.leakage,
@@ -83,34 +93,76 @@ def _coefficients(
         }
         keys = {kind: f"stats.{name}.{kind}" for kind in values}
         sources.update({keys[kind]: value for kind, value in values.items()})
-        layers.append({"name": name, "stats": keys})
-        _scale_layer(name, layout, alpha, tensors, sources)
+        layers.append({"name": name, "stats": keys, "heads": asdict(part.layout)})
+        _scale_layer(part, part.layout, alpha, tensors, sources)
     return layers
 
 
 def _scale_layer(
-    name: str,
+    part: LayerPart,
     layout: HeadLayout,
     alpha: Tensor,
     tensors: dict[str, dict[str, Any]],
     sources: Sources,
 ) -> None:
-    for module in layout.kinds:
-        entry = tensors[f"{name}.{module}.weight"]
-        scale = layout.scales(module, alpha, (entry["shape"][0], entry["shape"][1]))
-        for axis, vector in (("rows", scale.rows), ("cols", scale.cols)):
+    for name in part.tensors:
+        entry, module = tensors[name], site_name(name.removeprefix(f"{part.name}."))
+        axis = entry["input_axis"]
+        matrix = entry["shape"][-3 - axis], entry["shape"][axis]
+        scale = layout.scales(module, alpha, matrix)
+        for side, vector in (("rows", scale.rows), ("cols", scale.cols)):
             if vector is not None:
-                key = f"scale.{name}.{module}.{axis}"
+                key = f"scale.{part.name}.{module}.{side}"
                 sources[key] = vector.to(STORED_DTYPE)
-                entry[axis] = key
+                entry[side] = key
 
 
-def _warnings(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _renamed(
+    tensors: Mapping[str, dict[str, Any]], names: Names, sources: Sources
+) -> dict[str, dict[str, Any]]:
+    """The entries under the names of the merge, one an expert where it merges them singly.
+
+    What mergekit leaves out keeps the model's own name.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for name, entry in tensors.items():
+        for target in names(name) or (Target(name),):
+            single = target.expert is not None
+            result[target.name] = _expert(entry, target, sources) if single else entry
+    return result
+
+
+def _expert(entry: Mapping[str, Any], target: Target, sources: Sources) -> dict[str, Any]:
+    """One expert's entry. An expert's rows belong to no head: all have the same scale."""
+    site, rows = entry["site"], entry["rows"]
+    if rows is not None:
+        vector, rows = sources[rows], f"{rows}.{target.shape[0]}"
+        assert isinstance(vector, Tensor)  # noqa: S101 - scales are computed, not read back
+        sources[rows] = vector[: target.shape[0]].clone()
+    own = site if isinstance(site, str) else site[target.expert or 0]
+    return {**entry, "site": own, "shape": list(target.shape), "rows": rows}
+
+
+def _warnings(
+    sites: Mapping[str, Mapping[str, Any]],
+    parts: Sequence[LayerPart],
+    layers: Sequence[Mapping[str, Any]],
+) -> Iterator[str]:
     capped = [name for name, site in sites.items() if site["capped"]]
-    if not capped:
-        return []
-    text = (
-        f"{len(capped)} of {len(sites)} sites reached the rank cap (the first: {capped[0]}); "
-        "raise `max_rank` or `size_budget` for more protection"
-    )
-    return [text]
+    if capped:
+        yield (
+            f"{len(capped)} of {len(sites)} sites reached the rank cap (the first: {capped[0]}); "
+            "raise `max_rank` or `size_budget` for more protection"
+        )
+    idle = [name for name, site in sites.items() if not site["positions"]]
+    if idle:
+        yield (
+            f"no protected token was routed to {len(idle)} of the experts (the first: {idle[0]}): "
+            "their output weights take the task vector unprojected; more reasoning samples reach "
+            "more experts"
+        )
+    if layers and len(layers) < len(parts):
+        yield (
+            f"{len(parts) - len(layers)} of {len(parts)} layers have no attention that can be "
+            "observed: their coefficients are 1"
+        )

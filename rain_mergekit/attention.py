@@ -49,6 +49,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+    value_width: int
 
     def rows(self, index: Tensor) -> Tensor:
         """Attention probabilities of the query rows `index` (n): heads x n x T float32."""
@@ -62,6 +63,23 @@ class AttentionCall:
         allowed = _allowed(self.mask, index, scores.shape[-1])
         scores = scores.masked_fill(~allowed, float("-inf"))
         return _softmax_with_sinks(scores, self.sinks)
+
+    @property
+    def heads(self) -> Heads:
+        """Which module it was and the sizes of its heads."""
+        query, key = self.query.shape, self.key.shape
+        return Heads(self.module, query[1], key[1], query[-1], self.value_width)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of one attention module's heads; width: of queries and keys."""
+
+    module: nn.Module
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
 
 
 Observer = Callable[[AttentionCall], None]
@@ -117,7 +135,8 @@ def _attention(
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module, query, key, attention_mask, scale, softcap, s_aux)
+    width = value.shape[-1]
+    call = AttentionCall(module, query, key, attention_mask, scale, softcap, s_aux, width)
     observer = _OBSERVER.get()
     if observer is not None:
         observer(call)

@@ -18,7 +18,9 @@ from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.distributed import World, join, leave
 from rain_mergekit.errors import RainError
+from rain_mergekit.host import lost_tensors
 from rain_mergekit.models import Trio, open_trio
+from rain_mergekit.names import merge_names
 from rain_mergekit.parts import LayerPart, read_part
 from rain_mergekit.plan import Estimate
 from rain_mergekit.run import Run, RunOptions
@@ -69,9 +71,10 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
-    advice = warnings_of(config, trio)
     run = Run(config, options, trio, samples, world)
     accept = config.settings.accept
+    names = merge_names(trio.config, run.shell.tensors)
+    advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))
     noted = check_trio(trio, models, run.tensors, samples.markers, accept)
     job = run.identity(models)
     with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
@@ -92,7 +95,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
         }
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
-            warnings = write_file(config.calibration, header, parts, trio.layout, config.settings)
+            warnings = write_file(config.calibration, header, parts, names, config.settings)
     return Summary(
         path=config.calibration,
         seconds=time.monotonic() - start,

@@ -8,22 +8,20 @@ from the checkpoint, called with the recorded arguments, and emptied again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
-from rain_mergekit import attention
 from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.decoders import decoder_layers, empty_model, text_config
 from rain_mergekit.errors import RainError
+from rain_mergekit.tensors import ModelTensors
 
-TensorReader: TypeAlias = "Callable[[str, tuple[int, ...]], Tensor]"
+TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]"
 _KEPT_MAPPED = 1 << 20
 
 
@@ -39,13 +37,35 @@ class _EndOfShell(Exception):
     """Raised by the last stub: norm and head are not needed."""
 
 
+class _TupleExpected(Exception):
+    """Raised by the second stub: this family's layers return a tuple, of which one is taken."""
+
+
+class Record:
+    """What the stubs of one pass write down."""
+
+    def __init__(self, *, as_tuple: bool) -> None:
+        self.hidden: Tensor | None = None
+        self.calls: list[LayerCall] = []
+        self._as_tuple = as_tuple
+
+    def add(self, hidden: Tensor, call: LayerCall) -> Any:
+        """The stub's result: its input, as if the layer did nothing."""
+        if self.hidden is None:
+            self.hidden = hidden
+        elif hidden.shape != self.hidden.shape:
+            raise _TupleExpected
+        self.calls.append(call)
+        return (hidden, None) if self._as_tuple else hidden
+
+
 class Stub(nn.Module):
     """Stands for a layer that is not there: records its calls and passes hidden states on."""
 
-    def __init__(self, layer: nn.Module, calls: list[LayerCall], last: bool) -> None:
+    def __init__(self, layer: nn.Module, last: bool, notes: list[Record]) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._calls, self._last = calls, last
+        self._last, self._notes = last, notes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,12 +73,12 @@ class Stub(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments besides the hidden states."""
-        self._calls.append(LayerCall(args, kwargs))
+        result = self._notes[-1].add(hidden_states, LayerCall(args, kwargs))
         if self._last:
             raise _EndOfShell
-        return hidden_states
+        return result
 
 
 class Shell:
@@ -67,19 +87,14 @@ class Shell:
     def __init__(
         self, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: str
     ) -> None:
-        attention.register()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config,
-                dtype=dtype,
-                attn_implementation=attention.NAME,
-                trust_remote_code=checkpoint.trust_remote_code,
-            )
-        self.model.eval()
-        self.hidden_size = int(config.hidden_size)
-        self.layers, self.prefix = _decoder_layers(self.model, config)
-        self.decoder = self.model.get_submodule(self.prefix.rpartition(".")[0])
+        self.model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
+        self.tensors = ModelTensors(checkpoint, self.model)
+        self.hidden_size = int(text_config(config).hidden_size)
+        self.layers, self.prefix = decoder_layers(self.model, config)
+        self.home, _, self._list = self.prefix.rpartition(".")
+        self.decoder = self.model.get_submodule(self.home)
+        self.as_tuple = False
 
     def record(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[LayerCall]]]:
         """Embed each sample: its hidden states (T, d) and one LayerCall a layer.
@@ -87,42 +102,66 @@ class Shell:
         Arguments that are prefixes of a longer sample's (rotary tables, positions) share its
         memory, so callers should pass the longest sample first.
         """
-        calls: list[LayerCall] = []
-        stubs = nn.ModuleList(
-            Stub(layer, calls, index == len(self.layers) - 1)
-            for index, layer in enumerate(self.layers)
-        )
+        notes: list[Record] = []
+        last = self.layers[-1]
+        stubs = nn.ModuleList(Stub(layer, layer is last, notes) for layer in self.layers)
         shared = _PrefixSharing()
-        embedding = self.decoder.get_input_embeddings()
-        name = next(n for n, m in self.model.named_modules() if m is embedding)
-        self.decoder.layers = stubs
-        self.decoder.to(self.device) if _has_no_meta(self.decoder) else _move_buffers(
-            self.decoder, self.device
-        )
+        _move_buffers(self.decoder, self.device)
+        used = torch.tensor(sorted({token for ids in samples for token in ids}))
+        with self.replaced(stubs), self._surroundings(used), torch.no_grad():
+            for ids in samples:
+                yield self._record_one(ids, notes, shared)
+
+    @contextmanager
+    def replaced(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Other modules in the place of the decoder's layers."""
+        setattr(self.decoder, self._list, layers)
         try:
-            used = torch.tensor(sorted({token for ids in samples for token in ids}))
-            read = partial(self._read_rows, used)
-            with self.filled(embedding, name, read), torch.no_grad():
-                for ids in samples:
-                    yield self._record_one(ids, calls, shared)
+            yield
         finally:
-            self.decoder.layers = self.layers
+            setattr(self.decoder, self._list, self.layers)
+
+    @contextmanager
+    def _surroundings(self, used: Tensor) -> Iterator[None]:
+        """All that the decoder has besides its layers, e.g. embeddings of tokens and positions.
+
+        Of tables by token only the rows of the `used` tokens.
+        """
+        decoder: Any = self.decoder
+        vocabulary = decoder.get_input_embeddings().weight.shape[0]
+        with ExitStack() as stack:
+            for name, module in self.decoder.named_modules():
+                if name.split(".")[0] == self._list or list(module.children()):
+                    continue
+                by_token = isinstance(module, nn.Embedding) and module.num_embeddings >= vocabulary
+                read = partial(self._read_rows, used) if by_token else None
+                prefix = ".".join(part for part in (self.home, name) if part)
+                stack.enter_context(self.filled(module, prefix, read))
+            yield
 
     def _record_one(
-        self, ids: Sequence[int], calls: list[LayerCall], shared: _PrefixSharing
+        self, ids: Sequence[int], notes: list[Record], shared: _PrefixSharing
     ) -> tuple[Tensor, list[LayerCall]]:
-        calls.clear()
-        hidden: list[Tensor] = []
-        first = self.decoder.layers[0]
-        handle = first.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+        record = Record(as_tuple=self.as_tuple)
+        notes[:] = [record]
         try:
             self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
         except _EndOfShell:
             pass
-        finally:
-            handle.remove()
+        except (_TupleExpected, ValueError) as error:
+            # A ValueError after the first layer: the decoder tried to unpack what it returned.
+            if isinstance(error, ValueError) and len(record.calls) != 1:
+                raise
+            if self.as_tuple:
+                raise RainError(_strange_layers(self.model)) from None
+            self.as_tuple = True
+            return self._record_one(ids, notes, shared)
+        hidden = record.hidden
+        if hidden is None or hidden.shape != (1, len(ids), self.hidden_size):
+            raise RainError(_strange_layers(self.model))
         shared.begin()
-        return hidden[0][0].clone(), _deduplicated(shared.call(call, len(ids)) for call in calls)
+        calls = _deduplicated(shared.call(call, len(ids)) for call in record.calls)
+        return hidden[0].clone(), calls
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -141,39 +180,42 @@ class Shell:
         RainError if one is missing or has another shape than the model wants.
         """
         empty = dict(module.state_dict())
-        meta = {name: tensor for name, tensor in empty.items() if tensor.is_meta}
-        filled = {
-            name: (read or self._read)(f"{prefix}.{name}", tuple(tensor.shape))
-            for name, tensor in meta.items()
-        }
+        stored = {n: t for n, t in empty.items() if t.is_meta or self._has(f"{prefix}.{n}")}
+        read = read or self._read
+        filled = {n: read(f"{prefix}.{n}", t.shape, t.dtype) for n, t in stored.items()}
         module.load_state_dict(filled, strict=False, assign=True)
         filled.clear()  # what the module lets go of later must not live on here
         try:
             yield
         finally:
-            module.load_state_dict(meta, strict=False, assign=True)
-            self.checkpoint.release()
+            module.load_state_dict(stored, strict=False, assign=True)
+            self.tensors.release()
 
-    def _read(self, name: str, expected: tuple[int, ...]) -> Tensor:
+    def _has(self, name: str) -> bool:
+        return name in self.tensors.sources
+
+    def _read(self, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         stored = self._stored(name, expected)
-        tensor = stored.to(self.device, self.dtype)
+        tensor = stored.to(self.device, dtype)
         if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
-            self.checkpoint.release()  # else the stored form stays in memory beside the converted
+            self.tensors.release()  # else the stored form stays in memory beside the converted
         return tensor
 
-    def _read_rows(self, rows: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:
+    def _read_rows(
+        self, rows: Tensor, name: str, expected: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         """Only the rows that are used; pages of the table that nobody touches take no memory."""
         stored = self._stored(name, expected)
-        table = torch.empty(expected, dtype=self.dtype, device=self.device)
-        table[rows.to(self.device)] = stored[rows].to(self.device, self.dtype)
+        table = torch.empty(expected, dtype=dtype, device=self.device)
+        table[rows.to(self.device)] = stored[rows].to(self.device, dtype)
         return table
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
-        tensor = self.checkpoint.get(name)
-        if tuple(tensor.shape) != expected:
+        tensor = self.tensors.get(name)
+        if tensor.shape != expected:
             raise RainError(
                 f"{self.checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
-                f"but config.json asks for {expected}"
+                f"but config.json asks for {tuple(expected)}"
             )
         return tensor
 
@@ -193,16 +235,11 @@ def _identity(value: Any) -> Any:
     return id(value)
 
 
-def _decoder_layers(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
-    count = int(config.num_hidden_layers)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.endswith(".layers"):
-            return module, name
-    raise RainError(f"{type(model).__name__}: found no list of {count} decoder layers")
-
-
-def _has_no_meta(module: nn.Module) -> bool:
-    return not any(tensor.is_meta for tensor in module.state_dict().values())
+def _strange_layers(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__}: its layers pass on something else than one vector a token, "
+        "which a calibration layer by layer does not support; the model cannot be calibrated"
+    )
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
@@ -251,26 +288,6 @@ class _PrefixSharing:
         return value
 
 
-RowPicker = Callable[[str, Tensor], None]
-
-
-class SiteMap:
-    """Which linear modules of a layer see the same input tensor, observed on its first pass."""
-
-    def __init__(self, modules: Sequence[str]) -> None:
-        self.modules = tuple(modules)
-        self.site_of: dict[str, str] = {}
-
-    @property
-    def owners(self) -> tuple[str, ...]:
-        """One module a site: the first to see the tensor; its name names the site."""
-        return tuple(dict.fromkeys(self.site_of.values()))
-
-    def members(self, site: str) -> tuple[str, ...]:
-        """The modules that see the site's tensor, in the order in which they ran."""
-        return tuple(name for name, owner in self.site_of.items() if owner == site)
-
-
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """One sample (T, d) through one layer; its output hidden states (T, d)."""
     output = layer(hidden[None], *call.args, **call.kwargs)
@@ -278,36 +295,3 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         output = output[0]
     result: Tensor = output[0]
     return result
-
-
-@contextmanager
-def capture_inputs(layer: nn.Module, sites: SiteMap, pick: RowPicker) -> Iterator[None]:
-    """Call pick(site, input (T, d)) for each site of the layer during the forward pass inside.
-
-    The layer's first pass also finds its sites, so that no pass is spent on that alone.
-    """
-    seen: list[tuple[Tensor, str]] = []  # inputs stay alive, so that addresses are not reused
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if name not in sites.site_of:
-                owner = next((first for tensor, first in seen if _same(tensor, x)), name)
-                sites.site_of[name] = owner
-                seen.append((x, owner))
-            if sites.site_of[name] == name:
-                pick(name, x.reshape(-1, x.shape[-1]))
-
-        return observe
-
-    names = sites.owners or sites.modules
-    handles = [layer.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.data_ptr() == right.data_ptr() and left.shape == right.shape

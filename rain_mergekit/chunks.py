@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,26 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rain_mergekit.modules import Kind
-
 TOKENS = 2048
+# Names that families give to what follows the attention.
+_TOKEN_WISE = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "moe")
 
 
 class TokenChunks:
     """Keeps a long text's MLP activations (several x T x d_ff) from being there all at once.
 
     The size does not depend on a budget, so that a budget never changes a number. While a chunk
-    runs, `start` is the index of its first token.
+    runs, `start` is the index of its first token and `length` the number of its tokens; else they
+    are 0.
     """
 
     def __init__(self, size: int = TOKENS) -> None:
-        self.start = 0
+        self.start = self.length = 0
         self._size = size
 
     @contextmanager
-    def applied(self, layer: nn.Module, names: Sequence[str]) -> Iterator[None]:
-        """Inside, the named submodules of the layer go through their input in chunks."""
-        modules: list[Any] = [layer.get_submodule(name) for name in names]
+    def applied(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, the token-wise submodules of the layer go through their input in chunks."""
+        modules: list[Any] = [layer.get_submodule(name) for name in token_wise(layer)]
         for module in modules:
             module.forward = partial(self._run, module.forward)
         try:
@@ -38,23 +39,33 @@ class TokenChunks:
             for module in modules:
                 del module.forward
 
-    def _run(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """hidden: (1, T, d)."""
+    def _run(self, forward: Callable[..., Any], hidden: Tensor, *others: Any, **named: Any) -> Any:
+        """hidden: (1, T, d). Of a module that returns more (router logits), the first is whole.
+
+        A module that is also given something else (a residual) runs as it is.
+        """
         length = hidden.shape[1]
-        if length <= self._size:
-            return forward(hidden)
-        result = torch.empty_like(hidden)
+        if length <= self._size or others or named:
+            return forward(hidden, *others, **named)
+        result, rest = torch.empty_like(hidden), None
         size = -(-length // -(-length // self._size))  # alike: a short last chunk would be slow
         try:
             for start in range(0, length, size):
-                self.start, part = start, slice(start, start + size)
-                result[:, part] = forward(hidden[:, part])
+                part = slice(start, start + size)
+                self.start, self.length = start, hidden[:, part].shape[1]
+                output = forward(hidden[:, part])
+                if isinstance(output, tuple):
+                    output, *rest = output
+                result[:, part] = output
         finally:
-            self.start = 0
-        return result
+            self.start = self.length = 0
+        return result if rest is None else (result, *rest)
 
 
-def token_wise(kinds: Mapping[str, Kind]) -> tuple[str, ...]:
-    """The submodules that treat each token alone: those around linear modules without heads."""
-    parents = (name.rpartition(".")[0] for name, kind in kinds.items() if kind is Kind.LAYER)
-    return tuple(dict.fromkeys(parent for parent in parents if parent))
+def token_wise(layer: nn.Module) -> tuple[str, ...]:
+    """The submodules that treat each token alone: the layer's MLP, dense or with experts."""
+    return tuple(
+        name
+        for name, module in layer.named_children()
+        if name in _TOKEN_WISE and not any(isinstance(m, nn.Conv1d) for m in module.modules())
+    )

@@ -24,21 +24,19 @@ def finishing(shell: Shell) -> Iterator[Callable[[Tensor], Tensor]]:
     The model's own code runs, with stubs for its layers that return the rows: whatever it does to
     its logits is done here too.
     """
-    decoder, layers = shell.decoder, shell.layers
     name, head = _head(shell.model)
-    given = [_Given(layer) for layer in layers]
+    given = [_Given(layer, as_tuple=shell.as_tuple) for layer in shell.layers]
     parent = shell.model.get_submodule(name.rpartition(".")[0])
     with ExitStack() as stack:
         _fill_rest(shell, stack)
-        decoder.layers = nn.ModuleList(given)
+        stack.enter_context(shell.replaced(nn.ModuleList(given)))
         setattr(parent, name.rpartition(".")[2], _BlockHead(shell, name, head))
         try:
             with torch.no_grad():
                 yield lambda rows: _logits(shell, given, rows)
         finally:
-            decoder.layers = layers
             setattr(parent, name.rpartition(".")[2], head)
-            shell.checkpoint.release()
+            shell.tensors.release()
 
 
 def block_rows(vocabulary: int) -> int:
@@ -49,12 +47,13 @@ def block_rows(vocabulary: int) -> int:
 class _Given(Stub):
     """A layer that returns what it was given beforehand."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer, [], last=False)
+    def __init__(self, layer: nn.Module, *, as_tuple: bool) -> None:
+        super().__init__(layer, last=False, notes=[])
         self.rows = torch.empty(0)
+        self._as_tuple = as_tuple
 
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:  # noqa: ARG002
-        return self.rows[None]
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ARG002
+        return (self.rows[None], None) if self._as_tuple else self.rows[None]
 
 
 class _BlockHead(nn.Module):
@@ -62,8 +61,10 @@ class _BlockHead(nn.Module):
 
     def __init__(self, shell: Shell, name: str, head: nn.Module) -> None:
         super().__init__()
-        self._read, self._dtype, self._device = shell.checkpoint.get, shell.dtype, shell.device
-        names = shell.checkpoint.names
+        self._read, self._dtype, self._device = shell.tensors.get, shell.dtype, shell.device
+        # Some models ask for the type of their head's weight.
+        self.weight = torch.empty(0, dtype=shell.dtype, device=shell.device)
+        names = shell.tensors.sources
         embedding = shell.model.get_input_embeddings()
         tied = next(n for n, module in shell.model.named_modules() if module is embedding)
         self._weight = f"{name if f'{name}.weight' in names else tied}.weight"
@@ -98,4 +99,4 @@ def _fill_rest(shell: Shell, stack: ExitStack) -> None:
     embedding = shell.decoder.get_input_embeddings()
     for name, part in shell.decoder.named_children():
         if part is not embedding and part is not shell.layers:
-            stack.enter_context(shell.filled(part, f"{shell.prefix.rpartition('.')[0]}.{name}"))
+            stack.enter_context(shell.filled(part, ".".join(filter(None, (shell.home, name)))))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rain_mergekit.capture import Shell, SiteMap, capture_inputs, run_layer
+from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.evaluation import CHUNK_LOGITS, Drift, Tally, kl_divergence, same_vocabulary
-from rain_mergekit.output_head import output_head
+from rain_mergekit.head import finishing
+from rain_mergekit.observe import SiteMap, capture_inputs
 from rain_mergekit.streams import REASONING, StreamPlan, build_streams
 
 Edit = Callable[[nn.Module, str], None]
@@ -62,7 +64,7 @@ class Side:
     def fill(self, index: int, stack: ExitStack) -> None:
         """Load layer `index` until the stack is left."""
         self._layer = stack.enter_context(self.shell.layer(index))
-        self._index, self._sites = index, SiteMap(_linear_modules(self._layer))
+        self._index, self._sites = index, SiteMap()
         if self._edit is not None:
             self._edit(self._layer, f"{self.shell.prefix}.{index}")
 
@@ -70,13 +72,13 @@ class Side:
         """Run one sample through the layer: its features (n, d) at the positions, by site."""
         rows: dict[str, Tensor] = {}
 
-        def pick(site: str, inputs: Tensor) -> None:
-            if inputs.shape[0] == hidden.shape[0]:  # else routed: its rows are no positions
+        def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
+            if tokens is None:  # else routed to an expert, and in another model to another one
                 rows[site] = inputs[positions].float()
 
         store, call = self._stream.store, self._stream.calls[sample][self._index]
         hidden = store.get(sample).to(self.shell.device)
-        with capture_inputs(self._layer, self._sites, pick):
+        with capture_inputs(self._layer, self._sites, pick, partial(len, hidden)):
             store.put(sample, run_layer(self._layer, hidden, call))
         return rows
 
@@ -121,10 +123,9 @@ def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
 
 def token_drift(reference: Side, model: Side, samples: Sequence[ReasoningTokens]) -> Drift:
     """`evaluation.drift` of two models at the end of their layers."""
-    width = same_vocabulary(reference.shell.model, model.shell.model)
+    chunk = max(16, CHUNK_LOGITS // same_vocabulary(reference.shell.model, model.shell.model))
     tally = Tally()
-    chunk = max(16, CHUNK_LOGITS // width)
-    with output_head(reference.shell) as wanted, output_head(model.shell) as found:
+    with finishing(reference.shell) as wanted, finishing(model.shell) as found:
         for number, sample in enumerate(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
             pairs = zip(*blocks, strict=True)
@@ -135,7 +136,3 @@ def token_drift(reference: Side, model: Side, samples: Sequence[ReasoningTokens]
 
 def _energy(rows: Tensor) -> float:
     return float(rows.double().square().sum())
-
-
-def _linear_modules(layer: nn.Module) -> list[str]:
-    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.errors import RainError
 
 _LISTED = 20
+_LAYER = re.compile(r"\.\d+\.")
 _log = logging.getLogger(__name__)
 
 
@@ -134,6 +138,30 @@ def _shape_problems(calibration: CalibrationFile, who: str, index: Any) -> list[
         for name, shape in shapes.items()
         if shape != (wanted := calibration.tensors[name].shape)
     ]
-    # A checkpoint with none of the names stores its tensors under others, which mergekit maps.
-    missing = [name for name in calibration.tensors if shapes and name not in shapes]
-    return sorted(problems) + [f"{who}: {name} is missing" for name in missing]
+    absent = [name for name in calibration.tensors if name not in shapes]
+    if absent:
+        found = _stored_otherwise(index, absent)
+        problems += [f"{who}: {name} is missing" for name in absent if name not in found]
+    return sorted(problems)
+
+
+def _stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:
+    """Those of the names that mergekit finds under an alias, or puts together of others."""
+    from rain_mergekit.names import listed_names  # noqa: PLC0415 - loads transformers
+
+    config = AutoConfig.from_pretrained(index.base_path)
+    listed = listed_names(config) or {}
+    keys = set(index.tensor_paths)
+    aliased = {listed[key] for key in keys if key in listed}
+    return {
+        name
+        for name in names
+        if name in aliased
+        or can_convert_checkpoint_keys(config.model_type, _of_the_layer(keys, name), name)
+    }
+
+
+def _of_the_layer(keys: set[str], name: str) -> set[str]:
+    """Only keys of the same layer: matching all keys of a large model takes minutes."""
+    layer = _LAYER.search(name)
+    return keys if layer is None else {key for key in keys if layer[0] in key}

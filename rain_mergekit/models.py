@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from mergekit.common import ModelReference
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rain_mergekit.checkpoint import Checkpoint, first_line
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.modules import HeadLayout, head_layout
-from rain_mergekit.rows import TASK_ROWS
 
 
 @dataclass(frozen=True)
@@ -43,28 +39,6 @@ class Trio:
     instruct: Checkpoint
     pretrained: Checkpoint
     config: Any
-    layout: HeadLayout
-
-    def task_vector(self, name: str, device: torch.device) -> Iterator[Tensor]:
-        """Delta = theta_I - theta_B of one tensor in blocks of rows, float32, in order.
-
-        The blocks are read when asked for. RainError if one is not finite.
-        """
-        instruct, pretrained = self.instruct.get(name), self.pretrained.get(name)
-        blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
-        for tuned, origin in zip(*blocks, strict=True):
-            delta = tuned.to(device, torch.float32, copy=True)
-            delta -= origin.to(device, torch.float32)
-            if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
-                bad = self.pretrained if bool(torch.isfinite(tuned).all()) else self.instruct
-                raise RainError(f"{bad.reference}: tensor {name} contains NaN or Inf")
-            yield delta
-        self.release()
-
-    def release(self) -> None:
-        """Close all shards."""
-        for checkpoint in (self.reasoning, self.instruct, self.pretrained):
-            checkpoint.release()
 
     def items(self) -> Mapping[str, Checkpoint]:
         """The checkpoints by role."""
@@ -97,7 +71,7 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
                 f"{opened[role].reference} ({role}) is a {other.model_type!r} model, but the "
                 f"reasoning model is {model_config.model_type!r}; the three must share one family"
             )
-    return Trio(**opened, config=model_config, layout=head_layout(model_config))
+    return Trio(**opened, config=model_config)
 
 
 def read_model_config(checkpoint: Checkpoint) -> Any:
@@ -109,27 +83,6 @@ def read_model_config(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         line = first_line(error)
         raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
-
-
-def check_shapes(trio: Trio, names: Sequence[str]) -> None:
-    """All tensors to be merged exist and agree in the three models; lists every problem at once."""
-    shapes = {role: checkpoint.shapes(names) for role, checkpoint in trio.items().items()}
-    problems = []
-    for name in names:
-        expected = shapes["reasoning"].get(name)
-        for role, by_name in shapes.items():
-            found = by_name.get(name)
-            if found is None:
-                problems.append(f"{role}: {name} is missing")
-            elif expected is not None and found != expected:
-                problems.append(f"{role}: {name} is {list(found)}, expected {list(expected)}")
-    if problems:
-        shown = "; ".join(problems[:20])
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise RainError(
-            f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
-            "They must be of the same family and size"
-        )
 
 
 # Classes that say nothing but "as tokenizer.json has it".

@@ -1,69 +1,51 @@
-"""Which linear modules a decoder layer has, and how attention heads lie in their rows and columns.
+"""How attention heads lie in the rows and columns of the modules around them.
 
-The only place that knows head layouts. Input sites need no table: modules that see the same tensor
-share one, which the capture observes while the layer runs.
+The only place that knows head layouts, and all of it is tables: by a module's own name inside the
+attention module, checked against its shape. Input sites need no table (see observe.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rain_mergekit.coefficients import expand_key_value, expand_query
-from rain_mergekit.errors import RainError
 
 
 class Kind(Enum):
-    """What a linear module's rows and columns belong to."""
+    """What a linear module's output rows, or input columns, belong to."""
 
-    QUERY = "query"  # rows: query heads
-    KEY_VALUE = "key_value"  # rows: key/value heads
-    OUTPUT = "output"  # columns: query heads
+    QUERY = "query"  # rows: one block for each query head
+    KEY_VALUE = "key_value"  # rows: one block for each key/value head
+    OUTPUT = "output"  # columns: one block for each query head
+    BLOCKS = "blocks"  # rows: all query heads, then all key heads, then all value heads
+    GROUPS = "groups"  # rows: for each key/value head its query heads, its key, its value
     LAYER = "layer"  # no heads: one value for the whole module
 
 
-_LLAMA_STYLE: Mapping[str, Kind] = {
-    "self_attn.q_proj": Kind.QUERY,
-    "self_attn.k_proj": Kind.KEY_VALUE,
-    "self_attn.v_proj": Kind.KEY_VALUE,
-    "self_attn.o_proj": Kind.OUTPUT,
-    "mlp.gate_proj": Kind.LAYER,
-    "mlp.up_proj": Kind.LAYER,
-    "mlp.down_proj": Kind.LAYER,
+# By the last part of a module's name, inside the attention module.
+_NAMES: Mapping[str, Kind] = {
+    "q_proj": Kind.QUERY,  # with an output gate: for each head its query, then its gate
+    "q_b_proj": Kind.QUERY,  # latent attention: for each head its two parts of the query
+    "kv_b_proj": Kind.QUERY,  # latent attention: for each head its key, then its value
+    "gate_proj": Kind.QUERY,
+    "g_proj": Kind.QUERY,
+    "k_proj": Kind.KEY_VALUE,
+    "v_proj": Kind.KEY_VALUE,
+    "o_proj": Kind.OUTPUT,
+    "out_proj": Kind.OUTPUT,
+    "dense": Kind.OUTPUT,
+    "c_proj": Kind.OUTPUT,
+    "qkv_proj": Kind.BLOCKS,
+    "c_attn": Kind.BLOCKS,
+    "query_key_value": Kind.GROUPS,
 }
-
-LAYOUTS: Mapping[str, Mapping[str, Kind]] = {
-    "llama": _LLAMA_STYLE,
-    "mistral": _LLAMA_STYLE,
-    "qwen2": _LLAMA_STYLE,
-    "qwen3": _LLAMA_STYLE,
-}
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """Heads of one decoder's attention, and the kind of each linear module by its name."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    kinds: Mapping[str, Kind]
-
-    def scales(self, module: str, alpha: Tensor, shape: tuple[int, int]) -> ModuleScale:
-        """Row and column factors of `module` (out x in) for coefficients alpha (n_heads)."""
-        kind = self.kinds[module]
-        if kind is Kind.QUERY:
-            return ModuleScale(expand_query(alpha, self.head_dim), None)
-        if kind is Kind.KEY_VALUE:
-            return ModuleScale(expand_key_value(alpha, self.kv_heads, self.head_dim), None)
-        if kind is Kind.OUTPUT:
-            return ModuleScale(None, expand_query(alpha, self.head_dim))
-        return ModuleScale(torch.full((shape[0],), float(alpha.mean()), dtype=alpha.dtype), None)
+# Where a family departs from that.
+_FAMILIES: Mapping[str, Mapping[str, Kind]] = {"gpt_bigcode": {"c_attn": Kind.GROUPS}}
 
 
 @dataclass(frozen=True)
@@ -74,15 +56,93 @@ class ModuleScale:
     cols: Tensor | None
 
 
-def head_layout(config: Any) -> HeadLayout:
-    """The layout of a transformers config; RainError names an architecture that is not covered."""
-    kinds = LAYOUTS.get(config.model_type)
-    if kinds is None:
-        raise RainError(
-            f"architecture {config.model_type!r} is not supported yet: its head layout is not "
-            f"known (supported: {', '.join(sorted(LAYOUTS))})"
-        )
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return HeadLayout(heads, int(kv_heads), int(head_dim), kinds)
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of one layer's attention, as its computation showed them.
+
+    module: the attention module's name within the layer. width: of a query and a key;
+    value_width: of a value.
+    """
+
+    module: str
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    model_type: str = ""
+
+    def kind(self, name: str, matrix: tuple[int, int]) -> Kind:
+        """What rows and columns of a module (d_out, d_in) belong to, by name and shape.
+
+        A module whose shape does not fit the heads gets one value as a whole: coarse, not wrong.
+        """
+        parent, _, last = name.rpartition(".")
+        if parent != self.module:
+            return Kind.LAYER
+        kind = _FAMILIES.get(self.model_type, {}).get(last) or _NAMES.get(last, Kind.LAYER)
+        return kind if _FITS[kind](self, matrix) else Kind.LAYER
+
+    def scales(self, name: str, alpha: Tensor, matrix: tuple[int, int]) -> ModuleScale:
+        """Row and column factors of module `name` (d_out, d_in) for coefficients (n_heads)."""
+        kind = self.kind(name, matrix)
+        if kind is Kind.OUTPUT:
+            return ModuleScale(None, expand_query(alpha, matrix[1] // self.heads))
+        return ModuleScale(_ROWS[kind](self, alpha, matrix[0]), None)
+
+    @property
+    def fused(self) -> int:
+        """Rows of queries, keys and values together."""
+        return self.heads * self.width + self.kv_heads * (self.width + self.value_width)
+
+    def fits_query(self, matrix: tuple[int, int]) -> bool:
+        """Whether the rows are one block for each head, of a size that a head can have."""
+        size, rest = divmod(matrix[0], self.heads)
+        known = (self.width, 2 * self.width, self.value_width)
+        latent = self.kv_heads == self.heads and size > self.value_width
+        return rest == 0 and (size in known or latent)
+
+    def fits_key_value(self, matrix: tuple[int, int]) -> bool:
+        """Whether the rows are one key or one value for each key/value head."""
+        return matrix[0] in (self.kv_heads * self.width, self.kv_heads * self.value_width)
+
+
+def _layer(_layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return alpha.mean().repeat(rows)
+
+
+def _query(layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return expand_query(alpha, rows // layout.heads)
+
+
+def _key_value(layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return expand_key_value(alpha, layout.kv_heads, rows // layout.kv_heads)
+
+
+def _blocks(layout: HeadLayout, alpha: Tensor, _rows: int) -> Tensor:
+    keys = expand_key_value(alpha, layout.kv_heads, layout.width)
+    values = expand_key_value(alpha, layout.kv_heads, layout.value_width)
+    return torch.cat([expand_query(alpha, layout.width), keys, values])
+
+
+def _groups(layout: HeadLayout, alpha: Tensor, _rows: int) -> Tensor:
+    queries = alpha.view(layout.kv_heads, -1)
+    shared = queries.mean(1, keepdim=True)
+    keys, values = shared.expand(-1, layout.width), shared.expand(-1, layout.value_width)
+    return torch.cat([queries.repeat_interleave(layout.width, 1), keys, values], 1).flatten()
+
+
+_ROWS: Mapping[Kind, Callable[[HeadLayout, Tensor, int], Tensor]] = {
+    Kind.LAYER: _layer,
+    Kind.QUERY: _query,
+    Kind.KEY_VALUE: _key_value,
+    Kind.BLOCKS: _blocks,
+    Kind.GROUPS: _groups,
+}
+_FITS: Mapping[Kind, Callable[[HeadLayout, tuple[int, int]], bool]] = {
+    Kind.LAYER: lambda _layout, _matrix: True,
+    Kind.QUERY: HeadLayout.fits_query,
+    Kind.KEY_VALUE: HeadLayout.fits_key_value,
+    Kind.OUTPUT: lambda layout, matrix: matrix[1] == layout.heads * layout.value_width,
+    Kind.BLOCKS: lambda layout, matrix: matrix[0] == layout.fused,
+    Kind.GROUPS: lambda layout, matrix: matrix[0] == layout.fused,
+}

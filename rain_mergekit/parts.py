@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from rain_mergekit.atomic import replacing
 from rain_mergekit.coefficients import HeadStatistics
+from rain_mergekit.modules import HeadLayout
+from rain_mergekit.observe import LinearWeight
 from rain_mergekit.solve import SiteResult
 from rain_mergekit.walk import LayerResult
 
@@ -30,6 +31,7 @@ class LayerPart:
     sites: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
     statistics: HeadStatistics | None
+    layout: HeadLayout | None
     keys: tuple[str, ...]
 
     def read(self, key: str) -> Tensor:
@@ -39,30 +41,20 @@ class LayerPart:
             return tensor
 
 
-def write_part(
-    path: Path, name: str, result: LayerResult, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Write the results of layer `name` (e.g. model.layers.3); shapes are by module name."""
+def write_part(path: Path, name: str, result: LayerResult) -> None:
+    """Write the results of layer `name` (e.g. model.layers.3); entries are by module names."""
     stored: dict[str, Tensor] = {}
     sites = {
         f"{name}.{site}": _site(f"{name}.{site}", solved, stored)
         for site, solved in result.solved.items()
     }
-    tensors = {
-        f"{name}.{module}.weight": {
-            "site": f"{name}.{site}",
-            "shape": list(shapes[module]),
-            "input_axis": -1,
-            "rows": None,
-            "cols": None,
-        }
-        for module, site in result.sites.site_of.items()
-    }
+    tensors = {f"{name}.{w.name}": _tensor(name, w) for w in result.sites.weights.values()}
     keys = tuple(stored)
     if result.statistics is not None:
         stored["alignment"] = result.statistics.alignment
         stored["leakage"] = result.statistics.leakage
-    header = {"name": name, "sites": sites, "tensors": tensors, "keys": keys}
+    layout = None if result.layout is None else asdict(result.layout)
+    header = {"name": name, "sites": sites, "tensors": tensors, "keys": keys, "heads": layout}
     with replacing(path) as out:
         out.write(save(stored, metadata={"layer": json.dumps(header)}))
 
@@ -75,8 +67,27 @@ def read_part(path: Path) -> LayerPart:
         if "alignment" in file.keys():  # noqa: SIM118 - a file, not a mapping
             alignment, leakage = file.get_tensor("alignment"), file.get_tensor("leakage")
             statistics = HeadStatistics(alignment, leakage)
-    keys = tuple(header["keys"])
-    return LayerPart(path, header["name"], header["sites"], header["tensors"], statistics, keys)
+    layout = None if header["heads"] is None else HeadLayout(**header["heads"])
+    return LayerPart(
+        path=path,
+        name=header["name"],
+        sites=header["sites"],
+        tensors=header["tensors"],
+        statistics=statistics,
+        layout=layout,
+        keys=tuple(header["keys"]),
+    )
+
+
+def _tensor(layer: str, weight: LinearWeight) -> dict[str, Any]:
+    own = [f"{layer}.{site}" for site in weight.sites]
+    return {
+        "site": own if len(own) > 1 else own[0],
+        "shape": list(weight.shape),
+        "input_axis": weight.input_axis,
+        "rows": None,
+        "cols": None,
+    }
 
 
 def _site(name: str, solved: SiteResult, stored: dict[str, Tensor]) -> dict[str, Any]:

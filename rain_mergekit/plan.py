@@ -27,16 +27,29 @@ class ModelShape:
     ffn: int
     stored_itemsize: int
     model_bytes: int
+    # (width, rows of the task vectors) of each input site; by default those of a plain decoder:
+    # attention (key and value heads counted as query heads), its output, MLP, its output.
+    sites: tuple[tuple[int, int], ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of the input sites: attention, its output, MLP, its output."""
-        return self.hidden, self.heads_width, self.hidden, self.ffn
+        """Widths of the input sites."""
+        return tuple(width for width, _ in self._sites)
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Rows of the task vectors at each site; key and value heads counted as query heads."""
-        return 3 * self.heads_width, self.hidden, 2 * self.ffn, self.hidden
+        """Rows of the task vectors at each site."""
+        return tuple(rows for _, rows in self._sites)
+
+    @property
+    def _sites(self) -> tuple[tuple[int, int], ...]:
+        plain = (
+            (self.hidden, 3 * self.heads_width),
+            (self.heads_width, self.hidden),
+            (self.hidden, 2 * self.ffn),
+            (self.ffn, self.hidden),
+        )
+        return self.sites or plain
 
 
 @dataclass(frozen=True)

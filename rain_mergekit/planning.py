@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from rain_mergekit.calibration_data import Samples
-from rain_mergekit.models import Trio
+from rain_mergekit.capture import Shell
 from rain_mergekit.plan import ModelShape, Workload
 
-_LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
-
-def model_shape(trio: Trio) -> ModelShape:
-    """From the file headers; no tensor is read."""
-    by_layer: dict[str, list[int]] = {}
-    shapes = trio.reasoning.shapes(trio.reasoning.names)
-    for name, shape in shapes.items():
-        found = _LAYER.match(name)
-        if found is not None:
-            by_layer.setdefault(found[1], []).append(math.prod(shape))
-    everything = sum(math.prod(shape) for shape in shapes.values())
+def model_shape(shell: Shell) -> ModelShape:
+    """From the modules without weights and the file headers; no tensor is read."""
+    layer = max(shell.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
+    sites = _sites(layer)
+    checkpoint = shell.checkpoint
+    everything = sum(parameter.numel() for parameter in shell.model.parameters())
     return ModelShape(
-        layers=int(trio.config.num_hidden_layers),
-        layer_parameters=max(sum(sizes) for sizes in by_layer.values()),
-        largest_matrix=max(max(sizes) for sizes in by_layer.values()),
-        hidden=int(trio.config.hidden_size),
-        heads_width=trio.layout.heads * trio.layout.head_dim,
-        ffn=int(trio.config.intermediate_size),
-        stored_itemsize=max(1, round(trio.reasoning.bytes / everything)),
-        model_bytes=trio.reasoning.bytes,
+        layers=len(shell.layers),
+        layer_parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        largest_matrix=max(parameter.numel() for parameter in layer.parameters()),
+        hidden=shell.hidden_size,
+        heads_width=max((width for name, width in sites if "attn" in name), default=0)
+        or shell.hidden_size,
+        ffn=max(width for _, width in sites),
+        stored_itemsize=max(1, min(8, round(checkpoint.bytes / everything))),
+        model_bytes=checkpoint.bytes,
+        sites=tuple((width, rows) for (_, width), rows in sites.items()),
     )
+
+
+def _sites(layer: nn.Module) -> dict[tuple[str, int], int]:
+    """Rows of the weights that presumably share an input: same parent module, same width.
+
+    Routed experts share their input, and each has a site of its own for its output projection.
+    """
+    sites: dict[tuple[str, int], int] = {}
+    for name, parameter in layer.named_parameters():
+        parent = name.removesuffix(".weight").rpartition(".")[0]
+        if parameter.dim() == 2 and name.endswith(".weight"):
+            rows, width = parameter.shape
+            sites[parent, width] = sites.get((parent, width), 0) + rows
+        elif parameter.dim() == 3 and name.endswith("down_proj"):
+            count, rows, width = parameter.shape
+            sites |= {(f"{name}.{expert}", width): rows for expert in range(count)}
+        elif parameter.dim() == 3 and not name.endswith(".weight"):
+            sites[parent, parameter.shape[2]] = parameter.shape[0] * parameter.shape[1]
+    return sites
 
 
 def workload(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rain_mergekit import attention
-from rain_mergekit.attention import AttentionCall
+from rain_mergekit.attention import AttentionCall, Heads
 from rain_mergekit.coefficients import span_masses
 from rain_mergekit.data import InstructionTokens
 
@@ -24,9 +24,11 @@ class SpanProbe:
         self._unrelated = [tuple(sorted({*span.unrelated, *extra})) for span in sample.spans]
         self.alignment: Tensor | None = None
         self.leakage: Tensor | None = None
+        self.call: Heads | None = None
 
     def __call__(self, call: AttentionCall) -> None:
         """Measure one attention computation."""
+        self.call = call.heads
         wanted = sorted({row for rows in self._related + self._unrelated for row in rows})
         masses = self._masses(call, wanted)
         place = {row: index for index, row in enumerate(wanted)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 import rain_mergekit
 from rain_mergekit.calibration_data import Samples, record
-from rain_mergekit.capture import Shell, SiteMap
-from rain_mergekit.chunks import TokenChunks, token_wise
+from rain_mergekit.capture import Shell
+from rain_mergekit.chunks import TokenChunks
 from rain_mergekit.config import RainConfig
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.heap import give_back
-from rain_mergekit.models import LoadOptions, Trio, check_shapes
+from rain_mergekit.models import LoadOptions, Trio
+from rain_mergekit.observe import LinearWeight, SiteMap
 from rain_mergekit.parts import write_part
 from rain_mergekit.plan import (
     Estimate,
@@ -37,6 +38,7 @@ from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
 from rain_mergekit.thinks import Likelihood, likelihood
 from rain_mergekit.walk import LayerResult, LayerWalk, Stream
+from rain_mergekit.weights import TrioTensors
 from rain_mergekit.workdir import WorkDir
 
 LOG = logging.getLogger(__name__)
@@ -73,9 +75,8 @@ class Run:
         dtype = options.dtype or default_dtype(trio, options.device)
         self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
-        self._modules = tuple(trio.layout.kinds)
-        self._token_wise = token_wise(trio.layout.kinds)
-        check_shapes(trio, self.tensors)
+        self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
+        self._weights.check_shapes(self._matrices)
         self.max_rank = max_rank(self.needs[0], config.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
@@ -85,9 +86,20 @@ class Run:
             )
 
     @property
+    def _matrices(self) -> list[str]:
+        """All weights of the decoder layers that may multiply features."""
+        return [
+            f"{self._name(index)}.{name}"
+            for index in self.indices
+            for name, parameter in self.shell.layers[index].named_parameters()
+            if parameter.dim() > 1
+        ]
+
+    @property
     def tensors(self) -> list[str]:
-        """The names of all tensors to be merged."""
-        return [self._tensor(i, m) for i in self.indices for m in self._modules]
+        """The names of all these in the reasoning model's checkpoint."""
+        sources = self.shell.tensors.sources
+        return [part for name in self._matrices for part, _ in sources[name].parts]
 
     @cached_property
     def plans(self) -> list[StreamPlan]:
@@ -98,7 +110,7 @@ class Run:
     def needs(self) -> tuple[ModelShape, Workload]:
         """What the memory of this run follows from."""
         positions = {plan.name: plan.positions for plan in self.plans}
-        return model_shape(self._trio), workload(
+        return model_shape(self.shell), workload(
             self._samples, positions, len(self.plans) - 1, self.shell.dtype
         )
 
@@ -136,8 +148,7 @@ class Run:
                     with reading_ahead(self._needed_next(index)):
                         result = self._layer(index, streams, progress.update)
                     if self._world.rank == 0:
-                        part = work.part(index)
-                        write_part(part, self._name(index), result, self._shapes(index))
+                        write_part(work.part(index), self._name(index), result)
                     LOG.info("finished layer %d of %d", index + 1, len(self.indices))
                     if index + 1 < len(self.indices):
                         work.save(index, stores)
@@ -187,28 +198,34 @@ class Run:
     def _layer(
         self, index: int, streams: Mapping[str, Stream], tick: Callable[[int], object]
     ) -> LayerResult:
-        chunks = TokenChunks()
-        with self.shell.layer(index) as layer, chunks.applied(layer, self._token_wise):
+        chunks, name = TokenChunks(), self._name(index)
+        with self.shell.layer(index) as layer, chunks.applied(layer):
             walk = LayerWalk(
-                index, layer, self._name(index), self._settings, tick, chunks, self._world
+                index,
+                layer,
+                name,
+                self._settings,
+                tick,
+                chunks,
+                self._world,
+                self._trio.config.model_type,
             )
-            sites = SiteMap(self._modules)
+            sites = SiteMap()
             original = [stream for name, stream in streams.items() if name != MERGED]
             collected = walk.features(sites, original)
             self._count(original)
-            task_vector = self._trio.task_vector
             solved = walk.solve(
                 sites,
                 collected,
-                lambda module: task_vector(self._tensor(index, module), self.shell.device),
+                partial(self._task_vector, name),
                 self.max_rank,
                 replace=MERGED in streams,
             )
             result = LayerResult(sites, solved)
             if MERGED in streams:
-                result.statistics = walk.statistics(streams[MERGED], self._trio.layout.heads)
+                result.statistics, result.layout = walk.statistics(streams[MERGED]) or (None, None)
                 self._count([streams[MERGED]])
-        self._trio.release()
+        self._weights.release()
         give_back()
         return result
 
@@ -223,16 +240,13 @@ class Run:
             places, prefix = checkpoint.index.tensor_paths, f"{self._name(layer)}."
             yield from tensor_pieces(checkpoint.path, places, prefix)
 
+    def _task_vector(
+        self, layer: str, weight: LinearWeight, expert: int | None
+    ) -> Iterator[Tensor]:
+        return self._weights.task_vector(layer, weight, expert, self.shell.device)
+
     def _name(self, index: int) -> str:
         return f"{self.shell.prefix}.{index}"
-
-    def _tensor(self, index: int, module: str) -> str:
-        return f"{self._name(index)}.{module}.weight"
-
-    def _shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        layer = self.shell.layers[index]
-        weights = {module: layer.get_submodule(module).weight for module in self._modules}
-        return {m: tuple(w.shape) for m, w in weights.items() if isinstance(w, Tensor)}
 
     def _count(self, streams: Sequence[Stream]) -> None:
         for stream in streams:

@@ -76,6 +76,13 @@ def solve_site(
     )
 
 
+def unconstrained(width: int) -> SiteResult:
+    """The site of an expert to which no protected token was routed: nothing is projected."""
+    none = torch.zeros(width, 0, dtype=torch.float64)
+    empty = torch.zeros(0, dtype=torch.float64)
+    return SiteResult(width, 0, Factors(none, none), empty, empty, 1.0, 1.0, capped=False)
+
+
 def _select(values: Tensor, energies: Tensor, settings: RainSettings) -> tuple[Tensor, int]:
     """The order in which directions are protected, and how many the rule asks for."""
     by_value = torch.arange(values.numel(), device=values.device)

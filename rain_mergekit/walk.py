@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, starmap
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from rain_mergekit.attention import observe_attention
-from rain_mergekit.capture import LayerCall, SiteMap, capture_inputs, run_layer
+from rain_mergekit.attention import Heads, observe_attention
+from rain_mergekit.capture import LayerCall, run_layer
 from rain_mergekit.chunks import TokenChunks
 from rain_mergekit.coefficients import HeadAccumulator, HeadStatistics
 from rain_mergekit.data import InstructionTokens, ReasoningTokens
@@ -19,14 +20,16 @@ from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, weighted_rows
 from rain_mergekit.heap import give_back
+from rain_mergekit.modules import HeadLayout
+from rain_mergekit.observe import LinearWeight, RowPicker, SiteMap, capture_inputs
 from rain_mergekit.probe import SpanProbe
 from rain_mergekit.projection import project
 from rain_mergekit.settings import RainSettings
-from rain_mergekit.solve import SiteResult, solve_site
+from rain_mergekit.solve import SiteResult, solve_site, unconstrained
 from rain_mergekit.store import ActivationStore
 
 PositionGroups = Mapping[str, Sequence[int]]
-TaskVector = Callable[[str], Iterator[Tensor]]
+TaskVector = Callable[[LinearWeight, "int | None"], Iterator[Tensor]]
 TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
 INSTRUCTION = "instruction"
 
@@ -52,6 +55,7 @@ class LayerResult:
     sites: SiteMap
     solved: dict[str, SiteResult] = field(default_factory=dict)
     statistics: HeadStatistics | None = None
+    layout: HeadLayout | None = None
 
 
 class LayerWalk:
@@ -66,8 +70,9 @@ class LayerWalk:
         tick: Callable[[int], object],
         chunks: TokenChunks,
         world: World,
+        model_type: str = "",
     ) -> None:
-        self.index, self.layer, self.name = index, layer, name
+        self.index, self.layer, self.name, self._type = index, layer, name, model_type
         self.settings, self._tick, self._chunks = settings, tick, chunks
         self._world = world
         self._device = next(layer.parameters()).device
@@ -80,17 +85,18 @@ class LayerWalk:
         for stream in streams:
             for sample in range(len(stream)):
                 picker = self._picker(collected, stream, sample)
-                with capture_inputs(self.layer, sites, picker):
+                whole = stream.store.lengths[sample]
+                with capture_inputs(self.layer, sites, picker, partial(self._length, whole)):
                     self._advance(stream, sample)
         give_back()
-        unseen = sorted(set(sites.modules) - set(sites.site_of))
-        if unseen:
-            raise RainError(f"{self.name}: the layer did not use {', '.join(unseen)}")
         return collected
+
+    def _length(self, whole: int) -> int:
+        return self._chunks.length or whole
 
     def _picker(
         self, collected: dict[str, dict[str, RowCollector]], stream: Stream, sample: int
-    ) -> Callable[[str, Tensor], None]:
+    ) -> RowPicker:
         source = stream.samples[sample].source
         groups = {
             group: torch.tensor(list(positions), dtype=torch.long, device=self._device)
@@ -98,9 +104,9 @@ class LayerWalk:
             if positions
         }
 
-        def pick(site: str, inputs: Tensor) -> None:
+        def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
             for group, index in groups.items():
-                rows = inputs.index_select(0, self._inside(index, inputs.shape[0]))
+                rows = inputs.index_select(0, self._inside(index, inputs.shape[0], tokens))
                 if not bool(torch.isfinite(rows).all()):
                     raise RainError(
                         f"{self.name}.{site}: the features of sample {source} "
@@ -111,10 +117,12 @@ class LayerWalk:
 
         return pick
 
-    def _inside(self, index: Tensor, length: int) -> Tensor:
-        """Those of the token indices that are in the chunk at hand, counted from its start."""
+    def _inside(self, index: Tensor, rows: int, tokens: Tensor | None) -> Tensor:
+        """The rows of the chunk at hand that belong to the token indices (of the whole text)."""
         index = index - self._chunks.start
-        return index[(index >= 0) & (index < length)]
+        if tokens is not None:
+            return torch.isin(tokens, index).nonzero().flatten()
+        return index[(index >= 0) & (index < rows)]
 
     def _advance(self, stream: Stream, sample: int) -> None:
         hidden = stream.store.get(sample).to(self._device)
@@ -135,10 +143,11 @@ class LayerWalk:
         """
         solved: dict[str, SiteResult | None] = {}
         for index, site in enumerate(sites.owners):
-            rows = self._collect(site, collected.pop(site), self._world.owner(index))
-            deltas = chain.from_iterable(task_vector(module) for module in sites.members(site))
+            width = sites.widths[site]
+            rows = self._collect(width, collected.pop(site, {}), self._world.owner(index))
+            deltas = chain.from_iterable(starmap(task_vector, sites.members(site)))
             mine = self._world.owner(index) == self._world.rank
-            solved[site] = self._solve_site(site, rows, deltas, max_rank) if mine else None
+            solved[site] = self._solve_site(site, width, rows, deltas, max_rank) if mine else None
             del rows
             give_back()
         results = {
@@ -146,15 +155,14 @@ class LayerWalk:
             for index, (site, result) in enumerate(solved.items())
         }
         if replace:
-            for module, site in sites.site_of.items():
-                self._merge(module, task_vector(module), results[site])
+            for weight in sites.weights.values():
+                self._merge(weight, task_vector, results)
         return results
 
     def _collect(
-        self, site: str, collectors: dict[str, RowCollector], owner: int
+        self, width: int, collectors: dict[str, RowCollector], owner: int
     ) -> dict[str, RowCollector]:
         """All processes' rows of a site at its owner; they agree on the order of the groups."""
-        width = self.layer.get_parameter(f"{site}.weight").shape[1]
         names = [*(group.name for group in protected_groups(self.settings)), INSTRUCTION]
         everywhere = {name: collectors.get(name, RowCollector()) for name in names}
         for collector in everywhere.values():
@@ -164,13 +172,14 @@ class LayerWalk:
     def _solve_site(
         self,
         site: str,
+        width: int,
         collectors: Mapping[str, RowCollector],
         deltas: Iterator[Tensor],
         max_rank: int,
     ) -> SiteResult:
         rows = weighted_rows(collectors, protected_groups(self.settings))
-        if rows is None:
-            raise RainError(f"{self.name}.{site}: no think position reached this module")
+        if rows is None:  # experts to which no protected token was routed
+            return unconstrained(width)
         instruction = weighted_rows(collectors, [Group(INSTRUCTION, 1.0)])
         count = sum(c.count for name, c in collectors.items() if name != INSTRUCTION)
         return solve_site(
@@ -183,36 +192,60 @@ class LayerWalk:
             max_rank,
         )
 
-    def _merge(self, module: str, deltas: Iterator[Tensor], result: SiteResult) -> None:
-        weight = self.layer.get_parameter(f"{module}.weight")
-        merged, start = torch.empty_like(weight), 0
-        for delta in deltas:
-            rows = slice(start, start := start + delta.shape[0])
-            merged[rows] = weight[rows].float() + project(delta, result.factors)
-        weight.data = merged
+    def _merge(
+        self, weight: LinearWeight, task_vector: TaskVector, results: Mapping[str, SiteResult]
+    ) -> None:
+        """Replace one weight of the layer, expert by expert, by the merged one."""
+        parameter = self.layer.get_parameter(weight.name)
+        merged = parameter.detach().clone()
+        matrices = merged if weight.input_axis == -1 else merged.mT
+        if matrices.dim() == 2:
+            _add(matrices, task_vector(weight, None), results[weight.sites[0]])
+        else:
+            for expert, matrix in enumerate(matrices):
+                _add(matrix, task_vector(weight, expert), results[weight.site_of(expert)])
+        parameter.data = merged
 
-    def statistics(self, stream: Stream, heads: int) -> HeadStatistics:
-        """Run the instruction samples through the merged layer; mean attention statistics."""
-        accumulator = HeadAccumulator(heads)
+    def statistics(self, stream: Stream) -> tuple[HeadStatistics, HeadLayout] | None:
+        """Run the instruction samples through the merged layer; mean attention statistics.
+
+        None for a layer without attention that can be observed.
+        """
+        accumulator: HeadAccumulator | None = None
+        layout: HeadLayout | None = None
         for index, sample in enumerate(stream.samples):
             if not isinstance(sample, InstructionTokens):
                 continue
             probe = SpanProbe(sample, leakage_from_thinking=self.settings.leakage_from_thinking)
             with observe_attention(probe):
                 self._advance(stream, index)
-            if probe.alignment is None or probe.leakage is None:
-                raise RainError(
-                    f"{self.name}: the layer computed no attention that can be observed; "
-                    "set `coefficients: off`"
-                )
+            if probe.alignment is None or probe.leakage is None or probe.call is None:
+                continue
             if not bool(torch.isfinite(probe.alignment + probe.leakage).all()):
                 raise RainError(
                     f"{self.name}: the attention of sample {sample.source} contains NaN or "
                     "Inf in the model merged at alpha = 1; try --dtype float32, more protection "
                     "(`rank_share`), or `coefficients: off`"
                 )
+            layout = layout or self._layout(probe.call)
+            accumulator = accumulator or HeadAccumulator(layout.heads)
             accumulator.add(probe.alignment, probe.leakage)
-        return accumulator.summed(self._world.sum).result()
+        if accumulator is None or layout is None:
+            return None
+        return accumulator.summed(self._world.sum).result(), layout
+
+    def _layout(self, call: Heads) -> HeadLayout:
+        modules = ((name, module) for name, module in self.layer.named_modules())
+        name = next((name for name, module in modules if module is call.module), "")
+        return HeadLayout(name, call.heads, call.kv_heads, call.width, call.value_width, self._type)
+
+
+def _add(rows: Tensor, deltas: Iterator[Tensor], result: SiteResult) -> None:
+    """Add the projected task vector to the rows (d_out, d_in), in place."""
+    start = 0
+    for delta in deltas:
+        part = slice(start, start := start + delta.shape[0])
+        rows[part] = rows[part].float() + project(delta, result.factors)
 
 
 def protected_groups(settings: RainSettings) -> list[Group]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from rain_mergekit.artifact import CalibrationFile, write_calibration
-from rain_mergekit.modules import HeadLayout, head_layout
+from rain_mergekit.modules import HeadLayout
 
 SEED = 0
 STEEPNESS = 10.0
@@ -79,20 +78,22 @@ def edit_unprojected(header: Header, tensors: Tensors, trio: Path) -> None:
 def edit_shuffled(header: Header, tensors: Tensors, trio: Path) -> None:
     """Every head gets the coefficient of another one."""
     generator = torch.Generator().manual_seed(SEED)
-    layout = head_layout(AutoConfig.from_pretrained(trio / "reasoning"))
+    del trio
     keys = [layer["stats"]["alpha"] for layer in header["layers"]]
     dealt = shuffled([tensors[key] for key in keys], generator)
     for layer, key, alpha in zip(header["layers"], keys, dealt, strict=True):
         tensors[key] = alpha
-        rescale(header, tensors, layout, layer["name"], alpha)
+        rescale(header, tensors, HeadLayout(**layer["heads"]), layer["name"], alpha)
 
 
 def rescale(
     header: Header, tensors: Tensors, layout: HeadLayout, layer: str, alpha: Tensor
 ) -> None:
     """Overwrite the scale vectors of one layer with those of other coefficients."""
-    for module in layout.kinds:
-        plan = header["tensors"][f"{layer}.{module}.weight"]
+    for name, plan in header["tensors"].items():
+        if not name.startswith(f"{layer}."):
+            continue
+        module = name.removeprefix(f"{layer}.").removesuffix(".weight")
         scale = layout.scales(module, alpha, (plan["shape"][0], plan["shape"][1]))
         for axis, vector in (("rows", scale.rows), ("cols", scale.cols)):
             if vector is not None:

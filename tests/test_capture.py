@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tiny import FAMILIES, SITES, Dense, Tiny, linear_inputs
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from rain_mergekit.capture import Shell, SiteMap, capture_inputs, run_layer
+from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.errors import RainError
 from rain_mergekit.models import LoadOptions, open_trio
+from rain_mergekit.observe import SiteMap, capture_inputs
 
 SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 
@@ -117,18 +119,26 @@ def test_sites_are_found_on_the_first_pass_and_rows_are_what_the_modules_receive
     tiny = Tiny.make(tmp_path, "qwen3")
     streamed = shell(tiny)
     recorded = list(streamed.record(SAMPLES))
-    modules = tuple(module for members in SITES.values() for module in members)
     for index in range(2):
-        sites = SiteMap(modules)
+        sites = SiteMap()
         with streamed.layer(index) as layer:
             for sample, (hidden, calls) in enumerate(recorded):
                 rows: dict[str, Tensor] = {}
-                with capture_inputs(layer, sites, rows.__setitem__), linear_inputs(layer) as seen:
+
+                def pick(
+                    site: str, inputs: Tensor, tokens: Tensor | None, into: Any = rows
+                ) -> None:
+                    assert tokens is None
+                    into[site] = inputs
+
+                size = partial(len, hidden)
+                with capture_inputs(layer, sites, pick, size), linear_inputs(layer) as seen:
                     output = run_layer(layer, hidden, calls[index])
                 recorded[sample] = (output, calls)
                 assert set(rows) == set(SITES)
                 for site, members in SITES.items():
-                    assert sites.members(site) == members
+                    found = [weight.name for weight, _ in sites.members(site)]
+                    assert found == [f"{member}.weight" for member in members]
                     assert all(torch.equal(rows[site], seen[member]) for member in members)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from mergekit.common import ModelReference
 from tiny import model_config
 from transformers import AutoModelForCausalLM
 
+from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.host import lost_tensors, lost_warning
+from rain_mergekit.names import merge_names
 
 
 def _lost(family: str, folder: Path) -> tuple[str, ...]:
     AutoModelForCausalLM.from_config(model_config(family)).save_pretrained(folder)
     checkpoint = Checkpoint(ModelReference.model_validate(str(folder)))
-    return lost_tensors(checkpoint, checkpoint.reference.config())
+    shell = Shell(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
+    names = merge_names(checkpoint.reference.config(), shell.tensors)
+    return lost_tensors(shell.tensors, names)
 
 
 def test_models_that_mergekit_knows_in_full_lose_nothing(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from rain_mergekit.data import ReasoningTokens, load_reasoning
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, Place, drift, load_model
 from rain_mergekit.generation import Answer
+from rain_mergekit.head import finishing
 from rain_mergekit.instruction_checks import Asked, follows, read_prompts
 from rain_mergekit.models import LoadOptions, load_tokenizer
-from rain_mergekit.output_head import output_head
 from rain_mergekit.thinking import Thought
 from rain_mergekit.verification import Streaming, measure, verdict
 
@@ -168,7 +168,7 @@ def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) 
         expected = model(input_ids=ids).logits[0]
     shell = Shell(checkpoint(tmp_path), config, torch.float32, "cpu")
     for _ in range(2):  # it leaves the shell as it was
-        with output_head(shell) as logits:
+        with finishing(shell) as logits:
             parts = [logits(part) for part in last[0].reshape(20, 32).split(7)]
             assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
         assert all(parameter.is_meta for parameter in shell.model.parameters())

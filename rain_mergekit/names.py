@@ -1,0 +1,85 @@
+"""What a merge calls the tensors: asked of mergekit's own architecture tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from mergekit.architecture import arch_info_for_config
+
+from rain_mergekit.tensors import ModelTensors, Source
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the merge; `expert` and `shape` where it is a part of a tensor of the model."""
+
+    name: str
+    expert: int | None = None
+    shape: tuple[int, ...] = ()
+
+
+_LAYER = re.compile(r"\.\d+\.")
+Names: TypeAlias = Callable[[str], "tuple[Target, ...]"]
+
+
+def merge_names(config: Any, tensors: ModelTensors) -> Names:
+    """The names under which mergekit merges a tensor of the model; none if it leaves it out.
+
+    Where mergekit has no table for the architecture it takes the model's own names. Of these it
+    leaves out what is not in every layer and not in the checkpoint under that very name, like the
+    experts of models that begin with dense layers.
+    """
+    listed = listed_names(config)
+    templates = Counter(_template(name) for name in tensors.known)
+    depth = max(templates.values())
+
+    def names(name: str) -> tuple[Target, ...]:
+        if listed is None:
+            everywhere = not _LAYER.search(name) or templates[_template(name)] == depth
+            return (Target(name),) if everywhere or name in tensors.checkpoint.names else ()
+        source = tensors.sources.get(name, Source([]))
+        single = [name] if source.converter else [name, *(part for part, _ in source.parts)]
+        known = next((listed[candidate] for candidate in single if candidate in listed), None)
+        if known is not None:
+            return (Target(known),)
+        return _experts(source, listed, tensors)
+
+    return names
+
+
+def _template(name: str) -> str:
+    """The name with the layer left open, as mergekit groups names."""
+    return _LAYER.sub(".*.", name, count=1)
+
+
+def _experts(
+    source: Source, listed: Mapping[str, str], tensors: ModelTensors
+) -> tuple[Target, ...]:
+    """The checkpoint's tensors that the model holds as one, an expert each."""
+    if any(part not in listed for part, _ in source.parts):
+        return ()
+    shapes = tensors.checkpoint.shapes(part for part, _ in source.parts)
+    targets, counts = [], dict.fromkeys((pattern for _, pattern in source.parts), 0)
+    for part, pattern in source.parts:
+        targets.append(Target(listed[part], counts[pattern], shapes[part]))
+        counts[pattern] += 1
+    return tuple(targets)
+
+
+def listed_names(config: Any) -> dict[str, str] | None:
+    """Every name in mergekit's table for the architecture, with the name that it writes.
+
+    None for an architecture without a table.
+    """
+    architecture = arch_info_for_config(config) if config.architectures else None
+    if architecture is None:
+        return None
+    listed: dict[str, str] = {}
+    for weight in architecture.all_weights(config):
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+            listed.setdefault(name, weight.name)
+    return listed

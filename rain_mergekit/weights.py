@@ -1,0 +1,85 @@
+"""The linear weights of the three models of a calibration: their shapes and task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.models import Trio
+from rain_mergekit.observe import LinearWeight
+from rain_mergekit.rows import TASK_ROWS
+from rain_mergekit.tensors import ModelTensors
+
+
+class TrioTensors:
+    """Tensors of the three models under the names of the reasoning model's modules."""
+
+    def __init__(self, trio: Trio, model: nn.Module, reasoning: ModelTensors) -> None:
+        self.reasoning = reasoning
+        self.instruct = ModelTensors(trio.instruct, model)
+        self.pretrained = ModelTensors(trio.pretrained, model)
+
+    def task_vector(
+        self, layer: str, weight: LinearWeight, expert: int | None, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Delta = theta_I - theta_B of one weight in blocks of rows (n, d_in), float32, in order.
+
+        Of all experts, or of one. The blocks are read when asked for. RainError if one is not
+        finite.
+        """
+        name = f"{layer}.{weight.name}"
+        tensors = [self.instruct.get(name), self.pretrained.get(name)]
+        if weight.input_axis == -2:
+            tensors = [tensor.mT for tensor in tensors]
+        if expert is not None:
+            tensors = [tensor[expert] for tensor in tensors]
+        matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
+        for tuned, origin in matrices:
+            yield from self._blocks(name, tuned, origin, device)
+        del tensors, matrices
+
+    def _blocks(
+        self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device
+    ) -> Iterator[Tensor]:
+        blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
+        for tuned, origin in zip(*blocks, strict=True):
+            delta = tuned.to(device, torch.float32, copy=True)
+            delta -= origin.to(device, torch.float32)
+            if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
+                finite = bool(torch.isfinite(tuned).all())
+                bad = self.pretrained if finite else self.instruct
+                raise RainError(f"{bad.checkpoint.reference}: tensor {name} contains NaN or Inf")
+            yield delta
+
+    def check_shapes(self, names: Sequence[str]) -> None:
+        """All tensors to be merged exist and agree; RainError lists every problem at once."""
+        models = {
+            "reasoning": self.reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+        shapes = {role: tensors.shapes(names) for role, tensors in models.items()}
+        problems = []
+        for name in names:
+            expected = shapes["reasoning"].get(name)
+            for role, by_name in shapes.items():
+                found = by_name.get(name)
+                if found is None:
+                    problems.append(f"{role}: {name} is missing")
+                elif expected is not None and found != expected:
+                    problems.append(f"{role}: {name} is {list(found)}, expected {list(expected)}")
+        if problems:
+            shown = "; ".join(problems[:20])
+            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise RainError(
+                f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
+                "They must be of the same family and size"
+            )
+
+    def release(self) -> None:
+        """Close all shards."""
+        for tensors in (self.reasoning, self.instruct, self.pretrained):
+            tensors.release()

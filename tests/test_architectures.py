@@ -1,0 +1,181 @@
+"""Every architecture through calibration and stock mergekit, against a dense float64 reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import FAMILIES, Reference, layer_means, layers_of, make, recorded_scales
+from merging import merge
+from safetensors.torch import load_file, save_file
+from tiny import Tiny, read_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rain_mergekit.artifact import CalibrationFile
+
+# Attention that only the family itself can compute: nobody sees its heads.
+CLOSED = {"falcon", "bloom", "mamba"}
+# Layers without attention, of the two.
+HALF = {
+    "qwen3_next",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "lfm2",
+    "jamba",
+    "bamba",
+}
+# Not every layer has experts, and mergekit has no table: it finds them only under their own names.
+NEEDS_FUSED = {"deepseek_v2", "deepseek_v3", "jamba"}
+# What mergekit's tables require although transformers no longer writes it.
+BUFFERS = {"gpt_neox": ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")}
+
+
+def prepared(folder: Path, family: str) -> Tiny:
+    tiny = make(folder, family)
+    coefficients = "off" if family in CLOSED else "closed_form"
+    for role in ("pretrained", "instruct", "reasoning"):
+        if family in NEEDS_FUSED:
+            store_as_modules(folder / role)
+        if family in BUFFERS:
+            add_buffers(folder / role, BUFFERS[family])
+    return tiny.using(
+        projection="oblique",
+        rank_by="energy",
+        rank_share=0.9,
+        coefficients=coefficients,
+        alpha_min=0.0,
+        alpha_max=10.0,
+    )
+
+
+def store_as_modules(folder: Path) -> None:
+    """The checkpoint as transformers' modules have it, experts in one tensor."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = {n: w.clone().contiguous() for n, w in model.state_dict().items() if n != "lm_head"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_buffers(folder: Path, names: tuple[str, ...]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        for name in names:
+            weights[f"gpt_neox.layers.{layer}.{name}"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merge_is_what_the_method_says(tmp_path: Path, family: str) -> None:
+    tiny = prepared(tmp_path, family)
+    summary = tiny.calibrate()
+    outcome = merge(tmp_path / "merge", tiny.content(rain=None))
+    assert outcome.code == 0, outcome.output
+    reference = Reference(tiny)
+    expected = reference.merged(scales(reference, tiny.path))
+    merged = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float64).state_dict()
+    base = reference.reasoning_model.state_dict()
+    weights = {name for name, _ in reference.keys}
+    for name, value in expected.items():
+        if name in weights:
+            change = (value - base[name]).norm()
+            assert change > 0, name
+            assert (merged[name] - value).norm() < 1e-3 * change, name
+        else:
+            assert torch.equal(merged[name], base[name]), name
+    assert_untouched(reference, weights)
+    idle = [line for line in summary.warnings if "no attention" in line]
+    assert len(idle) == (family in HALF)
+
+
+def scales(reference: Reference, path: Path) -> dict[str, Any]:
+    """Of modules with heads as recorded (test_modules shows that they are right), else the mean."""
+    recorded, means = recorded_scales(path), layer_means(path)
+    result: dict[str, Any] = {}
+    for name, _ in reference.keys:
+        layer = next((one for one in means if name.startswith(f"{one}.")), None)
+        if layer is None:
+            continue
+        inside = "self_attn" in name or ".attn." in name or ".attention." in name
+        rows = reference.deltas[name].shape[-1 if reference.transposed(name) else -2]
+        mean: Tensor = torch.full((rows,), means[layer], dtype=torch.float64)
+        result[name] = recorded[name] if inside else (mean, None)
+    return result
+
+
+def assert_untouched(reference: Reference, weights: set[str]) -> None:
+    """Nothing that multiplies features is left out; the rest is of these kinds."""
+    prefix, layers = layers_of(reference.reasoning_model)
+    for name, value in layers.named_parameters():
+        if value.dim() > 1 and f"{prefix}.{name}" not in weights:
+            kinds = ("conv1d.weight", "conv.conv.weight", "A_log", "norm.weight", "_bias")
+            assert name.endswith(kinds), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_both_layouts_of_experts_give_the_same_merge(tmp_path: Path, family: str) -> None:
+    """One tensor an expert in all three, then the reasoning model with one tensor for all."""
+    results = []
+    tiny = make(tmp_path, family).using(coefficients="off", rank_by="energy", rank_share=0.9)
+    assert any("experts.3." in name for name in read_weights(tmp_path / "reasoning"))
+    for attempt in ("single", "mixed"):
+        if attempt == "mixed":
+            store_as_modules(tmp_path / "reasoning")
+        tiny.calibrate()
+        outcome = merge(tmp_path / attempt, tiny.content(rain=None))
+        results.append(outcome.weights())
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_an_expert_that_no_protected_token_reaches_is_unconstrained_and_said(
+    tmp_path: Path,
+) -> None:
+    """The router's correction bias, a buffer, keeps expert 3 from ever being taken."""
+    tiny = make(tmp_path, "glm4_moe").using(
+        coefficients="off", projection="orthogonal", rank_by="energy", rank_share=0.9
+    )
+    prefix = "model.layers.1.mlp"
+    for role in ("pretrained", "instruct", "reasoning"):
+        weights = load_file(tmp_path / role / "model.safetensors")
+        weights[f"{prefix}.gate.e_score_correction_bias"][3] = -10.0
+        save_file(weights, tmp_path / role / "model.safetensors", metadata={"format": "pt"})
+    summary = tiny.calibrate()
+    assert any("routed to 1 of the experts" in line for line in summary.warnings)
+    plan = CalibrationFile.open(str(tiny.path))
+    site = plan.tensors[f"{prefix}.experts.down_proj"].site
+    assert isinstance(site, tuple)
+    assert [plan.sites[one].rank > 0 for one in site] == [True, True, True, False]
+    outcome = merge(tmp_path / "merge", tiny.content(rain=None))
+    merged = outcome.weights()[f"{prefix}.experts.down_proj"][3]
+    part = f"{prefix}.experts.3.down_proj.weight"
+    stored = {role: tiny.weights(role)[part] for role in ("reasoning", "instruct", "pretrained")}
+    expected = stored["reasoning"] + stored["instruct"] - stored["pretrained"]
+    assert torch.allclose(merged, expected, atol=1e-6)
+
+
+def test_experts_that_mergekit_leaves_out_are_said(tmp_path: Path) -> None:
+    """Dense layers first and no table in mergekit: the experts of the others are not found."""
+    summary = make(tmp_path, "deepseek_v3").using(coefficients="off").calibrate()
+    text = next(line for line in summary.warnings if "leaves out" in line)
+    assert "12 tensors" in text
+    assert "model.layers.1.mlp.experts.0.down_proj.weight" in text
+
+
+def test_the_file_names_the_heads_of_each_layer(tmp_path: Path) -> None:
+    tiny = prepared(tmp_path, "deepseek_v3")
+    tiny.calibrate()
+    layers = CalibrationFile.open(str(tiny.path)).header["layers"]
+    assert [one["heads"] for one in layers] == [
+        {
+            "module": "self_attn",
+            "heads": 4,
+            "kv_heads": 4,
+            "width": 12,
+            "value_width": 8,
+            "model_type": "deepseek_v3",
+        }
+    ] * 2
+    json.dumps(layers)
