@@ -26,7 +26,7 @@ def find_markers(
     chat template writes; what template and tokenizer know. Raises RainError if they say nothing,
     or several things, and for a file that cannot be read.
     """
-    outputs = [s.output for s in read_samples(path, parse_reasoning)[1] if s.output is not None]
+    outputs = _outputs(path)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     opened = _opened(template)
     found = _written(outputs, opened) or opened or _supported(tokenizer)
@@ -44,6 +44,22 @@ def find_markers(
             "that the model writes"
         )
     return found[0]
+
+
+def written_markers(path: StrPath) -> Markers:
+    """The known markers that a set's verbatim outputs show; `<think>` where that is not clear."""
+    found = _written(_outputs(path), ())
+    return found[0] if len(found) == 1 else Markers()
+
+
+def tokenizer_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
+    """The known markers of this model, without a set; `<think>` where that is not clear."""
+    found = _opened(ChatTemplate(tokenizer, {})) or _supported(tokenizer)
+    return found[0] if len(found) == 1 else Markers()
+
+
+def _outputs(path: StrPath) -> list[str]:
+    return [s.output for s in read_samples(path, parse_reasoning)[1] if s.output is not None]
 
 
 def _written(outputs: Iterable[str], opened: Sequence[Markers]) -> list[Markers]:

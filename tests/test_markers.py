@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.data import load_instruction, load_reasoning, read_reasoning
-from rain_mergekit.detection import find_markers
+from rain_mergekit.detection import find_markers, tokenizer_markers, written_markers
 from rain_mergekit.errors import RainError
 from rain_mergekit.markers import KNOWN, Markers
 from rain_mergekit.measure import Texts, texts_like
@@ -474,6 +474,35 @@ def test_nothing_known(make: Callable[..., Any], write: Write) -> None:
     tokenizer.chat_template = None
     with pytest.raises(RainError, match="has no chat template"):
         find_markers(write({"prompt": "p", "output": "o"}), tokenizer)
+
+
+def test_from_a_set_or_a_tokenizer_alone(make: Callable[..., Any], write: Write) -> None:
+    """For commands that have only one of them; `<think>` where that is not clear."""
+    assert written_markers(write({"prompt": "p", "output": "[THINK]a[/THINK]b"})) == KNOWN[1]
+    assert written_markers(write({"prompt": "p", "output": "a</seed:think>b"})) == KNOWN[4]
+    mixed = [{"prompt": "p", "output": f"{known.open}a{known.close}b"} for known in KNOWN[1:3]]
+    assert written_markers(write(*mixed)) == Markers()
+    assert written_markers(write({"prompt": "p", "reasoning": "r"})) == Markers()
+    assert tokenizer_markers(make(HARMONY)) == KNOWN[2]
+    assert tokenizer_markers(make(OPENING, ["[THINK]", "[/THINK]"])) == KNOWN[0]
+    assert tokenizer_markers(make(CHATML, ["[THINK]", "[/THINK]"])) == KNOWN[1]
+    assert tokenizer_markers(make(CHATML)) == Markers()
+
+
+def test_data_check_sees_what_a_calibration_sees(write: Write, tmp_path: Path) -> None:
+    path = write({"prompt": "why", "output": "[THINK]abc[/THINK]yes"})
+    said = run("data", "check", path, "--window", 1)
+    assert "1 of 1 samples usable" in said.output
+    assert "marker: [THINK] | [/THINK]" in said.output
+    tiny = Tiny.make(tmp_path / "tiny", "qwen3", num_hidden_layers=1)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = f"{tokenizer.chat_template}{{% if think %}}[THINK]{{% endif %}}"
+    tokenizer.save_pretrained(tiny.folder / "reasoning")
+    model = ("--model", tiny.folder / "reasoning")
+    bare = write({"prompt": "why", "output": "abc[/THINK]yes"})
+    told = run("data", "check", bare, *model, "--chat-template-kwargs", '{"think": true}')
+    assert "1 of 1 samples usable" in told.output
+    assert "comes without '[THINK]' before it" in run("data", "check", bare, *model).output
 
 
 # Markers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -41,10 +41,15 @@ class Checked:
     tokenizer: PreTrainedTokenizerBase
     markers: Markers
     window: int
+    chat_template_kwargs: Mapping[str, Any]
 
 
 def check_set(
-    path: StrPath, tokenizer: PreTrainedTokenizerBase | None, markers: Markers, window: int
+    path: StrPath,
+    tokenizer: PreTrainedTokenizerBase | None,
+    markers: Markers,
+    window: int,
+    chat_template_kwargs: Mapping[str, Any],
 ) -> Checked:
     """Read, render and tokenise every sample; which of the two sets it is is seen from its fields.
 
@@ -65,9 +70,10 @@ def check_set(
     else:
         samples, load = read_reasoning(path), load_reasoning
     found = tokenizer or characters(markers if _opened(samples, markers) else None)
-    data = load(path, found, markers=markers, window=window)
+    template = chat_template_kwargs if tokenizer else {}
+    data = load(path, found, markers=markers, chat_template_kwargs=template, window=window)
     kind = "instruction" if kinds == {True} else "reasoning"
-    return Checked(kind, data, samples, found, markers, window)
+    return Checked(kind, data, samples, found, markers, window, template)
 
 
 def _opened(samples: Sequence[Any], markers: Markers) -> bool:
@@ -94,7 +100,8 @@ def segments(checked: Checked, number: int) -> list[tuple[str, int]]:
     if not 1 <= number <= len(used):
         raise RainError(f"--show {number}: there are {len(used)} usable samples, counted from 1")
     sample = next(s for s in checked.samples if s.source == used[number - 1])
-    encoded = encode(checked.tokenizer, Renderer(checked.tokenizer, checked.markers).render(sample))
+    renderer = Renderer(checked.tokenizer, checked.markers, checked.chat_template_kwargs)
+    encoded = encode(checked.tokenizer, renderer.render(sample))
     styles = bytearray(len(encoded.rendered.text))
     _paint(styles, encoded, encoded.think(checked.window), PROTECTED)
     if isinstance(sample, InstructionSample):

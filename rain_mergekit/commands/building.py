@@ -13,7 +13,9 @@ import click
 from rain_mergekit.commands.options import (
     device_option,
     dtype_option,
+    given_markers,
     loading_options,
+    markers_option,
     output_options,
     pick_device,
     pick_dtype,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from rain_mergekit.building.judge import Kept
     from rain_mergekit.building.tasks import Writer, Written
     from rain_mergekit.commands.console import Console
-    from rain_mergekit.rendering import Markers
+    from rain_mergekit.markers import Markers
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN = 6
@@ -115,13 +117,6 @@ def building_options(default_output: str) -> Callable[[F], F]:
     return apply
 
 
-def markers_option(function: F) -> F:
-    """The texts around the thinking."""
-    return click.option("--markers", nargs=2, default=("<think>", "</think>"), show_default=True)(
-        function
-    )
-
-
 def build(
     prompts: Sequence[Any],
     text_of: Callable[[Any], str],
@@ -138,12 +133,11 @@ def build(
     from rain_mergekit.building.collect import collect  # noqa: PLC0415
     from rain_mergekit.building.journal import SUFFIX, Journal  # noqa: PLC0415
     from rain_mergekit.building.output import refuse_overwriting, write_samples  # noqa: PLC0415
-    from rain_mergekit.rendering import Markers  # noqa: PLC0415
 
-    start, output, markers = time.monotonic(), options["output"], Markers.of([options["markers"]])
+    start, output = time.monotonic(), options["output"]
     refuse_overwriting(output, output + SUFFIX)
     writer, drawing = _writer(options)
-    judge = _judge(writer, markers, candidate)
+    judge = _judge(writer, given_markers(options) or _own_markers(writer), candidate)
     with Journal(output, {**writer.identity, **drawing}) as journal:
         known = len(journal)
         if known:
@@ -203,6 +197,15 @@ def _writer(options: dict[str, Any]) -> tuple[Writer, dict[str, Any]]:
         checkpoint, sampling, device=device, dtype=dtype, batch_size=options["batch_size"]
     )
     return local, asdict(sampling)
+
+
+def _own_markers(writer: Writer) -> Markers:
+    """What the model of this process writes; nothing is known of a server's."""
+    from rain_mergekit.detection import tokenizer_markers  # noqa: PLC0415
+    from rain_mergekit.markers import Markers  # noqa: PLC0415
+
+    tokenizer = getattr(writer, "tokenizer", None)
+    return Markers() if tokenizer is None else tokenizer_markers(tokenizer)
 
 
 def _judge(

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.building import markers_option
-from rain_mergekit.commands.options import loading_options, output_options
+from rain_mergekit.commands.options import (
+    given_markers,
+    loading_options,
+    markers_option,
+    output_options,
+    template_option,
+)
 
 if TYPE_CHECKING:
     from rain_mergekit.building.checking import Checked
@@ -41,6 +46,7 @@ _LONGEST = 600
 )
 @click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
 @markers_option
+@template_option
 @loading_options
 @output_options
 def check(file: str, **options: Any) -> None:
@@ -51,7 +57,7 @@ def check(file: str, **options: Any) -> None:
     """
     from rain_mergekit.building.checking import check_set  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.data import Markers  # noqa: PLC0415
+    from rain_mergekit.detection import find_markers, written_markers  # noqa: PLC0415
     from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.models import LoadOptions, load_tokenizer  # noqa: PLC0415
 
@@ -60,8 +66,13 @@ def check(file: str, **options: Any) -> None:
     tokenizer = None
     if options["model"]:
         tokenizer = load_tokenizer(open_checkpoint(options["model"], LoadOptions.of(options)))
-    markers = Markers.of([options["markers"]])
-    checked = check_set(file, tokenizer, markers, options["window"])
+    template = options["chat_template_kwargs"]
+    markers = given_markers(options)
+    if markers is None and tokenizer is not None:
+        markers = find_markers(file, tokenizer, template)
+    checked = check_set(
+        file, tokenizer, markers or written_markers(file), options["window"], template
+    )
     _count(file, checked, console, "tokens" if options["model"] else "characters")
     if options["show"]:
         _show(checked, options["show"], console)

@@ -14,6 +14,8 @@ from rain_mergekit.errors import RainError
 if TYPE_CHECKING:
     import torch
 
+    from rain_mergekit.markers import Markers
+
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -37,6 +39,34 @@ def parse_mapping(value: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise click.BadParameter(f'{value!r} is not a JSON object such as {{"name": true}}')
     return found
+
+
+def markers_option(function: F) -> F:
+    """The texts around thinking, as pairs; none: they are found out."""
+    return click.option(
+        "--markers",
+        nargs=2,
+        multiple=True,
+        metavar="OPEN CLOSE",
+        help="What opens and closes thinking; may be given several times  [default: found out]",
+    )(function)
+
+
+def template_option(function: F) -> F:
+    """The arguments of the chat template, as a mapping."""
+    return click.option(
+        "--chat-template-kwargs",
+        callback=lambda _context, _option, value: parse_mapping(value),
+        default="{}",
+        help="Arguments of the chat template, such as '{\"enable_thinking\": true}'.",
+    )(function)
+
+
+def given_markers(options: dict[str, Any]) -> Markers | None:
+    """The markers of the command line; None where they are to be found out."""
+    from rain_mergekit.markers import Markers  # noqa: PLC0415 - keeps --help fast
+
+    return Markers.of(options["markers"]) if options["markers"] else None
 
 
 def parse_device(value: str) -> str:

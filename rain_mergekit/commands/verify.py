@@ -10,11 +10,13 @@ from rain_mergekit.commands.options import (
     budget_option,
     device_option,
     dtype_option,
+    given_markers,
     loading_options,
+    markers_option,
     output_options,
-    parse_mapping,
     pick_device,
     pick_dtype,
+    template_option,
 )
 
 if TYPE_CHECKING:
@@ -44,19 +46,8 @@ _DAMAGED = 3
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many, evenly spaced.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Skip samples that are longer.")
 @click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
-@click.option(
-    "--markers",
-    nargs=2,
-    multiple=True,
-    metavar="OPEN CLOSE",
-    help="What opens and closes thinking; may be given several times.  [default: found out]",
-)
-@click.option(
-    "--chat-template-kwargs",
-    callback=lambda _context, _option, value: parse_mapping(value),
-    default="{}",
-    help="Arguments of the chat template, such as '{\"enable_thinking\": true}'.",
-)
+@markers_option
+@template_option
 @click.option(
     "--generate",
     type=click.IntRange(min=1),
@@ -150,13 +141,12 @@ def _measure(
 
 
 def _texts(options: dict[str, Any]) -> Texts:
-    from rain_mergekit.data import Markers  # noqa: PLC0415
     from rain_mergekit.measure import Texts  # noqa: PLC0415
 
     return Texts(
         path=options["reasoning_data"],
         count=options["samples"],
-        markers=Markers.of(options["markers"]) if options["markers"] else None,
+        markers=given_markers(options),
         window=options["window"],
         max_tokens=options["max_tokens"],
         chat_template_kwargs=options["chat_template_kwargs"],
