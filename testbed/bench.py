@@ -5,7 +5,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import PreTrainedModel
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.calibrate import RunOptions, calibrate
 from rain_mergekit.config import read_config
+from rain_mergekit.data import InstructionTokens
 from rain_mergekit.method import register
+from testbed.attention import Scores, attention_scores, held_samples
 from testbed.controls import edited
 from testbed.judge import Judge, chosen
 from testbed.methods import ROLES, Method, rain_config
@@ -46,6 +49,7 @@ class Bench:
         self.trio, self._folder = trio, folder
         self._reference = load_model(trio / "reasoning")
         self._voices = {role: load_tokenizer(trio / role) for role in ROLES}
+        self._held: Sequence[InstructionTokens] | None = None
         self._judges: dict[tuple[str, int | None], Judge] = {}
         self.calibrations: dict[str, dict[str, Any]] = {}
 
@@ -68,23 +72,36 @@ class Bench:
         seconds = {"making": made - start, "judging": time.process_time() - made}
         return {**found, "cpu_seconds": {k: round(v, 1) for k, v in seconds.items()}}
 
+    def attention(self, method: Method, strength: float) -> Scores:
+        """The instruction-attention score of each layer of one merge, or of a model of the trio."""
+        if self._held is None:
+            self._held = held_samples(self.trio)
+        if method.name in ROLES:
+            return attention_scores(self.trio / method.name, self._held)
+        with self._made(self._config(method, strength)) as folder:
+            return attention_scores(folder, self._held)
+
     def _model(self, method: Method, strength: float) -> tuple[PreTrainedModel, str]:
         if method.name in ROLES:
             return load_model(self.trio / method.name), method.name
-        if method.recipe is not None:
-            return self._merged(method.recipe(self.trio, strength)), "reasoning"
-        path = self.calibration(method)
-        config = rain_config(self.trio, path, strength, dtype=method.dtype)
-        return self._merged(config), "reasoning"
+        with self._made(self._config(method, strength)) as folder:
+            return load_model(folder), "reasoning"
 
-    def _merged(self, config: Mapping[str, Any]) -> PreTrainedModel:
+    def _config(self, method: Method, strength: float) -> dict[str, Any]:
+        if method.recipe is not None:
+            return method.recipe(self.trio, strength)
+        path = self.calibration(method)
+        return rain_config(self.trio, path, strength, dtype=method.dtype)
+
+    @contextmanager
+    def _made(self, config: Mapping[str, Any]) -> Iterator[Path]:
         """What `mergekit-yaml` makes of the configuration."""
         with tempfile.TemporaryDirectory(dir=self._folder) as out:
             options = MergeOptions(
                 random_seed=RANDOM_SEED, copy_tokenizer=False, write_model_card=False, quiet=True
             )
             run_merge(MergeConfiguration.model_validate(config), out, options)
-            return load_model(Path(out))
+            yield Path(out)
 
     def calibration(self, method: Method) -> Path:
         """The calibration file of a rain method: made once, then an edited copy if it asks."""

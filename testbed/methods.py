@@ -20,7 +20,8 @@ DEFAULT = "rain oblique 0.99, thinking 1"
 TASK, TASK_LINEAR = "task_arithmetic", "task_arithmetic, linear"
 PROMPT = f"{DEFAULT}, prompt 1"
 CORE = (
-    *(PROMPT, f"{PROMPT}, response 0.1", "rain oblique 0.95, thinking 1, prompt 1"),
+    *(PROMPT, f"{PROMPT}, response 0.1", f"{PROMPT}, response 1"),
+    "rain oblique 0.95, thinking 1, prompt 1",
     *("ties", "dare_ties", "della", "slerp"),
     *("rain oblique 0.95, thinking 1", "rain orthogonal 0.95, thinking 1"),
     *("shuffled coefficients", "rain stage 2 only", "sigmoid projection 0.1"),
@@ -224,10 +225,13 @@ def ablations() -> list[Method]:
             "ablations",
             **rain_settings("oblique", 0.95, 1, protect_prompt=1.0),
         ),
-        _rain(
-            f"{PROMPT}, response 0.1",
-            "ablations",
-            **rain_settings("oblique", 0.99, 1, protect_prompt=1.0, protect_response=0.1),
+        *(
+            _rain(
+                f"{PROMPT}, response {weight:g}",
+                "ablations",
+                **rain_settings("oblique", 0.99, 1, protect_prompt=1.0, protect_response=weight),
+            )
+            for weight in (0.1, 1.0)
         ),
         _rain(
             f"{DEFAULT}, float32", "ablations", dtype="float32", **rain_settings("oblique", 0.99, 1)

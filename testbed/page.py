@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from testbed import sections, tables
+from testbed import across, sections, tables
 from testbed.bench import RANDOM_SEED
 from testbed.curves import Row, rows
 from testbed.findings import Comparer
@@ -32,8 +32,17 @@ def write_page(
         command=command, seed=RANDOM_SEED, resamples=RESAMPLES, seeds=", ".join(map(str, SEEDS))
     )
     parts = [head.rstrip("\n"), _scope(found)]
+    measured = {
+        Path(results.data["trio"]).name: {
+            row.method.name: row for row in rows(results, validation, test, quick=quick)
+        }
+        for results in found
+    }
+    if len(found) > 1:
+        parts += ["## All trios", _notes(found[0], "all"), "### Each method at its best strength"]
+        parts += [across.summary(measured), "### The targets", across.targets(measured)]
     for results in found:
-        complete = {row.method.name: row for row in rows(results, validation, test, quick=quick)}
+        complete = measured[Path(results.data["trio"]).name]
         parts += section(out, results, complete, (validation, test), quick=quick)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -59,21 +68,27 @@ def section(
         chosen(read_lines(trio / f"{split}.jsonl"), limit)
         for split, limit in zip(("validation", "test"), limits, strict=True)
     )
-    notes = results.path.with_name(f"{trio.name}-{NOTES}")
     return [
         f"## {trio.name}",
         f"Prompts: validation {_counted(validation)}, test {_counted(test)}. "
         + _measured(complete, quick=quick),
-        notes.read_text(encoding="utf-8").strip() if notes.exists() else "",
+        _notes(results, trio.name),
         "### At each method's own best strength",
         _table(complete, nominal=False),
         "### At λ = 1",
         _table(complete, nominal=True),
         *sections.curves(out, trio.name, complete),
         *sections.comparisons(complete, Comparer(test)),
+        sections.attention(results, complete),
         sections.calibrations(results, complete),
         sections.timing(results),
     ]
+
+
+def _notes(results: Results, name: str) -> str:
+    """What is to be said by hand."""
+    path = results.path.with_name(f"{name}-{NOTES}")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def _counted(prompts: Sequence[Record]) -> str:

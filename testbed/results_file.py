@@ -19,6 +19,8 @@ class Results:
             if found.get("digest") == digest:
                 self.data = found
         self.entries: dict[str, Entry] = self.data.setdefault("entries", {})
+        # By model or method with its strength: alignment and leakage of each layer.
+        self.attention: dict[str, Entry] = self.data.setdefault("attention", {})
         self.calibrations: dict[str, Entry] = self.data.setdefault("calibrations", {})
 
     @staticmethod

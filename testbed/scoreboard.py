@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from testbed.attention import has_family
 from testbed.bench import Bench, digest
-from testbed.curves import NOMINAL, best_strength
+from testbed.curves import NOMINAL, best_strength, rows
 from testbed.methods import Method, methods
 from testbed.page import write_page
 from testbed.results_file import Results
+from testbed.sections import ATTENTION, attention_label
 
 LOG = logging.getLogger(__name__)
 RESULTS = Path("testbed/results")
@@ -36,7 +38,14 @@ class Plan:
     test: int | None
     quick: bool
     core: bool
+    only: tuple[str, ...]
     deadline: float
+
+    def takes(self, method: Method) -> bool:
+        """Whether this row is to be measured."""
+        if self.only:
+            return method.name in self.only
+        return (method.main or not self.quick) and (method.core or not self.core)
 
     @property
     def late(self) -> bool:
@@ -73,14 +82,27 @@ def run_trio(trio: Path, plan: Plan) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(trio, Path(folder))
         for method in methods():
-            if (plan.quick and not method.main) or (plan.core and not method.core):
+            if not plan.takes(method):
                 continue
             start = time.monotonic()
             done = run_method(bench, results, method, plan)
             results.calibrations.update(bench.calibrations)
             LOG.info("%s: %s, %.0f s", method.name, done, time.monotonic() - start)
+        if not plan.late:
+            measure_attention(bench, results, plan)
     results.save()
     return results
+
+
+def measure_attention(bench: Bench, results: Results, plan: Plan) -> None:
+    """Instruction attention of the rows that the page shows it for, at their best strengths."""
+    if not has_family(bench.trio):
+        return
+    complete = rows(results, plan.validation, plan.test, quick=plan.quick)
+    for row in complete:
+        label = attention_label(row)
+        if row.method.name in ATTENTION and label not in results.attention:
+            results.attention[label] = dict(bench.attention(row.method, row.best))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="measure no longer")
     parser.add_argument("--core", action="store_true", help="the rows that every trio gets")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="ROW", help="only these rows")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -108,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test=QUICK_LIMIT if options.quick else None,
         quick=options.quick,
         core=options.core,
+        only=tuple(options.rows),
         deadline=time.monotonic() + 60 * minutes,
     )
     found = [run_trio(trio, plan) for trio in options.trios]

@@ -6,7 +6,7 @@ from pathlib import Path
 from testbed import findings
 from testbed.curves import Row, at_gain, safe_gain, undominated
 from testbed.findings import Comparer, Comparison
-from testbed.methods import DEFAULT, TASK
+from testbed.methods import DEFAULT, PROMPT, TASK
 from testbed.results_file import Results
 from testbed.tables import NONE, markdown, percent, points, small
 
@@ -23,6 +23,11 @@ COMPARISONS = """\
 First less second, in points on the same constrained test prompts, with the paired 95 % interval: \
 *both* with each at its own best strength, right answers there whatever their format, and *both* \
 with both at λ = 1. Many comparisons are made: some verdicts are chance."""
+ATTENTION = ("reasoning", "instruct", TASK, DEFAULT, PROMPT, f"{DEFAULT}, normalized rho 1")
+ATTENDING = """\
+How much of the attention of the words that follow a constraint goes to it, less how much the \
+lead of the answer pays it; in brackets the first of the two. Mean over heads and 70 test \
+prompts, right answers teacher-forced."""
 KINDS = {
     "both at best λ": (False, "both"),
     "right at best λ": (False, "accurate"),
@@ -111,6 +116,27 @@ def _said(found: Comparison | None) -> tuple[str, str]:
     if found is None:
         return NONE, NONE
     return f"{points(found.apart)} [{points(found.low)}, {points(found.high)}]", found.verdict
+
+
+def attention_label(row: Row) -> str:
+    """The key of a row's attention in the cache."""
+    return f"{row.method.name} | {row.best:g}"
+
+
+def attention(results: Results, complete: Rows) -> str:
+    """Instruction attention per layer, before and after."""
+    lines = []
+    for name, row in complete.items():
+        found = results.attention.get(attention_label(row))
+        if name in ATTENTION and found is not None:
+            pairs = zip(found["alignment"], found["leakage"], strict=True)
+            cells = [f"{a - u:+.3f} ({a:.3f})" for a, u in pairs]
+            lines.append([name, f"{row.best:g}" if row.best else NONE, *cells])
+    if not lines:
+        return ""
+    layers = [f"layer {index}" for index in range(len(lines[0]) - 2)]
+    table = markdown(["method", "λ", *layers], lines)
+    return f"### Attention to the instruction\n\n{ATTENDING}\n\n{table}"
 
 
 def calibrations(results: Results, complete: Rows) -> str:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from doc_blocks import ROOT
+from transformers import AutoModelForCausalLM
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.calibrate import RunOptions, calibrate
 from rain_mergekit.config import read_config
-from testbed import bench, controls, scoreboard, sections, tables
+from testbed import across, attention, bench, controls, scoreboard, sections, tables
 from testbed.curves import Row, at_gain, best_strength, rows, safe_gain, undominated
 from testbed.intervals import (
     Ratio,
@@ -27,7 +28,7 @@ from testbed.intervals import (
     unpacked,
 )
 from testbed.judge import chosen, shares
-from testbed.methods import DEFAULT, Method, methods, rain_config
+from testbed.methods import DEFAULT, TASK, Method, methods, rain_config
 from testbed.results_file import Results
 from testbed.scoring import Score
 
@@ -133,7 +134,8 @@ def test_shrinkage_is_the_share_of_the_norm() -> None:
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped models, with few calibration samples."""
-    folder = tmp_path_factory.mktemp("trio")
+    folder = tmp_path_factory.mktemp("trio") / "qwen-s0"
+    folder.mkdir()
     for role in ("reasoning", "instruct", "pretrained"):
         (folder / role).symlink_to(TRIO / role)
     for name in ("reasoning", "instruction", "validation", "test"):
@@ -210,7 +212,9 @@ def row(name: str, *points: tuple[float, float, float, float]) -> Row:
         }
         for strength, followed, cost, accuracy in points
     }
-    return Row(Method(name, "g"), curve, best_strength(curve), {}, None)
+    best = best_strength(curve)
+    test = {"numbers": {**curve[best], "content_lost": {"value": 0.25}}}
+    return Row(Method(name, "g"), curve, best, test, None)
 
 
 def test_choices_on_curves() -> None:
@@ -222,6 +226,61 @@ def test_choices_on_curves() -> None:
     assert safe_gain(mine, row("r", (0.0, 0.0, 0.0, 1.0))) == (0.6, 1.0)
     assert undominated(mine, rival, "L_think", 1.0) == [1.0]
     assert undominated(mine, rival, "plain_accuracy", -1.0) == []
+
+
+def cells(table: str, name: str, column: int = 0) -> list[str]:
+    """The line of a table whose cell in that column is the name."""
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
+    return next(line for line in lines if line[column:] and line[column] == name)
+
+
+def test_means_over_training_seeds() -> None:
+    trios = {
+        "a-s0": {"m": row("m", (1.0, 0.5, 0.01, 1.0))},
+        "a-s1": {"m": row("m", (1.0, 0.7, 0.03, 1.0)), "n": row("n", (1.0, 0.2, 0.5, 0.5))},
+        "b-s0": {"m": row("m", (1.0, 0.9, 0.3, 1.0))},
+    }
+    text = across.summary(trios)
+    first = ["60 ± 14 (2)", "100 ± 0", "25 ± 0", "0.02 ± 0.014"]  # standard deviation with n - 1
+    assert cells(text, "m") == ["m", *first, "90", "100", "25", "0.3"]
+    assert cells(text, "n") == ["n", "10", "50", "25", "0.5", *[tables.NONE] * 4]
+
+
+def test_targets_of_a_trio() -> None:
+    rows = {
+        "reasoning": row("reasoning", (0.0, 0.0, 0.0, 1.0)),
+        TASK: row(TASK, (0.5, 0.4, 0.1, 0.9), (1.0, 0.9, 1.0, 0.1)),
+        "ties": row("ties", (0.3, 0.7, 0.0001, 0.9)),
+        DEFAULT: row(DEFAULT, (1.0, 0.4, 0.004, 1.0), (1.5, 0.8, 0.02, 0.9)),
+    }
+    line = cells(across.targets({"a-s0": rows}), DEFAULT, 1)
+    # task_arithmetic is best at 0.5: 40 % followed at 0.1, which costs the row 0.004
+    none = tables.NONE
+    assert line == [
+        *("a-s0", DEFAULT, "1.5", "0.004", "0.04", f"0/{none}", f"10/{none}"),
+        *(f"40 beside {none}", f"{TASK}, ties"),
+    ]
+
+
+def test_attention_equals_that_of_the_whole_model(trio: Path) -> None:
+    samples = attention.held_samples(trio)[:3]
+    found = attention.attention_scores(trio / "reasoning", samples)
+    model = AutoModelForCausalLM.from_pretrained(
+        trio / "reasoning", dtype=torch.float32, attn_implementation="eager"
+    )
+    expected = torch.zeros(2, len(found["alignment"]))
+    for sample in samples:
+        (span,) = sample.spans
+        with torch.no_grad():
+            ids = torch.tensor([sample.input_ids])
+            layers = model(input_ids=ids, output_attentions=True).attentions
+        for index, probabilities in enumerate(layers):
+            paid = probabilities[0][:, :, list(span.prompt)].sum(-1).mean(0)
+            for number, places in enumerate((span.related, span.unrelated)):
+                expected[number, index] += paid[list(places)].mean() / len(samples)
+    assert found["alignment"] == pytest.approx(expected[0].tolist(), abs=2e-4)
+    assert found["leakage"] == pytest.approx(expected[1].tolist(), abs=2e-4)
+    assert max(found["alignment"]) > 0.01
 
 
 def test_best_strength_prefers_less_damage_among_equals() -> None:
@@ -309,6 +368,7 @@ def test_scoreboard_end_to_end(trio: Path, tmp_path: Path, monkeypatch: pytest.M
     scoreboard.main(command)
     text = page.read_text(encoding="utf-8")
     assert "| task_arithmetic |" in text
+    assert "### Attention to the instruction" in text
     assert "Rows measured: 2 of 2." in text
     assert list((tmp_path / "docs" / "img").iterdir())
     monkeypatch.setattr(bench.Bench, "measure", None)  # would fail if it were called
