@@ -46,6 +46,13 @@ Or both in one, or a first look without any download:
 """
 
 
+_MEMORY = (
+    "out of memory: take a smaller --activation-budget, max_tokens, content_rows or "
+    "instruction_rows, or another --device (mergekit-rain calibrate CONFIG --plan says what is "
+    "needed); a calibration goes on after its last saved layer"
+)
+
+
 class RainGroup(click.Group):
     """Loads commands on demand; turns RainError and Ctrl-C into one line and an exit code."""
 
@@ -80,7 +87,18 @@ class RainGroup(click.Group):
                 ctx.exit(_EXIT_CODES[_received[0]])
             if isinstance(error, RainError):
                 raise click.ClickException(str(error)) from None
+            if _out_of_memory(error):
+                raise click.ClickException(_MEMORY) from None
             raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whatever raised it: Python, torch on the CPU (a RuntimeError), or torch on a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (OSError, RuntimeError))
+        and any(words in text for words in ("out of memory", "allocate memory", "bad_alloc"))
+    )
 
 
 @click.group(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import tempfile
@@ -13,6 +15,7 @@ from rain_mergekit.errors import RainError
 
 _SHARD = re.compile(r"(model-\d{5}-of-\d{5}\.(safetensors|bin)|model\.safetensors(\.index\.json)?)")
 _LAST = "config.json"  # without it a folder is no model yet
+_PREFIX = ".rain-"
 
 
 @contextmanager
@@ -21,7 +24,9 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
     It lies inside `path`, so that both are one file system. Other files there stay, but weights of
     an earlier merge that the new one does not replace go: mixed shards would be read as one model.
-    After a failure nothing is left, not even `path` if it was not there.
+    After a failure nothing is left, not even `path` if it was not there; what a killed process
+    left in `path` goes with the next one. Killed while files move, it leaves a folder without
+    config.json, which no program takes for a model.
 
     Raises:
         RainError: `path` cannot be written, found out before the block begins.
@@ -30,7 +35,8 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     created = [p for p in (target, *target.parents) if not p.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".rain-", dir=target))
+        _remove_left_over(target)
+        work, lock = _workspace(target)
     except OSError as error:
         _remove_empty(created)
         raise RainError(
@@ -43,11 +49,44 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         _move(stage, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
         _remove_empty(created)
+
+
+def _workspace(target: Path) -> tuple[Path, int]:
+    """A new folder and its lock; once more if another merge took it for a left-over one."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(work)
+            if work.exists():
+                return work, lock
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Hold the folder for as long as this process lives; BlockingIOError if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_left_over(target: Path) -> None:
+    for folder in target.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # BlockingIOError: another merge into this folder is alive
+            lock = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _move(stage: Path, target: Path) -> None:
     new = {item.name for item in stage.iterdir()}
+    if _LAST in new:
+        (target / _LAST).unlink(missing_ok=True)
     if any(_SHARD.fullmatch(name) for name in new):
         for item in target.iterdir():
             if _SHARD.fullmatch(item.name) and item.name not in new:

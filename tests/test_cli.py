@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import (
     MAIN,
@@ -350,6 +351,27 @@ def test_interruption_that_says_nothing(place: Workplace, monkeypatch: pytest.Mo
     monkeypatch.setattr("rain_mergekit.config.read_config", interrupted)
     outcome = run("calibrate", place.yaml)
     assert (outcome.code, outcome.output) == (130, "Interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+def test_out_of_memory_is_one_line(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(_path: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rain_mergekit.config.read_config", fails)
+    outcome = run("calibrate", place.yaml)
+    assert outcome.code == 1
+    assert outcome.output.startswith("Error: out of memory: take a smaller --activation-budget")
 
 
 def test_group_knows_all_its_commands() -> None:

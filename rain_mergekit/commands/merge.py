@@ -10,6 +10,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
+from safetensors import SafetensorError
 
 from rain_mergekit.advice import require_mergeable
 from rain_mergekit.calibrate import RunOptions
@@ -110,7 +111,7 @@ def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> None:
             options=options,
             config_source=config.text,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if options.verbosity:
             raise
         text = " ".join(str(error).split()) or type(error).__name__

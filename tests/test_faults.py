@@ -1,0 +1,332 @@
+"""Real processes that die, run out of space, or lose their files; then what is left.
+
+`RAIN_FAULTS=N` kills N runs of each kind instead of a few, at random times and at every change of
+the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from forks import NOT_PERMITTED, Ended, Forks, wait_for_stop
+from tiny import Tiny
+
+FAULTS = int(os.environ.get("RAIN_FAULTS", "0"))
+LAYERS = 4
+OPTIONS = ("--device", "cpu", "--snapshot-every", 0, "--quiet")
+
+
+@pytest.fixture(scope="module", name="forks")
+def _forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module", name="models")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """In several shards, as models of real size are."""
+    folder = tmp_path_factory.mktemp("models")
+    return Tiny.make(folder, "qwen2", num_hidden_layers=LAYERS, shard="150KB")
+
+
+def fresh(models: Tiny, folder: Path) -> Tiny:
+    """The same models, linked, and nothing else there."""
+    shutil.rmtree(folder)
+    for role in ("reasoning", "instruct", "pretrained"):
+        shutil.copytree(models.folder / role, folder / role, copy_function=os.link)
+    for item in models.folder.glob("*.jsonl"):
+        shutil.copyfile(item, folder / item.name)
+    tiny = Tiny(folder, {"coefficients": "normalized", "alpha_min": 0.0}, "c/tiny.rain.safetensors")
+    tiny.path.parent.mkdir(exist_ok=True)
+    tiny.config()
+    return tiny
+
+
+@pytest.fixture(name="place", scope="module")
+def _place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: the calibration file says where the models lie."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(name="tiny")
+def _tiny(models: Tiny, place: Path, whole: bytes, merged: dict[str, str]) -> Tiny:
+    assert whole
+    assert merged
+    return fresh(models, place)
+
+
+def config(tiny: Tiny) -> Path:
+    return tiny.path.with_suffix(".yml")
+
+
+def calibrate(tiny: Tiny) -> tuple[object, ...]:
+    return ("calibrate", config(tiny), *OPTIONS)
+
+
+def merge(tiny: Tiny) -> tuple[object, ...]:
+    return ("merge", config(tiny), tiny.folder / "out", "--quiet", "--out-shard-size", "50K")
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(models: Tiny, forks: Forks, place: Path) -> bytes:
+    """The calibration file of a run that nothing stopped."""
+    tiny = fresh(models, place)
+    ended = forks.run(*calibrate(tiny))
+    assert ended.code == 0, ended.output
+    return tiny.path.read_bytes()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file, by its path in the folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module", name="merged")
+def _merged(models: Tiny, forks: Forks, whole: bytes, place: Path) -> dict[str, str]:
+    """The merged model of a run that nothing stopped."""
+    tiny = fresh(models, place)
+    tiny.path.write_bytes(whole)
+    ended = forks.run(*merge(tiny))
+    assert ended.code == 0, ended.output
+    return model(tiny)
+
+
+def model(tiny: Tiny) -> dict[str, str]:
+    """What a user would load; the copied configuration names the folder, which differs."""
+    found = contents(tiny.folder / "out")
+    return {name: hexa for name, hexa in found.items() if name.endswith((".safetensors", ".json"))}
+
+
+def check_calibration(tiny: Tiny, whole: bytes) -> None:
+    """Whole or not there; nothing beside it but the folder that says what it is."""
+    names = {path.name for path in tiny.path.parent.iterdir()}
+    assert names <= {tiny.path.name, f"{tiny.path.name}.work", config(tiny).name}
+    assert not tiny.path.exists() or tiny.path.read_bytes() == whole
+
+
+def moments(total: int, few: int, seed: int) -> list[int]:
+    """Numbers from 1 to total: a few of them by chance, or as many as the long run asks for."""
+    chance = random.Random(seed)  # noqa: S311 - no secret
+    every = list(range(1, total + 1))
+    return sorted(chance.sample(every, min(total, FAULTS or few)))
+
+
+def test_calibrate_killed_at_changes_of_the_file_system(
+    tiny: Tiny, forks: Forks, whole: bytes
+) -> None:
+    """Just before a file gets its name or loses it, the calibration file itself included."""
+    total = forks.run(*calibrate(tiny)).changes
+    assert total > 3 * LAYERS
+    for moment in {*moments(total, 4, seed=1), total, total - 1}:
+        tiny.path.unlink(missing_ok=True)
+        shutil.rmtree(f"{tiny.path}.work", ignore_errors=True)
+        assert forks.run(*calibrate(tiny), die_at=moment).code == -signal.SIGKILL
+        check_calibration(tiny, whole)
+        ended = forks.run(*calibrate(tiny))
+        assert ended.code == 0, ended.output
+        assert tiny.path.read_bytes() == whole
+
+
+def test_calibrate_killed_again_and_again(tiny: Tiny, forks: Forks, whole: bytes) -> None:
+    """At random times, each run going on from what the killed ones left."""
+    chance = random.Random(2)  # noqa: S311 - no secret
+    begin = time.monotonic()
+    assert forks.run(*calibrate(tiny)).code == 0
+    usual = time.monotonic() - begin
+    killed = 0
+    for _ in range(FAULTS or 6):
+        pid = forks.start(*calibrate(tiny))
+        time.sleep(chance.random() * usual)
+        with suppress(ProcessLookupError):  # it was faster
+            os.kill(pid, signal.SIGKILL)
+        ended = forks.wait()
+        assert ended.code in (0, -signal.SIGKILL), ended.output
+        killed += ended.code != 0
+        check_calibration(tiny, whole)
+        if ended.code == 0:
+            tiny.path.unlink()
+    assert killed > (FAULTS or 6) // 3
+    ended = forks.run(*calibrate(tiny))
+    assert ended.code == 0, ended.output
+    assert tiny.path.read_bytes() == whole
+    assert not Path(f"{tiny.path}.work").exists()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_merge_killed_at_changes_of_the_file_system(
+    tiny: Tiny, forks: Forks, whole: bytes, merged: dict[str, str], *, older: bool
+) -> None:
+    """Also where the folder holds an older, different model: never shards of both."""
+    tiny.path.write_bytes(whole)
+    out = tiny.folder / "out"
+    total = forks.run(*merge(tiny)).changes
+    for moment in {*moments(total, 2, seed=3), total - 4}:
+        shutil.rmtree(out)
+        if older:
+            shutil.copytree(tiny.folder / "instruct", out)
+        before = contents(out)
+        ended = forks.run(*merge(tiny), die_at=moment)
+        assert ended.code == -signal.SIGKILL, ended.output
+        if (out / "config.json").exists():  # without it a folder is no model
+            found = contents(out)
+            wholly = [{name: found.get(name) for name in part} == part for part in (merged, before)]
+            assert wholly[0] or (older and wholly[1])
+        ended = forks.run(*merge(tiny))
+        assert ended.code == 0, ended.output
+        assert model(tiny) == merged
+        assert not list(out.glob(".rain-*"))
+
+
+def limited(forks: Forks, tiny: Tiny, what: tuple[object, ...], **limits: int) -> str:
+    """The run fails with one clear message, and leaves nothing that could be taken for a result."""
+    ended = forks.run(*what, limits=limits)
+    return failed(tiny, ended)
+
+
+def failed(tiny: Tiny, ended: Ended) -> str:
+    assert ended.code == 1, ended.output
+    assert "Traceback" not in ended.output, ended.output
+    errors = [line for line in ended.output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1, ended.output
+    assert not (tiny.folder / "out").exists()
+    return errors[0]
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 100_000])
+def test_no_room_for_the_calibration(tiny: Tiny, forks: Forks, whole: bytes, limit: int) -> None:
+    """Files may not grow beyond the limit: snapshots, parts, and the calibration file."""
+    assert len(whole) > limit
+    error = limited(forks, tiny, calibrate(tiny), RLIMIT_FSIZE=limit)
+    assert "File too large" in error
+    assert not tiny.path.exists()
+    assert forks.run(*calibrate(tiny)).code == 0
+    assert tiny.path.read_bytes() == whole
+
+
+def test_no_room_for_the_merged_model(
+    tiny: Tiny, forks: Forks, whole: bytes, merged: dict[str, str]
+) -> None:
+    tiny.path.write_bytes(whole)
+    assert "mergekit could not merge" in limited(forks, tiny, merge(tiny), RLIMIT_FSIZE=20_000)
+    assert forks.run(*merge(tiny)).code == 0
+    assert model(tiny) == merged
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("role", ["reasoning", "instruct", "pretrained"])
+def test_a_shard_is_lost_midway(
+    tiny: Tiny, forks: Forks, whole: bytes, role: str, damage: str
+) -> None:
+    """After the first layer; with the shard back, the run goes on to the same file."""
+    shard = max((tiny.folder / role).glob("*.safetensors"))
+    backup = tiny.folder / "backup"
+    pid = forks.start(*calibrate(tiny), stop_at="layer-00000.safetensors")
+    assert wait_for_stop(pid)
+    shard.rename(backup)
+    if damage == "cut":
+        shard.write_bytes(backup.read_bytes()[: backup.stat().st_size // 2])
+    os.kill(pid, signal.SIGCONT)
+    ended = forks.wait()
+    error = failed(tiny, ended)
+    assert "cannot read tensor" in error or shard.name in error
+    assert not tiny.path.exists()
+    backup.replace(shard)
+    assert forks.run(*calibrate(tiny)).code == 0
+    assert tiny.path.read_bytes() == whole
+
+
+def test_a_shard_is_lost_before_the_merge(
+    tiny: Tiny, forks: Forks, whole: bytes, merged: dict[str, str]
+) -> None:
+    tiny.path.write_bytes(whole)
+    shard = max((tiny.folder / "instruct").glob("*.safetensors"))
+    pid = forks.start(*merge(tiny), stop_at="out")
+    assert wait_for_stop(pid)
+    content = shard.read_bytes()
+    shard.unlink()
+    os.kill(pid, signal.SIGCONT)
+    failed(tiny, forks.wait())
+    shard.write_bytes(content)
+    assert forks.run(*merge(tiny)).code == 0
+    assert model(tiny) == merged
+
+
+def test_interruptions(tiny: Tiny, forks: Forks, whole: bytes) -> None:
+    """Ctrl-C at random moments: exit code 130, one line, and a run that goes on."""
+    for moment in moments(3 * LAYERS, 2, seed=4):
+        pid = forks.start(*calibrate(tiny), stop_at=f"layer-{moment % LAYERS:05d}")
+        if wait_for_stop(pid):
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGCONT)
+        ended = forks.wait()
+        assert ended.code == 130, ended.output
+        assert ended.output.startswith("Interrupted"), ended.output
+        check_calibration(tiny, whole)
+    assert forks.run(*calibrate(tiny)).code == 0
+    assert tiny.path.read_bytes() == whole
+
+
+def test_models_are_never_opened_for_writing(
+    tiny: Tiny, forks: Forks, merged: dict[str, str]
+) -> None:
+    """By what the processes did, by content and times, and by models that cannot be written."""
+    folders = [tiny.folder / role for role in ("reasoning", "instruct", "pretrained")]
+    before = [contents(folder) for folder in folders]
+    times = [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
+    ended = forks.run(*merge(tiny))
+    assert ended.code == 0, ended.output
+    assert model(tiny) == merged
+    assert ended.written, "the watch saw nothing"
+    assert not [path for path in ended.written for folder in folders if str(folder) in path]
+    assert [contents(folder) for folder in folders] == before
+    assert times == [p.stat().st_mtime_ns for folder in folders for p in sorted(folder.iterdir())]
+
+
+def permitted(ended: Ended) -> Ended:
+    if ended.code == NOT_PERMITTED:
+        pytest.skip("this system lets its users mount nothing; see the tests with limits")
+    return ended
+
+
+def test_full_disk(tiny: Tiny, forks: Forks, whole: bytes) -> None:
+    """A file system of its own for all that the calibration writes, smaller than that."""
+    home = tiny.path.parent
+    settings = tiny.folder / "config.yml"
+    config(tiny).rename(settings)
+    for size in (2**13, 2**17, 2**18):
+        small = {str(home): size}
+        ended = permitted(forks.run("calibrate", settings, *OPTIONS, small=small))
+        assert "No space left on device" in failed(tiny, ended)
+    ended = forks.run("calibrate", settings, *OPTIONS)
+    assert ended.code == 0, ended.output
+    assert tiny.path.read_bytes() == whole
+
+
+def test_read_only_folders(tiny: Tiny, forks: Forks, merged: dict[str, str]) -> None:
+    """Models that nobody can write are enough; a result that cannot be written is one message."""
+    models = [str(tiny.folder / role) for role in ("reasoning", "instruct", "pretrained")]
+    home = [str(tiny.path.parent)]
+    ended = permitted(forks.run(*merge(tiny), read_only=home))
+    assert "cannot write the calibration file there (Read-only file system)" in failed(tiny, ended)
+    ended = forks.run(*merge(tiny), read_only=models)
+    assert ended.code == 0, ended.output
+    assert model(tiny) == merged
+    out = tiny.folder / "out"
+    ended = forks.run(*merge(tiny), read_only=[*models, *home, str(out)])
+    assert ended.code == 1
+    assert "out: cannot be written (Read-only file system)" in ended.output
+    assert model(tiny) == merged
