@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.history import HISTORY, change, comparable, read
 from benchmarks.measure import REPOSITORY, in_child
-from benchmarks.rows import ROWS, Bench, Row
+from benchmarks.rows import GPU_ROWS, ROWS, Bench, Row, on_gpu
 from benchmarks.shapes import Shape
-
-HISTORY = Path(__file__).with_name("history.jsonl")
 
 
 def main() -> None:
@@ -30,17 +29,20 @@ def main() -> None:
     size.add_argument("--full", action="store_true", help="32 layers, 16k tokens; 4 GiB of disk")
     parser.add_argument("--only", default="", help="rows whose function's name contains this")
     options = parser.parse_args()
-    start, rates = time.monotonic(), in_child("rates")
-    rows: list[Row] = []
+    start, rows = time.monotonic(), list[Row]()
+    past = comparable(read(), "full" if options.full else "quick", machine())
+    gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="rain-benchmarks-") as folder:
+        rates = in_child("rates", folder=folder)
+        print("this machine: " + ", ".join(f"{k} {v:.3g}/s" for k, v in rates.items()))
         bench = make_bench(Path(folder), rates, full=options.full)
-        for measure in ROWS:
+        for measure in (*ROWS, *([on_gpu] if gpu else [])):
             if options.only in measure.__name__:
                 for row in measure(bench):
                     rows.append(row)
-                    print(line(row), flush=True)
-    if not torch.cuda.is_available():
-        print("skipped: the rows of a GPU (no CUDA here)")
+                    print(line(row, past), flush=True)
+    for name in () if gpu else GPU_ROWS:
+        print(f"{name:58} no GPU here")
     if not options.only:
         record(rows, rates, full=options.full, seconds=time.monotonic() - start)
 
@@ -51,14 +53,16 @@ def make_bench(folder: Path, rates: dict[str, float], *, full: bool) -> Bench:
         shape = Shape(hidden=1024, ffn=4096)
         return Bench(folder, shape, (4, 16, 32), (1024, 4096, 16384), 3, rates)
     shape = Shape(hidden=512, ffn=2048, heads=8, kv_heads=2)
-    return Bench(folder, shape, (4, 16), (1024, 4096), 1, rates)
+    return Bench(folder, shape, (2, 8), (1024, 4096), 1, rates)
 
 
-def line(row: Row) -> str:
+def line(row: Row, past: Sequence[dict[str, Any]]) -> str:
     """A row of the printed table."""
     target = "" if row.target is None else f"<= {row.target:g}"
     verdict = "" if row.target is None else "ok" if row.value <= row.target else "MISSED"
-    return f"{row.name:45} {row.value:8.3f} {target:8} {verdict:7} {row.detail}"
+    floor = "" if row.floor is None else f"{row.floor:.1f} x floor"
+    notes = [note for note in (change(row.name, row.value, past), floor, row.detail) if note]
+    return f"{row.name:58} {row.value:8.3f} {target:8} {verdict:7} {'; '.join(notes)}"
 
 
 def record(rows: Sequence[Row], rates: dict[str, float], *, full: bool, seconds: float) -> None:
@@ -71,6 +75,7 @@ def record(rows: Sequence[Row], rates: dict[str, float], *, full: bool, seconds:
         "machine": machine(),
         "rates": rates,
         "rows": {row.name: row.value for row in rows},
+        "floors": {row.name: row.floor for row in rows if row.floor is not None},
         "numbers": {row.name: row.numbers for row in rows if row.numbers},
     }
     with HISTORY.open("a", encoding="utf-8") as file:

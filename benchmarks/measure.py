@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
     start, used = time.perf_counter(), time.process_time()
     with peak_memory(result):
         summary = calibrate(config, run)
+    if run.device != "cpu":
+        result["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     return {
         **result,
         "seconds": time.perf_counter() - start,
@@ -89,7 +92,7 @@ def forward(options: dict[str, Any]) -> dict[str, Any]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     start, used = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(trio.reasoning.path, dtype=dtype).to(device)
-    loaded = time.perf_counter()
+    loaded, used_loading = time.perf_counter(), time.process_time()
     with torch.no_grad():
         for sample in (item for members in sets for item in members):
             ids = torch.tensor([sample.input_ids], device=device)
@@ -101,11 +104,12 @@ def forward(options: dict[str, Any]) -> dict[str, Any]:
         "seconds": end - start,
         "processor_seconds": time.process_time() - used,
         "forward_seconds": end - loaded,
+        "forward_processor_seconds": time.process_time() - used_loading,
     }
 
 
-def rates(_options: dict[str, Any]) -> dict[str, Any]:
-    """What this machine can do: matrix products, copies in memory, reads from disk."""
+def rates(options: dict[str, Any]) -> dict[str, Any]:
+    """What this machine can do: matrix products, copies in memory, reads and writes of the disk."""
     left, right = torch.randn(1024, 4096), torch.randn(4096, 1024)
     flops = 2 * 1024 * 1024 * 4096 / best(lambda: left @ right)
     wide = left.double(), right.double()
@@ -113,7 +117,49 @@ def rates(_options: dict[str, Any]) -> dict[str, Any]:
     source = torch.randn(16 * 1024**2)
     target = torch.empty_like(source)
     memory = 2 * source.nbytes / best(lambda: target.copy_(source))
-    return {"float32_flops": flops, "float64_flops": double, "memory_bytes": memory}
+    found = {"float32_flops": flops, "float64_flops": double, "memory_bytes": memory}
+    found |= disk(Path(options["folder"]) / "disk")
+    return found | gpu_rates() if torch.cuda.is_available() else found
+
+
+def disk(path: Path, size: int = 256 * 1024**2) -> dict[str, float]:
+    """Bytes per second, past the page cache in both directions."""
+    content = os.urandom(16 * 1024**2)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size // len(content)):
+                file.write(content)
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.readinto(buffer):
+                pass
+
+    buffer = bytearray(len(content))
+    written = size / best(write, 3)
+    found = {"disk_write_bytes": written, "disk_read_bytes": size / best(read, 3)}
+    path.unlink()
+    return found
+
+
+def gpu_rates() -> dict[str, float]:
+    """Products in bfloat16, and copies in the GPU's memory."""
+    left = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(left)
+
+    def product() -> None:
+        torch.mm(left, left, out=target)
+        torch.cuda.synchronize()
+
+    def copy() -> None:
+        target.copy_(left)
+        torch.cuda.synchronize()
+
+    flops = 2 * 4096**3 / best(product)
+    return {"gpu_bfloat16_flops": flops, "gpu_memory_bytes": 2 * left.nbytes / best(copy)}
 
 
 def best(work: Callable[[], Any], repeats: int = 7) -> float:

@@ -17,20 +17,20 @@ METHODS = ("task_arithmetic", "rain")
 
 
 def compare(folder: Path, repeats: int, *options: str) -> dict[str, Any]:
-    """Median seconds and peak memory of each method; `folder` holds a trio and a calibration."""
+    """Medians of each method's costs; `folder` holds a trio and a calibration."""
     configs = {name: write_config(folder, name) for name in METHODS}
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in METHODS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for turn in range(repeats):
         for name in METHODS if turn % 2 else METHODS[::-1]:
             found[name].append(merge(configs[name], folder / "merged", *options))
     return {
-        name: {"seconds": median(s for s, _ in runs), "peak_bytes": median(b for _, b in runs)}
+        name: {key: median(run[key] for run in runs) for key in runs[0]}
         for name, runs in found.items()
     }
 
 
-def merge(config: Path, out: Path, *options: str) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of one mergekit-yaml process."""
+def merge(config: Path, out: Path, *options: str) -> dict[str, float]:
+    """Wall and processor seconds and peak resident bytes of one mergekit-yaml process."""
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(out), *options]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -42,4 +42,8 @@ def merge(config: Path, out: Path, *options: str) -> tuple[float, int]:
     shutil.rmtree(out, ignore_errors=True)
     if process.returncode != 0:
         raise RuntimeError(complaint.decode(errors="replace")[-2000:])
-    return seconds, usage.ru_maxrss * 1024
+    return {
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }

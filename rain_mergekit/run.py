@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import rain_mergekit
 from rain_mergekit.calibration_data import Samples, record
@@ -33,6 +32,7 @@ from rain_mergekit.plan import (
     hidden_budget,
 )
 from rain_mergekit.planning import model_shape, workload
+from rain_mergekit.progress import Progress
 from rain_mergekit.readahead import Piece, reading_ahead, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
@@ -142,11 +142,13 @@ class Run:
         try:
             first = work.restore(stores)
             tokens = sum(sum(store.lengths) for store in stores.values())
-            with self._progress(tokens, first) as progress:
+            quiet = self._options.quiet or self._world.rank > 0
+            samples = sum(map(len, stores.values()))
+            with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
                 for index in self.indices[first:]:
-                    progress.set_description(f"Layer {index + 1}/{len(self.indices)}")
+                    progress.layer(index)
                     with reading_ahead(self._needed_next(index)):
-                        result = self._layer(index, streams, progress.update)
+                        result = self._layer(index, streams, progress.sample)
                     if self._world.rank == 0:
                         write_part(work.part(index), self._name(index), result)
                     LOG.info("finished layer %d of %d", index + 1, len(self.indices))
@@ -182,17 +184,6 @@ class Run:
             rank=self.max_rank,
             oblique=oblique,
             stores_v=self._settings.stores_v,
-        )
-
-    def _progress(self, tokens: int, first: int) -> tqdm[Any]:
-        samples = sum(len(plan.samples) for plan in self.plans)
-        return tqdm(
-            total=tokens * len(self.indices),
-            initial=tokens * first,
-            unit="tok",
-            unit_scale=True,
-            postfix={"samples": samples},
-            disable=self._options.quiet or self._world.rank > 0,
         )
 
     def _layer(

@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner
 from tiny import Tiny
 
+from benchmarks.measure import in_child
+from benchmarks.shapes import Shape, make_trio, write_config, write_samples
 from rain_mergekit import plan as formulas
 from rain_mergekit.calibrate import RunOptions, plan
 from rain_mergekit.cli import cli
@@ -88,3 +90,11 @@ def test_the_command_prints_it_and_runs_nothing(tmp_path: Path) -> None:
     for word in ("memory", "disk", "calibration file", "TFLOP"):
         assert word in done.output
     assert not tiny.path.exists()
+
+
+def test_the_planned_memory_is_near_what_a_process_takes(tmp_path: Path) -> None:
+    make_trio(tmp_path, Shape(hidden=512, ffn=2048, heads=8, kv_heads=2, layers=2))
+    write_samples(tmp_path, tokens=1500, samples=2)
+    config = write_config(tmp_path, content_rows=300, instruction_rows=300)
+    found = in_child("calibration", config=config, budget=64 * 1024**2)
+    assert found["planned_peak"] / 2 < found["peak_bytes"] < 2 * found["planned_peak"], found

@@ -1,0 +1,51 @@
+"""What somebody who waits for a calibration sees: layer, sample, tokens a second, time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar over all tokens of all layers; a context manager.
+
+    layers: of the model; `first` of them are done already.
+    samples, tokens: those that pass each layer, every pass counted.
+    """
+
+    def __init__(
+        self, layers: int, samples: int, tokens: int, *, first: int = 0, quiet: bool = False
+    ) -> None:
+        self._layers, self._samples, self._passed = layers, samples, 0
+        self._bar: tqdm[Any] = tqdm(
+            total=tokens * layers,
+            initial=tokens * first,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=quiet,
+        )
+
+    def __enter__(self) -> Progress:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def layer(self, index: int) -> None:
+        """Layer `index` (from 0) begins."""
+        self._passed = 0
+        self._bar.set_description(f"Layer {index + 1}/{self._layers}")
+
+    def sample(self, tokens: int) -> None:
+        """A sample of that many tokens has passed the layer."""
+        self._passed += 1
+        self._bar.set_postfix_str(f"sample {self._passed}/{self._samples}", refresh=False)
+        self._bar.update(tokens)
