@@ -40,7 +40,8 @@ def write_file(
     sites = {name: site for part in parts for name, site in part.sites.items()}
     tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
     layers = _coefficients(parts, settings, tensors, sources)
-    warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers)]
+    left = header.get("untouched", ())
+    warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers, left)]
     complete = {
         "created_by": f"rain_mergekit {rain_mergekit.__version__}",
         **header,
@@ -51,6 +52,12 @@ def write_file(
     }
     write_calibration(path, complete, sources)
     return tuple(warnings)
+
+
+def untouched(names: Sequence[str], parts: Sequence[LayerPart]) -> list[str]:
+    """Those of the layers' weights that multiplied no features of a token, e.g. convolutions."""
+    merged = {name for part in parts for name in part.tensors}
+    return [name for name in names if name not in merged]
 
 
 def used_coefficients(
@@ -147,6 +154,7 @@ def _warnings(
     sites: Mapping[str, Mapping[str, Any]],
     parts: Sequence[LayerPart],
     layers: Sequence[Mapping[str, Any]],
+    left: Sequence[str],
 ) -> Iterator[str]:
     capped = [name for name, site in sites.items() if site["capped"]]
     if capped:
@@ -160,6 +168,11 @@ def _warnings(
             f"no protected token was routed to {len(idle)} of the experts (the first: {idle[0]}): "
             "their output weights take the task vector unprojected; more reasoning samples reach "
             "more experts"
+        )
+    if left:
+        yield (
+            f"{len(left)} weights of the layers are no maps of a token's features and stay the "
+            f"reasoning model's ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
         )
     if layers and len(layers) < len(parts):
         yield (

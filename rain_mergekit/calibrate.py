@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rain_mergekit.advice import warnings_of
-from rain_mergekit.assemble import write_file
+from rain_mergekit.assemble import untouched, write_file
 from rain_mergekit.calibration_data import Samples, load_samples, record
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
@@ -91,6 +91,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
                 "device": job["device"],
                 "likelihood": likely.rounded(),
             },
+            "untouched": untouched(run.matrices, parts),
             "warnings": [*noted, *advice],
         }
         warnings: tuple[str, ...] = ()

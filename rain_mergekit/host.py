@@ -11,19 +11,22 @@ from rain_mergekit.tensors import ModelTensors
 _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
 
 
-def lost_tensors(tensors: ModelTensors, names: Names) -> tuple[str, ...]:
-    """Tensors of the checkpoint that a merge leaves out, under whatever merge method.
+def left_out(tensors: ModelTensors, names: Names) -> dict[str, tuple[str, ...]]:
+    """Tensors of the model that a merge leaves out, under whatever merge method.
 
-    mergekit writes what its architecture file lists; e.g. it lists no attention biases for Llama.
+    With each, what the checkpoint calls it or its parts. mergekit writes what its architecture
+    file lists; e.g. it lists no attention biases for Llama.
     """
-    lost = (
-        part
-        for name, source in tensors.sources.items()
-        if not names(name)
-        for part, _ in source.parts
-        if not part.endswith(_DERIVED)
-    )
-    return tuple(sorted(lost))
+    return {
+        name: tuple(part for part, _ in source.parts)
+        for name, source in sorted(tensors.sources.items())
+        if not names(name) and not name.endswith(_DERIVED)
+    }
+
+
+def lost_tensors(tensors: ModelTensors, names: Names) -> tuple[str, ...]:
+    """The checkpoint's names of all that a merge leaves out."""
+    return tuple(sorted(part for parts in left_out(tensors, names).values() for part in parts))
 
 
 def lost_warning(lost: Sequence[str]) -> str:
@@ -31,6 +34,6 @@ def lost_warning(lost: Sequence[str]) -> str:
     shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
     return (
         f"mergekit leaves out {len(lost)} tensors of the reasoning model "
-        f"({shown}); a merged model will lack them, under every merge method: copy them from the "
-        "reasoning model, or use a mergekit that lists them"
+        f"({shown}) under every merge method: `mergekit-rain merge` adds them afterwards; a model "
+        "merged with mergekit-yaml will lack them"
     )

@@ -76,7 +76,7 @@ class Run:
         self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        self._weights.check_shapes(self._matrices)
+        self._weights.check_shapes(self.matrices)
         self.max_rank = max_rank(self.needs[0], config.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
@@ -86,7 +86,7 @@ class Run:
             )
 
     @property
-    def _matrices(self) -> list[str]:
+    def matrices(self) -> list[str]:
         """All weights of the decoder layers that may multiply features."""
         return [
             f"{self._name(index)}.{name}"
@@ -99,7 +99,7 @@ class Run:
     def tensors(self) -> list[str]:
         """The names of all these in the reasoning model's checkpoint."""
         sources = self.shell.tensors.sources
-        return [part for name in self._matrices for part, _ in sources[name].parts]
+        return [part for name in self.matrices for part, _ in sources[name].parts]
 
     @cached_property
     def plans(self) -> list[StreamPlan]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.data import ReasoningTokens
+from rain_mergekit.decoders import text_config
 from rain_mergekit.distributed import World
 from rain_mergekit.head import block_rows, finishing
 from rain_mergekit.models import Trio
@@ -77,7 +78,7 @@ def _probabilities(
 ) -> list[float]:
     if not rows:
         return []
-    size = block_rows(int(shell.model.config.vocab_size))
+    size = block_rows(int(text_config(shell.model.config).vocab_size))
     wanted = torch.tensor([token for _, token in targets])
     found: list[float] = []
     with finishing(shell) as logits:

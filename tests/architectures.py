@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from tiny import Tiny, make_tokenizer, save, write_sets
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from rain_mergekit.data import load_instruction, load_reasoning
@@ -69,6 +69,15 @@ _MAMBA = {
     "mamba_chunk_size": 16,
 }
 _GPT = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 256}
+
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 2, 2],
+    }
+}
+_EYES = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 48}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # dense
@@ -151,12 +160,45 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 96, "head_dim": 12},
     "bamba": {**_MAMBA, "attn_layer_indices": [1], "mamba_expand": 2},
     "mamba": {"state_size": 8, "time_step_rank": 8},
+    # with eyes
+    "qwen2_5_vl": {
+        "text_config": {**_BASE, **_MROPE},
+        "vision_config": {**_EYES, "depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": {
+        "text_config": {**_BASE, **_MROPE, "head_dim": 12},
+        "vision_config": {
+            **_EYES,
+            "depth": 4,
+            "num_heads": 2,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+    },
+    "mistral3": {
+        "text_config": {**_BASE, "model_type": "mistral", "head_dim": 12},
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    },
 }
 
 
 def family_config(family: str) -> Any:
     """A transformers config of the family, small."""
-    return AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family]})
+    options = FAMILIES[family]
+    nested = "text_config" in options
+    return AutoConfig.for_model(family, **(options if nested else {**_BASE, **options}))
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads a model of this config."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -164,7 +206,9 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h")
+        if isinstance(module, nn.ModuleList)
+        and name.rpartition(".")[2] in ("layers", "h")
+        and "vision" not in name
     ]
     assert len(found) == 1
     return found[0]
@@ -173,7 +217,8 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def make(folder: Path, family: str) -> Tiny:
     """Three models of the family that differ in every parameter of their layers."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(family_config(family), dtype=torch.float32)
+    config = family_config(family)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     _disturb(model, 0.1)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     tokenizer = make_tokenizer()
@@ -284,12 +329,17 @@ class Reference:
 
     def model(self, role: str) -> Any:
         """As transformers loads it, float64, with its own eager attention and experts."""
-        return AutoModelForCausalLM.from_pretrained(
-            self.tiny.folder / role,
-            dtype=torch.float64,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        ).eval()
+        folder = self.tiny.folder / role
+        return (
+            auto_class(AutoConfig.from_pretrained(folder))
+            .from_pretrained(
+                folder,
+                dtype=torch.float64,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+            .eval()
+        )
 
     @cached_property
     def deltas(self) -> dict[str, Tensor]:

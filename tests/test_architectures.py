@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import FAMILIES, Reference, layer_means, layers_of, make, recorded_scales
+from architectures import (
+    FAMILIES,
+    Reference,
+    auto_class,
+    layer_means,
+    layers_of,
+    make,
+    recorded_scales,
+)
 from merging import merge
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, read_weights
@@ -75,7 +84,8 @@ def test_the_merge_is_what_the_method_says(tmp_path: Path, family: str) -> None:
     assert outcome.code == 0, outcome.output
     reference = Reference(tiny)
     expected = reference.merged(scales(reference, tiny.path))
-    merged = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float64).state_dict()
+    loader = auto_class(reference.reasoning_model.config)
+    merged = loader.from_pretrained(outcome.folder, dtype=torch.float64).state_dict()
     base = reference.reasoning_model.state_dict()
     weights = {name for name, _ in reference.keys}
     for name, value in expected.items():
@@ -92,17 +102,23 @@ def test_the_merge_is_what_the_method_says(tmp_path: Path, family: str) -> None:
 
 def scales(reference: Reference, path: Path) -> dict[str, Any]:
     """Of modules with heads as recorded (test_modules shows that they are right), else the mean."""
-    recorded, means = recorded_scales(path), layer_means(path)
+    recorded = {_tail(name): scale for name, scale in recorded_scales(path).items()}
+    means = {_tail(name): mean for name, mean in layer_means(path).items()}
     result: dict[str, Any] = {}
     for name, _ in reference.keys:
-        layer = next((one for one in means if name.startswith(f"{one}.")), None)
+        layer = next((one for one in means if _tail(name).startswith(f"{one}.")), None)
         if layer is None:
             continue
         inside = "self_attn" in name or ".attn." in name or ".attention." in name
         rows = reference.deltas[name].shape[-1 if reference.transposed(name) else -2]
         mean: Tensor = torch.full((rows,), means[layer], dtype=torch.float64)
-        result[name] = recorded[name] if inside else (mean, None)
+        result[name] = recorded[_tail(name)] if inside else (mean, None)
     return result
+
+
+def _tail(name: str) -> str:
+    """From the layer's number on: what comes before, checkpoints and modules may call otherwise."""
+    return re.sub(r"^.*?\.(?=\d+(\.|$))", "", name)
 
 
 def assert_untouched(reference: Reference, weights: set[str]) -> None:
