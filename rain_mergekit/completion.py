@@ -22,30 +22,39 @@ from rain_mergekit.method import RainMerge
 from rain_mergekit.models import LoadOptions, open_model, read_model_config
 from rain_mergekit.names import merge_names
 from rain_mergekit.tensors import ModelTensors
+from rain_mergekit.unrounded import strength_of
 
 _INDEX = "model.safetensors.index.json"
 
 
-def complete(folder: Path, config: RainConfig, options: LoadOptions) -> tuple[str, ...]:
-    """Write the missing tensors into a further shard of `folder`; returns their names.
+class Completion:
+    """What is missing of a merge, known before it begins; `write` adds it to the finished one.
 
     Weights that the calibration covers are merged like all others, the rest are the reasoning
-    model's. Experts that a model holds in one tensor are written as that tensor.
+    model's. Experts that a model holds in one tensor are written as that tensor. RainError if
+    something is missing and lambda is not one number.
     """
-    checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
-    model_config = read_model_config(checkpoints["reasoning"])
-    trust = options.trust_remote_code
-    model = empty_model(model_config, torch.float32, trust_remote_code=trust)
-    tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
-    reasoning = tensors["reasoning"]
-    missing = left_out(reasoning, merge_names(model_config, reasoning))
-    if not missing:
-        return ()
-    settings = yaml.safe_load(config.text)
-    merge = _Merge(CalibrationFile.open(str(config.calibration)), tensors, settings)
-    found = {name: merge.tensor(name) for name in missing}
-    _add_shard(folder, {_stored_name(name, missing[name]): t for name, t in found.items()})
-    return tuple(found)
+
+    def __init__(self, config: RainConfig, options: LoadOptions) -> None:
+        checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
+        model_config = read_model_config(checkpoints["reasoning"])
+        trust = options.trust_remote_code
+        model = empty_model(model_config, torch.float32, trust_remote_code=trust)
+        self._tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
+        reasoning = self._tensors["reasoning"]
+        self._missing = left_out(reasoning, merge_names(model_config, reasoning))
+        self._config = config
+        if self._missing:
+            strength_of(config.text)
+
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write the missing tensors into a further shard of `folder`; returns their names."""
+        if self._missing:
+            calibration = CalibrationFile.open(str(self._config.calibration))
+            merge = _Merge(calibration, self._tensors, self._config.text)
+            tensors = {_stored_name(n, p): merge.tensor(n) for n, p in self._missing.items()}
+            _add_shard(folder, tensors)
+        return tuple(self._missing)
 
 
 class _Merge:
@@ -55,10 +64,11 @@ class _Merge:
         self,
         calibration: CalibrationFile,
         tensors: Mapping[str, ModelTensors],
-        settings: Mapping[str, Any],
+        text: str,
     ) -> None:
         self._calibration, self._tensors = calibration, tensors
-        self._strength = float((settings.get("parameters") or {}).get("lambda", 1.0))
+        self._strength = strength_of(text)
+        settings: Mapping[str, Any] = yaml.safe_load(text)
         self._type = settings.get("out_dtype") or settings.get("dtype")
         self._method = RainMerge()
 

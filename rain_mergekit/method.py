@@ -135,7 +135,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
                 f"{name} has shape {list(reasoning.shape)}, the calibration expects "
                 f"{list(plan.shape)}: it was made for another model"
             )
-        merged = self._apply(calibration, plan, weights, parameters["lambda"])
+        merged = self.merged(calibration, plan, weights, parameters["lambda"])
         if not _finite(merged):  # as it is whenever an input is not: no pass over those is needed
             for role, weight in zip(ROLES, weights, strict=True):
                 _require_finite(weight, name, f"the {role} model {models[role]}")
@@ -143,7 +143,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         _check_source(base.id, name, reasoning)
         return merged
 
-    def _apply(
+    def merged(
         self,
         calibration: CalibrationFile,
         plan: TensorPlan,

@@ -26,7 +26,7 @@ class Unrounded:
 
     def __init__(self, folder: str, reasoning: Checkpoint, options: LoadOptions) -> None:
         config = read_config(Path(folder, "mergekit_config.yml"))
-        self._strength = _strength(config.text)
+        self._strength = strength_of(config.text)
         self._file = CalibrationFile.open(config.calibration)
         check_reasoning(self._file, reasoning)
         whole = all(_whole(plan) for plan in self._file.tensors.values())
@@ -67,7 +67,8 @@ def _whole(plan: TensorPlan) -> bool:
     return len(plan.shape) == 2 and not isinstance(plan.site, tuple)
 
 
-def _strength(text: str) -> float:
+def strength_of(text: str) -> float:
+    """Lambda of a merge configuration; RainError if it is not one number."""
     value = (yaml.safe_load(text).get("parameters") or {}).get("lambda", 1.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RainError(f"mergekit_config.yml: lambda is {value!r}, not one number")

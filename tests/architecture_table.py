@@ -1,4 +1,4 @@
-"""`python tests/architecture_table.py` writes the table of docs/architectures.md from the models."""
+"""The table of docs/architectures.md, made from models: `python tests/architecture_table.py`."""
 
 from __future__ import annotations
 
@@ -103,9 +103,11 @@ def listed(names: list[str]) -> str:
     for name in dict.fromkeys(names):
         parent, _, last = name.rpartition(".")
         groups.setdefault(parent, []).append(last)
-    parts = [f"`{parent}`: {', '.join(last)}" if parent else ", ".join(last)
-             for parent, last in groups.items()]
-    return "; ".join(parts) or "–"
+    parts = [
+        f"`{parent}`: {', '.join(last)}" if parent else ", ".join(last)
+        for parent, last in groups.items()
+    ]
+    return "; ".join(parts) or "-"
 
 
 def page(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import architecture_table
 import pytest
 import torch
 from architectures import (
@@ -18,6 +19,7 @@ from architectures import (
     make,
     recorded_scales,
 )
+from click.testing import CliRunner
 from merging import merge
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, read_weights
@@ -25,6 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.cli import cli
 
 # Attention that only the family itself can compute: nobody sees its heads.
 CLOSED = {"falcon", "bloom", "mamba"}
@@ -195,3 +198,28 @@ def test_the_file_names_the_heads_of_each_layer(tmp_path: Path) -> None:
         }
     ] * 2
     json.dumps(layers)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "jamba"])
+def test_our_merge_command_adds_what_mergekit_leaves_out(tmp_path: Path, family: str) -> None:
+    tiny = make(tmp_path, family).using(
+        coefficients="off", projection="oblique", rank_by="energy", rank_share=0.9
+    )
+    tiny.config()
+    yaml = str(tiny.path.with_suffix(".yml"))
+    done = CliRunner().invoke(cli, ["merge", yaml, str(tmp_path / "out"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    reference = Reference(tiny)
+    expected = reference.merged({})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    base = reference.reasoning_model.state_dict()
+    experts = [name for name in expected if ".experts." in name and "shared" not in name]
+    assert len(experts) == 2
+    for name in experts:
+        value, change = expected[name], (expected[name] - base[name]).norm()
+        assert (merged.state_dict()[name] - value).norm() < 1e-3 * change
+
+
+def test_the_page_shows_what_the_package_finds() -> None:
+    text = architecture_table.PAGE.read_text(encoding="utf-8")
+    assert text == architecture_table.page(text), "run: python tests/architecture_table.py"

@@ -18,6 +18,7 @@ from rain_mergekit.card import carry_over, write_card
 from rain_mergekit.commands.calibration import run_calibration
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.method import register
@@ -52,13 +53,15 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
         try:
-            merge_into(parsed, stage, merge_options)
+            added = merge_into(parsed, stage, merge_options)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{config} is calibrated, but {out} was not written; the same command goes on"
             ) from None
         if merge_options.write_model_card:
             add_card(out, stage, console)
+    if added:
+        console.say(f"Added {len(added)} tensors that mergekit leaves out, as {added[0]}")
     console.head(f"Wrote {out}")
 
 
@@ -101,8 +104,9 @@ def bring_up_to_date(
     run_calibration(config, run, console)
 
 
-def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> None:
-    """mergekit's run_merge, as mergekit-yaml calls it."""
+def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> tuple[str, ...]:
+    """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
+    completion = Completion(config, LoadOptions.of(options.model_dump()))
     register()  # also where auto-loading is switched off
     try:
         run_merge(
@@ -116,3 +120,4 @@ def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> None:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
+    return completion.write(stage)
