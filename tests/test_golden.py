@@ -1,0 +1,64 @@
+"""Files of every format version, kept as they were written then, are read for ever.
+
+A golden file is never written anew: a new format version adds one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from rain_mergekit.apply import merged_weight
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.artifact_schema import VERSION
+
+GOLDEN = Path(__file__).parent / "golden"
+DIGESTS = {1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75"}
+SITE = "model.layers.0.self_attn.q_proj"
+OUTPUT = "model.layers.0.self_attn.o_proj.weight"
+
+
+def opened(version: int) -> CalibrationFile:
+    return CalibrationFile.open(GOLDEN / f"v{version}.rain.safetensors")
+
+
+def test_there_is_one_of_each_version() -> None:
+    assert sorted(DIGESTS) == list(range(1, VERSION + 1))
+    for version, expected in DIGESTS.items():
+        data = (GOLDEN / f"v{version}.rain.safetensors").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == expected, "golden files do not change"
+
+
+@pytest.mark.parametrize("version", DIGESTS)
+def test_its_plans_are_read(version: int) -> None:
+    file = opened(version)
+    file.verify()
+    assert {role: record.reference for role, record in file.models.items()} == {
+        role: f"org/{role}" for role in ("reasoning", "instruct", "pretrained")
+    }
+    site = file.sites[SITE]
+    assert (site.width, site.rank, site.kept_energy, site.positions) == (4, 1, 0.5, 7)
+    plan = file.tensors[f"{SITE}.weight"]
+    assert (plan.site, plan.shape, plan.input_axis, plan.cols) == (SITE, (3, 4), -1, None)
+    assert file.tensors[OUTPUT].site is None
+    assert file.header["warnings"] == ["careful"]
+
+
+@pytest.mark.parametrize("version", DIGESTS)
+def test_it_merges_to_the_same_numbers(version: int) -> None:
+    """Δ = (1 2 3 4) in each row, U = e₁, V = e₁ + e₂/2, row scales 1, 2, 1/2: by hand."""
+    file = opened(version)
+    delta = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(3, 4)
+    plan = file.tensors[f"{SITE}.weight"]
+    factors, rows = file.factors(str(plan.site)), file.scale(plan.rows)
+    zero = torch.zeros(3, 4)
+    merged = merged_weight(zero, delta, zero, factors, rows, file.scale(plan.cols), 2.0)
+    row = torch.tensor([0.0, 3.0, 6.0, 8.0])
+    assert torch.equal(merged, torch.stack([row, 2 * row, row / 2]))
+    other = file.tensors[OUTPUT]
+    cols = file.scale(other.cols)
+    assert cols is not None
+    assert cols.tolist() == [1.0, 2.0, 0.5]
