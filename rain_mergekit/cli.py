@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
 from rain_mergekit.errors import RainError
@@ -68,6 +69,15 @@ class RainGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands with their line of help, without importing them: a key waits for it."""
+        found = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -106,7 +116,7 @@ def _out_of_memory(error: Exception) -> bool:
     help=_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done; 1 an input cannot be used (one line says why); 2 wrong usage; "
-    "3 verify found that the thinking was damaged; 130 interrupted.",
+    "3 verify found that the thinking was damaged; 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, "--version", prog_name="mergekit-rain")
 @click.pass_context
