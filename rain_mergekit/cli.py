@@ -25,6 +25,10 @@ _COMMANDS = {
     "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
     "card": ("rain_mergekit.commands.card:card", "Say in a model's README.md how it was merged."),
     "data": ("rain_mergekit.commands.data:data", "Build calibration sets, or check one."),
+    "convert-alpha": (
+        "rain_mergekit.commands.convert_alpha:convert_alpha",
+        "Take over coefficients of the published scripts.",
+    ),
     "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
 }
 _INTERRUPTED = 130

@@ -46,6 +46,11 @@ def read_text(path: StrPath) -> str:
     return _decode(path, _read_bytes(path))
 
 
+def read_json(path: StrPath) -> object:
+    """One JSON value of any kind, all numbers as floats; RainError if it is none."""
+    return _parse_json(str(path), read_text(path), 1)
+
+
 def _read_bytes(path: StrPath) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():

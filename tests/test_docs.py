@@ -30,6 +30,7 @@ from rain_mergekit import data
 from rain_mergekit.building.constraints import read_constrained
 from rain_mergekit.building.prompts import read_prompts
 from rain_mergekit.config import read_config
+from rain_mergekit.published_alpha import read_alpha
 
 PACKAGE = Path(rain_mergekit.__file__).parent
 INSTALLS = ("pip", "uv")
@@ -46,6 +47,7 @@ rain: {reasoning_data: ./trio/reasoning.jsonl, instruction_data: ./trio/instruct
 PROMPTS: dict[str, Callable[[Path], Any]] = {
     "prompts.jsonl": read_prompts,
     "constraints.jsonl": read_constrained,
+    "alpha.json": read_alpha,
 }
 SETS = {"reasoning.jsonl": 24, "instruction.jsonl": 12}
 
@@ -219,7 +221,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     group = commands()["mergekit-rain"]
     assert isinstance(group, click.Group)
-    for command in re.findall(r"mergekit-rain ([a-z]+)", text):
+    for command in re.findall(r"mergekit-rain ([a-z]+(?:-[a-z]+)*)", text):
         assert command in group.list_commands(click.Context(group)), f"{name(page)}: {command}"
     known = {option for command in subcommands(group) for option in options(command)}
     for option in re.findall(r"`(--[a-z-]+)", text):

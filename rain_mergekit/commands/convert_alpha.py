@@ -1,0 +1,48 @@
+"""`mergekit-rain convert-alpha`: coefficients of the published scripts in a calibration of ours."""
+
+from __future__ import annotations
+
+import click
+
+from rain_mergekit.commands.options import output_options
+
+
+@click.command(
+    epilog="\b\nExample:\n  mergekit-rain convert-alpha alpha_true_forward_two_pass.json "
+    "trio.rain.safetensors -o converted.rain.safetensors"
+)
+@click.argument("alpha", metavar="ALPHA.json", type=click.Path())
+@click.argument("calibration", metavar="CALIB", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The new file.")
+@output_options
+def convert_alpha(
+    alpha: str, calibration: str, output: str, *, quiet: bool, verbosity: int
+) -> None:
+    """Write CALIB with the coefficients of ALPHA.json, from the published scripts' second stage.
+
+    What CALIB protects stays protected. Each key/value head gets the mean of the query heads that
+    share it. Layers without coefficients are not merged, as there. docs/migration.md has the rest.
+    """
+    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.convert import with_coefficients  # noqa: PLC0415
+    from rain_mergekit.published_alpha import read_alpha  # noqa: PLC0415
+    from rain_mergekit.staleness import protect_foreign  # noqa: PLC0415
+
+    console = Console(quiet=quiet, verbosity=verbosity)
+    found = read_alpha(alpha)
+    from pathlib import Path  # noqa: PLC0415
+
+    protect_foreign(Path(output))
+    file = CalibrationFile.open(calibration)
+    try:
+        missing = with_coefficients(file, found, alpha, output)
+    finally:
+        file.close()
+    console.head(f"Wrote {output}")
+    count = len(found.layers)
+    console.say(f"  coefficients of {count} layers with {found.heads} heads")
+    if missing:
+        names = ", ".join(map(str, missing))
+        console.warn(f"no coefficients for layer {names}: not merged there, as by the scripts")
+    console.say("Next: name it in parameters.calibration, and merge with mergekit-yaml")
