@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.reading import StrPath, read_json
@@ -60,13 +61,13 @@ def read_alpha(path: StrPath) -> Alpha:
     tables: dict[str, dict[tuple[int, int], float]] = {"query": {}, "key": {}}
     for number, (value, entry) in enumerate(zip(values, index, strict=True)):
         place = _place(entry)
-        if place is None or not isinstance(value, float) or not math.isfinite(value):
+        if place is None or not _is_number(value) or not math.isfinite(value):
             raise RainError(
                 f"{path}: entry {number} must be a finite number with its layer, head, and QK, Q "
                 f"or K, found {value!r:.40} and {entry!r:.60}"
             )
         for table in _TYPES[place[2]]:
-            tables[table][place[:2]] = value
+            tables[table][place[:2]] = float(value)
     if not values:
         raise RainError(f"{path}: it holds no coefficients")
     return Alpha(1 + max(head for table in tables.values() for _, head in table), **tables)
@@ -75,5 +76,9 @@ def read_alpha(path: StrPath) -> Alpha:
 def _place(entry: object) -> tuple[int, int, str] | None:
     if not isinstance(entry, list) or len(entry) != 3 or str(entry[2]) not in _TYPES:
         return None
-    whole = [x for x in entry[:2] if isinstance(x, float) and x.is_integer() and 0 <= x < 10**5]
+    whole = [x for x in entry[:2] if _is_number(x) and 0 <= x < 10**5 and x == int(x)]
     return (int(whole[0]), int(whole[1]), str(entry[2])) if len(whole) == 2 else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

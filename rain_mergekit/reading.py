@@ -47,7 +47,7 @@ def read_text(path: StrPath) -> str:
 
 
 def read_json(path: StrPath) -> object:
-    """One JSON value of any kind, all numbers as floats; RainError if it is none."""
+    """One JSON value of any kind; RainError if it is none."""
     return _parse_json(str(path), read_text(path), 1)
 
 
