@@ -174,8 +174,27 @@ def _warnings(
             f"{len(left)} weights of the layers are no maps of a token's features and stay the "
             f"reasoning model's ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
         )
+    coarse = [name for part in parts for name in _coarse(part)]
+    if layers and coarse:
+        yield (
+            f"{len(coarse)} weights of the attention follow no known layout of heads (the first: "
+            f"{coarse[0]}): they take the mean coefficient of their layer"
+        )
     if layers and len(layers) < len(parts):
         yield (
             f"{len(parts) - len(layers)} of {len(parts)} layers have no attention that can be "
             "observed: their coefficients are 1"
         )
+
+
+def _coarse(part: LayerPart) -> list[str]:
+    """Weights right inside the attention module that have no heads, though they should."""
+    if part.layout is None:
+        return []
+    found = []
+    for name, entry in part.tensors.items():
+        module, axis = site_name(name.removeprefix(f"{part.name}.")), entry["input_axis"]
+        matrix = entry["shape"][-3 - axis], entry["shape"][axis]
+        if part.layout.lacks_heads(module, matrix):
+            found.append(name)
+    return found

@@ -44,6 +44,8 @@ _NAMES: Mapping[str, Kind] = {
     "c_attn": Kind.BLOCKS,
     "query_key_value": Kind.GROUPS,
 }
+# Latent attention's projections to the low rank.
+_SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj")
 # Where a family departs from that.
 _FAMILIES: Mapping[str, Mapping[str, Kind]] = {"gpt_bigcode": {"c_attn": Kind.GROUPS}}
 
@@ -81,6 +83,15 @@ class HeadLayout:
             return Kind.LAYER
         kind = _FAMILIES.get(self.model_type, {}).get(last) or _NAMES.get(last, Kind.LAYER)
         return kind if _FITS[kind](self, matrix) else Kind.LAYER
+
+    def lacks_heads(self, name: str, matrix: tuple[int, int]) -> bool:
+        """Whether it lies in the attention module and takes one value all the same.
+
+        The projections to a low rank that all heads share are meant to.
+        """
+        parent, _, last = name.rpartition(".")
+        inside = parent == self.module and last not in _SHARED
+        return inside and self.kind(name, matrix) is Kind.LAYER
 
     def scales(self, name: str, alpha: Tensor, matrix: tuple[int, int]) -> ModuleScale:
         """Row and column factors of module `name` (d_out, d_in) for coefficients (n_heads)."""

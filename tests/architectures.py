@@ -160,6 +160,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 96, "head_dim": 12},
     "bamba": {**_MAMBA, "attn_layer_indices": [1], "mamba_expand": 2},
     "mamba": {"state_size": 8, "time_step_rank": 8},
+    # attention heads as experts: of no known layout
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 12},
     # with eyes
     "qwen2_5_vl": {
         "text_config": {**_BASE, **_MROPE},

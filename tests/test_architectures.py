@@ -130,6 +130,8 @@ def assert_untouched(reference: Reference, weights: set[str]) -> None:
     for name, value in layers.named_parameters():
         if value.dim() > 1 and f"{prefix}.{name}" not in weights:
             kinds = ("conv1d.weight", "conv.conv.weight", "A_log", "norm.weight", "_bias")
+            # JetMoE sorts the tokens by expert itself, so that rows belong to nobody we know.
+            kinds += ("input_linear.weight", "output_linear.weight")
             assert name.endswith(kinds), name
 
 
@@ -223,3 +225,16 @@ def test_our_merge_command_adds_what_mergekit_leaves_out(tmp_path: Path, family:
 def test_the_page_shows_what_the_package_finds() -> None:
     text = architecture_table.PAGE.read_text(encoding="utf-8")
     assert text == architecture_table.page(text), "run: python tests/architecture_table.py"
+
+
+def test_attention_of_no_known_layout_is_scaled_by_layer_and_said(tmp_path: Path) -> None:
+    tiny = prepared(tmp_path, "jetmoe")
+    summary = tiny.calibrate()
+    text = next(line for line in summary.warnings if "no known layout" in line)
+    assert "2 weights" in text
+    assert "model.layers.0.self_attention.kv_proj.weight" in text
+    rows, cols = recorded_scales(tiny.path)["model.layers.0.self_attention.kv_proj.weight"]
+    assert cols is None
+    assert rows is not None
+    mean = layer_means(tiny.path)["model.layers.0"]
+    assert torch.allclose(rows, torch.full_like(rows, mean))
