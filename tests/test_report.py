@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -359,9 +359,8 @@ BROWSER = next(
 )
 # Measures pages in frames as wide as a phone; the title carries the numbers out: how far the page
 # scrolls sideways, how many pictures are drawn, how many elements could load or run something.
-FRAMES = """<!DOCTYPE html><title>waiting</title>
-<iframe src="/page.html" style="width: 360px; height: 800px; border: 0"></iframe>
-<iframe src="/hostile.html" style="width: 360px; height: 800px; border: 0"></iframe>
+FRAME = '<iframe src="%s" style="width: 360px; height: 800px; border: 0"></iframe>'
+FRAMES = """<!DOCTYPE html><title>waiting</title>%s
 <script>onload = () => {
   document.title = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => [
     page.documentElement.scrollWidth - page.documentElement.clientWidth,
@@ -398,13 +397,18 @@ def served(pages: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 def test_in_a_browser(page: str, hostile_page: str, tmp_path: Path) -> None:
+    check_in_browser([page, hostile_page], tmp_path)
+
+
+def check_in_browser(texts: Sequence[str], folder: Path) -> None:
     """Rendered on a phone: no sideways scrolling, no errors, and nothing else is asked for."""
-    pages = {"/": FRAMES, "/page.html": page, "/hostile.html": hostile_page}
+    pages = {f"/{number}.html": text for number, text in enumerate(texts)}
+    pages["/"] = FRAMES % "".join(FRAME % name for name in pages)
     with served(pages) as (address, asked):
-        said = browse(address, tmp_path)
+        said = browse(address, folder)
     title = re.search(r"<title>(.*?)</title>", said.stdout)
     assert title is not None, said.stderr
-    pictures = [Page(text).tags["svg"] for text in (page, hostile_page)]
+    pictures = [Page(text).tags["svg"] for text in texts]
     assert title[1] == " ".join(f"0,{count},0" for count in pictures)
     assert "CONSOLE" not in said.stderr
     assert set(asked) <= {*pages, "/favicon.ico"}
