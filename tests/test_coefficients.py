@@ -38,7 +38,8 @@ def causal(heads: int, kv_heads: int, length: int) -> tuple[AttentionCall, Tenso
                 for column in range(row + 1)
             ]
             probabilities[head, row, : row + 1] = torch.tensor(scores).double().softmax(0)
-    return AttentionCall(torch.nn.Identity(), query, key, None, 0.3, None, None), probabilities
+    call = AttentionCall(torch.nn.Identity(), query, key, None, 0.3, None, None, query.shape[-1])
+    return call, probabilities
 
 
 @given(masses, st.floats(0, 5))
