@@ -19,8 +19,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Give a new binary file that takes the place of `path` when the block ends without error.
 
     Until then `path` is untouched. On Linux the new file has no name before it is whole, so not
-    even `kill -9` leaves one behind; elsewhere a temporary name in the same folder is removed on
-    any exception. A symbolic link keeps pointing where it does. OSError becomes RainError.
+    even `kill -9` leaves a part of one behind (between two system calls that replace an older
+    file, a whole one under a temporary name); elsewhere a temporary name in the same folder is
+    removed on any exception. A symbolic link keeps pointing where it does. OSError becomes
+    RainError.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.tmp")
@@ -32,8 +34,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not temporary.exists():
-                _name(file, temporary)
-        temporary.replace(target)
+                _name(file, target, temporary)
+        if temporary.exists():
+            temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -54,12 +57,18 @@ def _create(folder: Path, temporary: Path) -> BinaryIO:
     return os.fdopen(os.open(temporary, flags, 0o666), "w+b")
 
 
-def _name(file: BinaryIO, temporary: Path) -> None:
-    """Give the unnamed file a name; a folder descriptor makes Python follow the link in /proc."""
-    folder = os.open(temporary.parent, os.O_RDONLY)
+def _name(file: BinaryIO, target: Path, temporary: Path) -> None:
+    """Give the unnamed file its name, or the temporary one where something has that already.
+
+    A folder descriptor makes Python follow the link in /proc.
+    """
+    folder = os.open(target.parent, os.O_RDONLY)
+    source = f"/proc/self/fd/{file.fileno()}"
     try:
-        source = f"/proc/self/fd/{file.fileno()}"
-        os.link(source, temporary.name, dst_dir_fd=folder, follow_symlinks=True)
+        try:
+            os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+        except FileExistsError:
+            os.link(source, temporary.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
 

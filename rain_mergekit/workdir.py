@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,6 +87,7 @@ class WorkDir:
 
     def _close(self, *, keep: bool) -> None:
         if not keep:
+            self._forget()
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -158,7 +160,13 @@ class WorkDir:
         except (FileNotFoundError, UnicodeDecodeError):
             return None
 
+    def _forget(self) -> None:
+        """What is left if this process is killed while it removes the rest is no run to go on."""
+        with suppress(OSError):
+            (self.path / "job.json").unlink()
+
     def _clear(self) -> None:
+        self._forget()
         for item in self.path.iterdir():
             if item.is_dir():
                 shutil.rmtree(item, ignore_errors=True)

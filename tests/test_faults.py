@@ -131,7 +131,7 @@ def test_calibrate_killed_at_changes_of_the_file_system(
     """Just before a file gets its name or loses it, the calibration file itself included."""
     total = forks.run(*calibrate(tiny)).changes
     assert total > 3 * LAYERS
-    for moment in {*moments(total, 4, seed=1), total, total - 1}:
+    for moment in {*moments(total, 3, seed=1), *range(total - 8, total + 1, 2)}:
         tiny.path.unlink(missing_ok=True)
         shutil.rmtree(f"{tiny.path}.work", ignore_errors=True)
         assert forks.run(*calibrate(tiny), die_at=moment).code == -signal.SIGKILL
