@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from mergekit.architecture import arch_info_for_config
 
+from rain_mergekit.errors import RainError
 from rain_mergekit.tensors import ModelTensors, Source
 
 
@@ -73,13 +74,21 @@ def _experts(
 def listed_names(config: Any) -> dict[str, str] | None:
     """Every name in mergekit's table for the architecture, with the name that it writes.
 
-    None for an architecture without a table.
+    None for an architecture without a table. RainError if mergekit's own table fails.
     """
     architecture = arch_info_for_config(config) if config.architectures else None
     if architecture is None:
         return None
     listed: dict[str, str] = {}
-    for weight in architecture.all_weights(config):
+    try:
+        weights = architecture.all_weights(config)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise RainError(
+            f"mergekit cannot merge the architecture {config.model_type!r}, by no method: its "
+            f"table does not fit the config that transformers reads ({line:.100})"
+        ) from None
+    for weight in weights:
         for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
             listed.setdefault(name, weight.name)
     return listed

@@ -176,6 +176,41 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
             "deepstack_visual_indexes": [0, 1, 2],
         },
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **_BASE,
+            **_MROPE,
+            **_MOE,
+            "head_dim": 12,
+            "decoder_sparse_step": 1,
+        },
+        "vision_config": {
+            **_EYES,
+            "depth": 4,
+            "num_heads": 2,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+    },
+    "llama4": {
+        "text_config": {
+            **_BASE,
+            **_LOCAL,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "head_dim": 12,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+    },
     "mistral3": {
         "text_config": {**_BASE, "model_type": "mistral", "head_dim": 12},
         "vision_config": {

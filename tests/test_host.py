@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from mergekit.common import ModelReference
 from tiny import model_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.errors import RainError
 from rain_mergekit.host import lost_tensors, lost_warning
-from rain_mergekit.names import merge_names
+from rain_mergekit.names import listed_names, merge_names
 
 
 def _lost(family: str, folder: Path) -> tuple[str, ...]:
@@ -35,3 +37,11 @@ def test_biases_that_mergekit_does_not_list_are_named(tmp_path: Path) -> None:
     assert all(name.endswith(".bias") for name in lost)
     assert f"{len(lost)} tensors" in lost_warning(lost)
     assert lost[0] in lost_warning(lost)
+
+
+def test_an_architecture_that_mergekit_itself_cannot_read_is_named() -> None:
+    """transformers 5 keeps the number of layers where mergekit's table does not look for it."""
+    config = AutoConfig.for_model("qwen2_vl")
+    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    with pytest.raises(RainError, match="cannot merge the architecture 'qwen2_vl', by no method"):
+        listed_names(config)
