@@ -18,9 +18,13 @@ class TrioTensors:
     """Tensors of the three models under the names of the reasoning model's modules."""
 
     def __init__(self, trio: Trio, model: nn.Module, reasoning: ModelTensors) -> None:
-        self.reasoning = reasoning
         self.instruct = ModelTensors(trio.instruct, model)
         self.pretrained = ModelTensors(trio.pretrained, model)
+        self._models = {
+            "reasoning": reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
 
     def task_vector(
         self, layer: str, weight: LinearWeight, expert: int | None, device: torch.device
@@ -39,7 +43,6 @@ class TrioTensors:
         matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
         for tuned, origin in matrices:
             yield from self._blocks(name, tuned, origin, device)
-        del tensors, matrices
 
     def _blocks(
         self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device
@@ -56,12 +59,7 @@ class TrioTensors:
 
     def check_shapes(self, names: Sequence[str]) -> None:
         """All tensors to be merged exist and agree; RainError lists every problem at once."""
-        models = {
-            "reasoning": self.reasoning,
-            "instruct": self.instruct,
-            "pretrained": self.pretrained,
-        }
-        shapes = {role: tensors.shapes(names) for role, tensors in models.items()}
+        shapes = {role: tensors.shapes(names) for role, tensors in self._models.items()}
         problems = []
         for name in names:
             expected = shapes["reasoning"].get(name)
@@ -81,5 +79,5 @@ class TrioTensors:
 
     def release(self) -> None:
         """Close all shards."""
-        for tensors in (self.reasoning, self.instruct, self.pretrained):
+        for tensors in self._models.values():
             tensors.release()
