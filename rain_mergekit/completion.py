@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.config import RainConfig
 from rain_mergekit.decoders import empty_model
+from rain_mergekit.errors import RainError
 from rain_mergekit.host import left_out
-from rain_mergekit.method import RainMerge
 from rain_mergekit.models import LoadOptions, open_model, read_model_config
 from rain_mergekit.names import merge_names
+from rain_mergekit.replay import Replay, strength_of
 from rain_mergekit.tensors import ModelTensors
-from rain_mergekit.unrounded import strength_of
 
 _INDEX = "model.safetensors.index.json"
 
@@ -41,48 +41,49 @@ class Completion:
         trust = options.trust_remote_code
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
         self._tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
-        reasoning = self._tensors["reasoning"]
-        self._missing = left_out(reasoning, merge_names(model_config, reasoning))
-        self._config = config
+        self._names = merge_names(model_config, self._tensors["reasoning"])
+        self._missing = left_out(self._tensors["reasoning"], self._names)
+        self._calibration = str(config.calibration)
         if self._missing:
-            strength_of(config.text)
+            self._strength(config)
 
-    def write(self, folder: Path) -> tuple[str, ...]:
-        """Write the missing tensors into a further shard of `folder`; returns their names."""
+    def _strength(self, config: RainConfig) -> float:
+        try:
+            return strength_of(config.text, config.path)
+        except RainError as error:
+            raise RainError(
+                f"{error}: mergekit leaves out {len(self._missing)} tensors of this model "
+                f"({next(iter(self._missing))}, ...), which are added with one lambda for all"
+            ) from None
+
+    def write(self, folder: Path, config: RainConfig) -> tuple[str, ...]:
+        """Write the missing tensors of the merge `config` into a further shard of `folder`.
+
+        Returns their names. Of `config` only lambda and the types count here, which may differ
+        from those given first.
+        """
         if self._missing:
-            calibration = CalibrationFile.open(str(self._config.calibration))
-            merge = _Merge(calibration, self._tensors, self._config.text)
-            tensors = {_stored_name(n, p): merge.tensor(n) for n, p in self._missing.items()}
+            tensors = {_stored_name(n, p): t for n, p, t in self._merged(config)}
             _add_shard(folder, tensors)
         return tuple(self._missing)
 
+    def _merged(self, config: RainConfig) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
+        calibration = CalibrationFile.open(self._calibration)
+        replay = Replay(calibration, self._tensors, self._names, self._strength(config))
+        settings: Mapping[str, Any] = yaml.safe_load(config.text)
+        dtype, stored = (_type(settings.get(key)) for key in ("dtype", "out_dtype"))
+        for name, parts in self._missing.items():
+            # what the merge leaves alone keeps its type, e.g. the float32 biases of routers
+            changed = replay.listed(name)
+            tensor = replay.tensor(name, dtype if changed else None)
+            if changed and stored is not None:
+                tensor = tensor.to(stored)
+            yield name, parts, tensor.contiguous()
+            replay.release()
 
-class _Merge:
-    """Single tensors of the merge that a configuration describes."""
 
-    def __init__(
-        self,
-        calibration: CalibrationFile,
-        tensors: Mapping[str, ModelTensors],
-        text: str,
-    ) -> None:
-        self._calibration, self._tensors = calibration, tensors
-        self._strength = strength_of(text)
-        settings: Mapping[str, Any] = yaml.safe_load(text)
-        self._type = settings.get("out_dtype") or settings.get("dtype")
-        self._method = RainMerge()
-
-    def tensor(self, name: str) -> Tensor:
-        weights = {role: tensors.get(name) for role, tensors in self._tensors.items()}
-        plan = self._calibration.tensors.get(name)
-        result = weights["reasoning"]
-        if plan is not None and self._strength:
-            trio = result, weights["instruct"], weights["pretrained"]
-            result = self._method.merged(self._calibration, plan, trio, self._strength)
-        for tensors in self._tensors.values():
-            tensors.release()
-        wanted = dtype_from_name(self._type) if self._type and plan is not None else result.dtype
-        return result.to(wanted).contiguous()
+def _type(name: str | None) -> torch.dtype | None:
+    return None if name is None else dtype_from_name(name)
 
 
 def _stored_name(name: str, parts: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ transformers publishes the conversions, and they are applied a tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -67,14 +67,20 @@ class ModelTensors:
         if source.name is not None:
             return self.checkpoint.get(source.name)
         if name not in self._last:
-            self._last = self._converted(name, source)
+            self._last = self._converted(name, source, self.checkpoint.get)
         return self._last[name]
 
-    def _converted(self, name: str, source: Source) -> dict[str, Tensor]:
+    def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """One converted tensor from parts that `read` gives by their names in the checkpoint."""
+        return self._converted(name, self.sources[name], read)[name]
+
+    def _converted(
+        self, name: str, source: Source, read: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
         converter = deepcopy(source.converter)
         first = _first_target(name, converter)
         for key, pattern in source.parts:
-            converter.add_tensor(first, key, pattern, partial(self.checkpoint.get, key))
+            converter.add_tensor(first, key, pattern, partial(read, key))
         found: Mapping[str, Any] = converter.convert(
             first, model=self._model, config=self._model.config
         )

@@ -89,9 +89,8 @@ def _side(checkpoint: Checkpoint, how: Streaming) -> Side:
 def _unrounded(reasoning: Checkpoint, merged: Checkpoint, anchor: Side, how: Streaming) -> Side:
     if anchor.shell.dtype != torch.float32:
         raise RainError("it takes --dtype float32 to see it")
-    edit = Unrounded(merged.path, reasoning, how.load).fill
     shell = Shell(reasoning, read_model_config(reasoning), torch.float32, how.device)
-    return Side(shell, edit)
+    return Side(shell, Unrounded(merged.path, shell, how.load).fill)
 
 
 def answers_of(

@@ -224,6 +224,16 @@ def test_our_merge_command_adds_what_mergekit_leaves_out(tmp_path: Path, family:
         assert (merged.state_dict()[name] - value).norm() < 1e-3 * change
 
 
+def test_what_mergekit_leaves_out_takes_one_lambda(tmp_path: Path) -> None:
+    tiny = make(tmp_path, "deepseek_v3").using(coefficients="off")
+    yaml = tiny.path.with_suffix(".yml")
+    tiny.config(parameters={"calibration": str(tiny.path), "lambda": [0.5, 1.0]})
+    done = CliRunner().invoke(cli, ["merge", str(yaml), str(tmp_path / "out"), "--quiet"])
+    assert done.exit_code == 1
+    assert f"{yaml}: lambda is [0.5, 1.0], not one number: mergekit leaves out" in done.output
+    assert not tiny.path.exists()  # said before the calibration
+
+
 def test_the_page_shows_what_the_package_finds() -> None:
     text = architecture_table.PAGE.read_text(encoding="utf-8")
     assert text == architecture_table.page(text), "run: python tests/architecture_table.py"

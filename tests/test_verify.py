@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from commands import TRIO, refused, run, succeed
@@ -175,7 +176,31 @@ def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) 
         assert len(list(shell.record([[1, 2, 3]]))) == 1
 
 
-# Rounding that is not known
+# Rounding
+
+
+# Experts in one tensor of the model: of a checkpoint that holds one each, as mergekit's table asks
+# for them; and by the model's own names, of a family that begins with a dense layer.
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+def test_rounding_of_experts(family: str, tmp_path: Path) -> None:
+    tiny = architectures.make(tmp_path, family).using(
+        coefficients="off", projection="oblique", rank_by="energy", rank_share=0.9
+    )
+    tiny.calibrate()
+    samples = samples_of(tiny)
+    rounded, exact = (
+        merge(tmp_path / dtype, tiny.content(dtype=dtype)).folder
+        for dtype in ("bfloat16", "float32")
+    )
+    reasoning = checkpoint(tmp_path / "reasoning")
+    found = measure(reasoning, checkpoint(rounded), samples, HOW)
+    models = [load_model(reasoning, "cpu", None), load_model(checkpoint(exact), "cpu", None)]
+    for place in ("think", "content", "rest"):
+        wanted = getattr(drift(models[0], models[1], samples), place).mean
+        assert getattr(found.unrounded, place).mean == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+        assert getattr(found.drift, place).mean != pytest.approx(wanted, rel=1e-3, abs=1e-7)
+    last = list(found.layers[-1].values())[-1]
+    assert 0 < (last.rounding_share or 0) < 0.1
 
 
 def test_why_rounding_is_not_known(tiny: Tiny, tmp_path: Path) -> None:

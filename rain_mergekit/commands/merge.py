@@ -50,10 +50,11 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     parsed = read_config(config)
     refuse_input(parsed, out)
     require_mergeable(parsed, LoadOptions.of(merge_options.model_dump()))
+    completion = Completion(parsed, LoadOptions.of(merge_options.model_dump()))
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
         try:
-            added = merge_into(parsed, stage, merge_options)
+            added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{config} is calibrated, but {out} was not written; the same command goes on"
@@ -104,9 +105,10 @@ def bring_up_to_date(
     run_calibration(config, run, console)
 
 
-def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> tuple[str, ...]:
+def merge_into(
+    config: RainConfig, stage: Path, options: MergeOptions, completion: Completion
+) -> tuple[str, ...]:
     """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
-    completion = Completion(config, LoadOptions.of(options.model_dump()))
     register()  # also where auto-loading is switched off
     try:
         run_merge(
@@ -120,4 +122,4 @@ def merge_into(config: RainConfig, stage: Path, options: MergeOptions) -> tuple[
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
-    return completion.write(stage)
+    return completion.write(stage, config)

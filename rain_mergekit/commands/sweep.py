@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions, add_merge_options
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.merge import add_card, bring_up_to_date, merge_into, refuse_input
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.measure import Ruler, open_checkpoint, texts_like
 from rain_mergekit.models import LoadOptions, open_model
@@ -86,15 +87,16 @@ def sweep(
     parsed, folder = read_config(config), Path(options["output"])
     for strength in strengths:
         refuse_input(parsed, str(folder / folder_name(strength)))
-    bring_up_to_date(parsed, merge_options, {**options, "recalibrate": False}, console)
     load = LoadOptions.of(merge_options.model_dump())
+    completion = Completion(at_strength(parsed, strengths[0]), load)
+    bring_up_to_date(parsed, merge_options, {**options, "recalibrate": False}, console)
     ruler = _ruler(parsed, load, merge_options, options, console)
     rows: list[Row] = []
     write_rows(folder, rows)
     for strength in strengths:
         place = folder / folder_name(strength)
         console.say(f"Merging at lambda {strength:g}: {place}")
-        _merge(at_strength(parsed, strength), place, merge_options, console)
+        _merge(at_strength(parsed, strength), place, merge_options, completion, console)
         found = ruler.drift(open_checkpoint(str(place), load))
         if options["table_only"]:
             shutil.rmtree(place)
@@ -103,9 +105,15 @@ def sweep(
     _show(rows, folder, console)
 
 
-def _merge(config: RainConfig, place: Path, options: MergeOptions, console: Console) -> None:
+def _merge(
+    config: RainConfig,
+    place: Path,
+    options: MergeOptions,
+    completion: Completion,
+    console: Console,
+) -> None:
     with staged_folder(place) as stage:
-        merge_into(config, stage, options)
+        merge_into(config, stage, options, completion)
         if options.write_model_card:
             add_card(place, stage, console)
 

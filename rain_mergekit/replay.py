@@ -1,0 +1,90 @@
+"""Single tensors of the merge that a configuration describes, outside mergekit's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import yaml
+from torch import Tensor
+
+from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.artifact_schema import ROLES
+from rain_mergekit.errors import RainError
+from rain_mergekit.method import RainMerge
+from rain_mergekit.names import Names
+from rain_mergekit.tensors import ModelTensors
+
+
+class Replay:
+    """Merges tensors by the names that transformers' modules use.
+
+    calibration: what is applied; tensors: those of the three models by role; names: what the merge
+    calls them; strength: lambda.
+    """
+
+    def __init__(
+        self,
+        calibration: CalibrationFile,
+        tensors: Mapping[str, ModelTensors],
+        names: Names,
+        strength: float,
+    ) -> None:
+        self._calibration, self._tensors, self._names = calibration, tensors, names
+        self._strength, self._method = strength, RainMerge()
+
+    def listed(self, name: str) -> bool:
+        """Whether the merge changes the tensor."""
+        targets = [target.name for target in self._names(name)] or [name]
+        return any(target in self._calibration.tensors for target in targets)
+
+    def tensor(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """One tensor of the merge on `device`; `dtype` is mergekit's, None the stored one.
+
+        A tensor that the checkpoint holds in parts, an expert each, is merged part by part.
+        """
+        place = device or torch.device("cpu")
+        targets = self._names(name)
+        if all(target.expert is None for target in targets):
+            key = targets[0].name if targets else name
+            found = {role: tensors.get(name) for role, tensors in self._tensors.items()}
+            return self._merged(key, found, dtype, place)
+        reasoning = self._tensors["reasoning"]
+        parts = (part for part, _ in reasoning.sources[name].parts)
+        keys = {part: target.name for part, target in zip(parts, targets, strict=True)}
+
+        def part(name: str) -> Tensor:
+            found = {role: tensors.checkpoint.get(name) for role, tensors in self._tensors.items()}
+            return self._merged(keys[name], found, dtype, place)
+
+        return reasoning.assembled(name, part)
+
+    def _merged(
+        self,
+        key: str,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> Tensor:
+        plan = self._calibration.tensors.get(key)
+        if plan is None or not self._strength:
+            return weights["reasoning"].to(device, dtype)
+        # mergekit converts what it reads, before anything is computed
+        base, instruct, pretrained = (weights[role].to(device, dtype) for role in ROLES)
+        trio = base, instruct, pretrained
+        return self._method.merged(self._calibration, plan, trio, self._strength)
+
+    def release(self) -> None:
+        """Close all shards."""
+        for tensors in self._tensors.values():
+            tensors.release()
+
+
+def strength_of(text: str, source: str) -> float:
+    """Lambda of a merge configuration; RainError names its `source` if it is not one number."""
+    value = (yaml.safe_load(text).get("parameters") or {}).get("lambda", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RainError(f"{source}: lambda is {value!r}, not one number")
+    return float(value)
