@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import os
@@ -11,17 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import calibrations
 import pytest
 import torch
+from browser import Page
 from commands import refused, run, succeed
 
 from rain_mergekit import figures, report, spectra
@@ -249,37 +245,6 @@ def test_inspect_of_something_else(tmp_path: Path) -> None:
 # report
 
 
-class Page(HTMLParser):
-    """Reads a page strictly: every element that is opened is closed, in order."""
-
-    EMPTY = ("meta", "br", "img", "link")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 @pytest.mark.parametrize("which", ["page", "hostile_page"])
 def test_page_is_whole_and_loads_nothing(which: str, request: pytest.FixtureRequest) -> None:
     text = request.getfixturevalue(which)
@@ -354,69 +319,16 @@ def test_missing_library(name: str, path: Path, monkeypatch: pytest.MonkeyPatch)
 
 # In a browser
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-# Measures pages in frames as wide as a phone; the title carries the numbers out: how far the page
-# scrolls sideways, how many pictures are drawn, how many elements could load or run something.
-FRAME = '<iframe src="%s" style="width: 360px; height: 800px; border: 0"></iframe>'
-FRAMES = """<!DOCTYPE html><title>waiting</title>%s
-<script>onload = () => {
-  document.title = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => [
-    page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    [...page.querySelectorAll("svg")].filter(svg => svg.clientHeight > 100).length,
-    page.querySelectorAll("script, img").length].join()).join(" ");
-}</script>"""
 
-
-@contextmanager
-def served(pages: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine; gives its address and the list of what was asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200 if self.path in pages else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(pages.get(self.path, "").encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 def test_in_a_browser(page: str, hostile_page: str, tmp_path: Path) -> None:
-    check_in_browser([page, hostile_page], tmp_path)
+    browser.check([page, hostile_page], tmp_path)
 
 
-def check_in_browser(texts: Sequence[str], folder: Path) -> None:
-    """Rendered on a phone: no sideways scrolling, no errors, and nothing else is asked for."""
-    pages = {f"/{number}.html": text for number, text in enumerate(texts)}
-    pages["/"] = FRAMES % "".join(FRAME % name for name in pages)
-    with served(pages) as (address, asked):
-        said = browse(address, folder)
-    title = re.search(r"<title>(.*?)</title>", said.stdout)
-    assert title is not None, said.stderr
-    pictures = [Page(text).tags["svg"] for text in texts]
-    assert title[1] == " ".join(f"0,{count},0" for count in pictures)
-    assert "CONSOLE" not in said.stderr
-    assert set(asked) <= {*pages, "/favicon.ico"}
-
-
-def browse(address: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "dump-dom"]
-    flags += [f"user-data-dir={folder}", "enable-logging=stderr", "virtual-time-budget=5000"]
-    flags += ["no-first-run", "disable-extensions", "disable-dev-shm-usage"]
-    command = [str(BROWSER), *(f"--{flag}" for flag in flags), address]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+def test_missing_browser_is_no_excuse_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no browser is installed"):
+        browser.find()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no browser is installed"):
+        browser.find()

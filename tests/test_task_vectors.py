@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import browser
 import calibrations
 import numpy as np
 import pytest
 import torch
 from commands import refused, succeed
 from merging import Calibration, Trio, make_calibration
-from test_report import BROWSER, check_in_browser
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.measure import open_checkpoint
@@ -130,11 +130,10 @@ def test_page_shows_task_vectors(path: Path, tmp_path: Path) -> None:
     assert "switched off" in out.read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 def test_page_with_task_vectors_in_a_browser(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     succeed("report", path, "-o", out, "--subspace", 2)
-    check_in_browser([out.read_text(encoding="utf-8")], tmp_path / "browser")
+    browser.check([out.read_text(encoding="utf-8")], tmp_path / "browser")
 
 
 def test_page_says_why_they_are_missing(tmp_path: Path) -> None:
