@@ -101,6 +101,7 @@ def load_reasoning(
             content_positions=tuple(sorted(set(tokens.inside()) - set(think))),
             response_positions=tokens.response() if keep_response else (),
             open_starts=tuple(block.open.start for block in tokens.blocks if block.lead),
+            open_ends=tuple(block.open.stop for block in tokens.blocks),
             close_starts=tuple(block.close.start for block in tokens.blocks),
         )
 

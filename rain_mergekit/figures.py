@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from rain_mergekit.sites import Spread
 from rain_mergekit.spectra import Curve
 from rain_mergekit.summary import Layer
 from rain_mergekit.svg import FAINT, INK, STYLE, inline
@@ -20,6 +21,7 @@ SIZE = (4.6, 2.9)
 COLOURS = ("#0b84c6", "#e08214", "#169c78", "#c2568f", "#8a7ae0", "#b0922c", "#6b8a99")
 _DEPTH = ("#e8a33d", "#d9644a", "#b04a86", "#6f56b8", "#3b7dd8")
 _FLOOR = 1e-6
+_LEAST = 1e-9  # nats; float32 distributions cannot tell less from nothing
 _NAME = 40
 
 
@@ -119,6 +121,29 @@ def lines(prefix: str, what: str, rows: Mapping[str, Mapping[int, float]]) -> st
         axes.figure.legend(fontsize=9, loc="outside upper center", ncols=columns, handlelength=1.2)
 
     return drawn(prefix, f"{what} by layer", draw)
+
+
+def around(prefix: str, what: str, values: Mapping[int, Spread], window: tuple[int, int]) -> str:
+    """Mean, smallest and largest by distance; the window is shaded, a dashed line is the marker."""
+
+    def draw(axes: Any) -> None:
+        xs = list(values)
+        mean, low, high = (
+            np.maximum([getattr(values[x], name) for x in xs], _LEAST)
+            for name in ("mean", "low", "high")
+        )
+        axes.axvspan(window[0] - 0.5, window[1] + 0.5, color=FAINT, alpha=0.15, lw=0)
+        axes.axvline(0, color=INK, lw=1.0, ls="--")
+        axes.fill_between(xs, low, high, color=COLOURS[0], alpha=0.2, lw=0)
+        axes.plot(xs, high, color=COLOURS[0], lw=0.8, alpha=0.7, label="largest")
+        axes.plot(xs, mean, "o-", color=COLOURS[1], lw=1.6, ms=3.5, label="mean")
+        axes.set(yscale="log", xlabel=what, ylabel="KL of the next token, nats")
+        axes.grid(visible=True, axis="y", color=FAINT, alpha=0.25, lw=0.5)
+        _plain_numbers(axes.yaxis)
+        _whole_numbers(axes)
+        axes.figure.legend(fontsize=9, loc="outside upper center", ncols=2, handlelength=1.2)
+
+    return drawn(prefix, f"KL of the next token by {what}", draw)
 
 
 def _plain_numbers(*directions: Any) -> None:

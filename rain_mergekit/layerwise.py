@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rain_mergekit.around import Around, Distances
 from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.evaluation import CHUNK_LOGITS, Drift, Tally, kl_divergence, same_vocabulary
@@ -121,17 +122,21 @@ def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
             total.rounding = (total.rounding or 0.0) + _energy(merged - rows[2][site])
 
 
-def token_drift(reference: Side, model: Side, samples: Sequence[ReasoningTokens]) -> Drift:
-    """`evaluation.drift` of two models at the end of their layers."""
+def token_drift(
+    reference: Side, model: Side, samples: Sequence[ReasoningTokens]
+) -> tuple[Drift, Around]:
+    """`evaluation.drift` of two models at the end of their layers, and by distance from markers."""
     chunk = max(16, CHUNK_LOGITS // same_vocabulary(reference.shell.model, model.shell.model))
-    tally = Tally()
+    tally, distances = Tally(), Distances()
     with finishing(reference.shell) as wanted, finishing(model.shell) as found:
         for number, sample in enumerate(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
             pairs = zip(*blocks, strict=True)
             parts = [kl_divergence(wanted(left), found(right)) for left, right in pairs]
-            tally.add(sample, torch.cat(parts).double().cpu())
-    return tally.drift()
+            apart = torch.cat(parts).double().cpu()
+            tally.add(sample, apart)
+            distances.add(sample, apart)
+    return tally.drift(), distances.around()
 
 
 def _energy(rows: Tensor) -> float:

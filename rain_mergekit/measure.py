@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rain_mergekit.evaluation import Drift, drift, load_model
 from rain_mergekit.features import spread
 from rain_mergekit.models import LoadOptions, load_tokenizer, open_model
 from rain_mergekit.settings import parse_settings
-from rain_mergekit.sites import locate, module_order
+from rain_mergekit.stored import Stored, grouped, short_names
 
 # What parse_settings needs beside, so that no instruction set is asked for.
 _NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
@@ -54,6 +56,19 @@ def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Tex
         window=known.window,
         chat_template_kwargs=known.chat_template_kwargs,
     )
+
+
+def recorded_texts(file: CalibrationFile) -> str | None:
+    """The reasoning set that the calibration was made from, if it is still there unchanged."""
+    recorded = (file.header.get("data") or {}).get("reasoning") or {}
+    path, digest = recorded.get("path"), recorded.get("sha256")
+    if not isinstance(path, str):
+        return None
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError):  # a path that no file can have
+        return None
+    return path if hashlib.sha256(content).hexdigest() == digest else None
 
 
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
@@ -121,26 +136,27 @@ def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:
 def moved(
     file: CalibrationFile, reasoning: Checkpoint, merged: Checkpoint
 ) -> dict[str, dict[int, float]]:
-    """||W* - W_R|| / ||W_R|| (Frobenius) of each listed weight, by module and layer.
+    """||W* - W_R|| / ||W_R|| (Frobenius) of the listed weights, by module and layer.
 
-    Two tensors are in memory at a time. Raises RainError where one is missing or of another shape.
+    The experts of a layer are taken together. Two tensors are in memory at a time. Raises
+    RainError where one is missing or of another shape.
     """
+    groups = grouped(file)
+    names, models = short_names(kind for kind, _ in groups), (Stored(reasoning), Stored(merged))
     found: dict[str, dict[int, float]] = {}
-    for name, module, layer in _weights(file):
-        before, after = reasoning.get(name), merged.get(name)
-        if before.shape != after.shape:
-            raise RainError(
-                f"{merged.reference}: tensor {name} has shape {list(after.shape)}, expected "
-                f"{list(before.shape)}: it was not merged from {reasoning.reference}"
-            )
-        norm = float(before.float().norm())
-        change = float((after.float() - before.float()).norm())
-        found.setdefault(module, {})[layer] = change / norm if norm else 0.0
-    modules = sorted(found, key=module_order)
-    return {module: dict(sorted(found[module].items())) for module in modules}
+    for (kind, layer), members in groups.items():
+        norms, changes = zip(*(_change(*models, name) for name in members), strict=True)
+        norm = math.hypot(*norms)
+        found.setdefault(names[kind], {})[layer] = math.hypot(*changes) / norm if norm else 0.0
+    return found
 
 
-def _weights(file: CalibrationFile) -> Iterator[tuple[str, str, int]]:
-    for name in file.tensors:
-        layer, kind = locate(name.removesuffix(".weight"))
-        yield name, kind.split(".")[-1], layer or 0
+def _change(reasoning: Stored, merged: Stored, name: str) -> tuple[float, float]:
+    """||W_R||, and ||W* - W_R||."""
+    before, after = reasoning.get(name), merged.get(name)
+    if before.shape != after.shape:
+        raise RainError(
+            f"{merged.checkpoint.reference}: tensor {name} has shape {list(after.shape)}, expected "
+            f"{list(before.shape)}: it was not merged from {reasoning.checkpoint.reference}"
+        )
+    return float(before.float().norm()), float((after.float() - before.float()).norm())

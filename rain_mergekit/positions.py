@@ -24,7 +24,8 @@ class ReasoningTokens:
 
     ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking blocks;
     ``response_positions`` is empty unless the response was kept. ``open_starts`` (of the blocks
-    that the model opens itself) and ``close_starts`` are the markers' first tokens.
+    that the model opens itself) and ``close_starts`` are the markers' first tokens; ``open_ends``
+    (of all blocks) are the first tokens after the open markers.
     """
 
     source: str
@@ -33,6 +34,7 @@ class ReasoningTokens:
     content_positions: tuple[int, ...]
     response_positions: tuple[int, ...]
     open_starts: tuple[int, ...]
+    open_ends: tuple[int, ...]
     close_starts: tuple[int, ...]
 
 

@@ -19,6 +19,7 @@ from rain_mergekit.task_vectors import Change, TaskVectors, by_module
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation import Drift
+    from rain_mergekit.verification import Measured
 
 _HEADS = {
     "alpha": ("coefficient alpha", 1.0),
@@ -29,11 +30,21 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model beside the calibration: what `measure` found of it."""
+    """A merged model beside the calibration: what `measure` and `verification` found of it.
+
+    note: why the drift was not measured, or on which texts it was. window: of the think positions.
+    """
 
     path: str
     moved: Mapping[str, Mapping[int, float]]
-    drift: Drift | None
+    measured: Measured | None
+    note: str = ""
+    window: int = 5
+
+    @property
+    def drift(self) -> Drift | None:
+        """Of the next tokens, by place."""
+        return None if self.measured is None else self.measured.drift
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ def render(
         spectra=list(_spectra(file, summary)),
         heads=list(_heads(summary)),
         moved=list(_moved(merged)),
+        around=list(_around(merged)),
+        layers=list(_layers(merged, summary)),
         vectors=vectors,
         norms=list(_norms(vectors)),
         overlaps=list(_overlaps(vectors)),
@@ -183,6 +196,37 @@ def _moved(merged: Merged | None) -> Iterator[Picture]:
     if merged is not None and merged.moved:
         svg = figures.lines("m-moved", "change / weight (norms)", merged.moved)
         yield Picture(svg, "How far the weights moved", "moved")
+
+
+def _around(merged: Merged | None) -> Iterator[Picture]:
+    """The drift of the next token by distance from the markers."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    if merged is None or merged.measured is None:
+        return
+    found, width = merged.measured.around, merged.window
+    sides = (("open", found.open, (0, width)), ("close", found.close, (-width, 0)))
+    for name, values, window in sides:
+        if values:
+            svg = figures.around(f"d-{name}", f"tokens from the {name} marker", values, window)
+            yield Picture(svg, f"Drift around the {name} marker", name)
+
+
+def _layers(merged: Merged | None, summary: Summary) -> Iterator[Picture]:
+    """The drift of the features at think positions, by site and layer."""
+    from rain_mergekit import figures  # noqa: PLC0415 - an extra
+
+    if merged is None or merged.measured is None:
+        return
+    names = {kind.name: _name(kind) for kind in summary.kinds}
+    rows: dict[str, dict[int, float]] = {}
+    for layer, sites in enumerate(merged.measured.layers):
+        for site, found in sites.items():
+            name = names.get(site, site.rpartition(".")[2])
+            rows.setdefault(name, {})[layer] = 100 * found.relative
+    if rows:
+        svg = figures.lines("d-layers", "drift, percent", rows)
+        yield Picture(svg, "Drift of the features at think positions", "layers")
 
 
 def _norms(vectors: TaskVectors | str) -> Iterator[Picture]:

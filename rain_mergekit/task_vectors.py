@@ -5,9 +5,10 @@ Read from the checkpoints one weight at a time, for the report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from rain_mergekit.apply import Factors
 from rain_mergekit.artifact import CalibrationFile, TensorPlan
 from rain_mergekit.artifact_schema import ROLES
 from rain_mergekit.checkpoint import Checkpoint, fingerprint
-from rain_mergekit.sites import locate, module_order
+from rain_mergekit.features import spread
+from rain_mergekit.stored import Stored, grouped, short_names
 
+EXPERTS = 4  # of one layer whose subspaces are compared
 SMALL = 512  # up to this size a matrix is decomposed exactly
 _EXTRA, _ROUNDS = 16, 6
 _NOISE = 1e-4  # of float32 differences of float16 weights
@@ -32,12 +35,18 @@ class Overlap:
     chance_left: float
     chance_right: float
 
+    @classmethod
+    def mean(cls, found: Sequence[Overlap]) -> Overlap:
+        """Of at least one."""
+        return cls(*(fmean(getattr(one, item.name) for one in found) for item in fields(cls)))
+
 
 @dataclass(frozen=True)
 class Change:
     """One weight: Frobenius norms of Δ and of what is merged of it at λ = 1, and the overlap.
 
-    The overlap is that of θ_I - θ_B and θ_R - θ_B; None where one of them is zero.
+    The overlap is that of θ_I - θ_B and θ_R - θ_B; None where one of them is zero. Of the experts
+    of a layer these are means.
     """
 
     module: str
@@ -89,45 +98,100 @@ def measure(
 ) -> TaskVectors:
     """Norms and overlaps of every listed weight; `tick` is told of each.
 
-    rank: of the principal subspaces. One weight of the three models is in memory at a time, in
-    float32. RainError if a checkpoint cannot be read.
+    rank: of the principal subspaces. Of a layer's experts the means are given; overlaps are those
+    of a few of them, evenly spaced. One weight of the three models is in memory at a time, one
+    matrix of it in float32. RainError if a checkpoint cannot be read.
     """
-    changes, left_out = [], 0
-    for name, plan in file.tensors.items():
-        if len(plan.shape) == 2 and all(name in model.names for model in models.values()):
-            changes.append(_change(file, models, name, plan, rank, torch.device(device)))
-        else:
-            left_out += 1
-        tick(1)
+    weights = _Weights(file, {role: Stored(model) for role, model in models.items()}, device, tick)
+    groups = grouped(file)
+    names = short_names(kind for kind, _ in groups)
+    changes, most = [], 1
+    for (kind, layer), members in groups.items():
+        count = weights.count(members)
+        chosen = set(spread(range(count), EXPERTS))
+        parts = [
+            _part(*matrices, rank if index in chosen else 0)
+            for index, matrices in enumerate(weights.matrices(members))
+        ]
+        most = max(most, count)
+        if parts:
+            changes.append(_mean(names[kind], layer, parts))
     for model in models.values():
         model.release()
-    remarks = (f"{left_out} of {len(file.tensors)} weights are experts, and left out",)
-    changes.sort(key=lambda change: (module_order(change.module), change.layer))
-    return TaskVectors(tuple(changes), rank, remarks if left_out else ())
+    return TaskVectors(tuple(changes), rank, tuple(_remarks(most, len(weights.left_out))))
 
 
-def _change(
-    file: CalibrationFile,
-    models: Mapping[str, Checkpoint],
-    name: str,
-    plan: TensorPlan,
-    rank: int,
-    device: torch.device,
-) -> Change:
-    weights = (models[role].get(name) for role in ("instruct", "pretrained", "reasoning"))
-    instruct, pretrained, reasoning = (w.to(device, torch.float32) for w in weights)
-    tuned, thinking = instruct - pretrained, reasoning - pretrained
-    if plan.input_axis == -2:
-        tuned, thinking = tuned.mT, thinking.mT
-    site = plan.site if isinstance(plan.site, str) else None
-    factors = file.factors(site) if site is not None else Factors(None, None)
-    layer, kind = locate(name.removesuffix(".weight"))
+def _remarks(experts: int, left_out: int) -> Iterator[str]:
+    if experts > 1:
+        yield (
+            f"Of the {experts} experts of a layer the means are shown; the overlap is that of "
+            f"{min(experts, EXPERTS)} of them"
+        )
+    if left_out:
+        yield f"{left_out} weights are not in all of the three models under these names: left out"
+
+
+class _Weights:
+    """Single matrices of the weights that the calibration file lists, in all three models."""
+
+    def __init__(
+        self,
+        file: CalibrationFile,
+        models: Mapping[str, Stored],
+        device: str,
+        tick: Callable[[int], object],
+    ) -> None:
+        self._file, self._device, self._tick = file, torch.device(device), tick
+        self._models = [models[role] for role in ("instruct", "pretrained", "reasoning")]
+        self.left_out = {
+            name for name in file.tensors if any(name not in model for model in self._models)
+        }
+
+    def count(self, names: Sequence[str]) -> int:
+        """How many matrices these weights hold."""
+        shapes = (self._file.tensors[name].shape for name in names if name not in self.left_out)
+        return sum(1 if len(shape) == 2 else shape[0] for shape in shapes)
+
+    def matrices(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each matrix: the two task vectors, and what is merged of the first; (d_out, d_in)."""
+        for name in names:
+            if name not in self.left_out:
+                plan = self._file.tensors[name]
+                stored = [model.get(name) for model in self._models]
+                if len(plan.shape) == 2:
+                    stored = [weight[None] for weight in stored]
+                for expert, weights in enumerate(zip(*stored, strict=True)):
+                    yield self._change(plan, expert, weights)
+            self._tick(1)
+
+    def _change(
+        self, plan: TensorPlan, expert: int, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        instruct, pretrained, reasoning = (w.to(self._device, torch.float32) for w in weights)
+        tuned, thinking = instruct - pretrained, reasoning - pretrained
+        if plan.input_axis == -2:
+            tuned, thinking = tuned.mT, thinking.mT
+        site = plan.site[expert] if isinstance(plan.site, tuple) else plan.site
+        factors = self._file.factors(site) if site is not None else Factors(None, None)
+        rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
+        return tuned, thinking, merged_part(tuned, factors, rows, cols)
+
+
+def _part(
+    tuned: Tensor, thinking: Tensor, merged: Tensor, rank: int
+) -> tuple[float, float, Overlap | None]:
+    shared = overlap(tuned, thinking, rank) if rank else None
+    return _norm(tuned), _norm(merged), shared
+
+
+def _mean(module: str, layer: int, parts: Sequence[tuple[float, float, Overlap | None]]) -> Change:
+    shared = [found for _, _, found in parts if found is not None]
     return Change(
-        module=kind.split(".")[-1],
-        layer=layer or 0,
-        before=_norm(tuned),
-        after=_norm(merged_part(tuned, factors, file.scale(plan.rows), file.scale(plan.cols))),
-        overlap=overlap(tuned, thinking, rank),
+        module=module,
+        layer=layer,
+        before=fmean(before for before, _, _ in parts),
+        after=fmean(after for _, after, _ in parts),
+        overlap=Overlap.mean(shared) if shared else None,
     )
 
 

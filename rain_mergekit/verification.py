@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from rain_mergekit.around import Around
 from rain_mergekit.behaviour import Behaviour, behaviour, breaks_more
 from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """Drift by layer and of the next tokens.
+    """Drift by layer, of the next tokens, and of these by their distance from the markers.
 
     unrounded: the drift that the merge would have without the rounding of its weights; None where
     that is not known, with the reason in `unknown`.
@@ -36,6 +37,7 @@ class Measured:
 
     layers: tuple[LayerDrift, ...]
     drift: Drift
+    around: Around
     unrounded: Drift | None
     unknown: str | None
 
@@ -76,7 +78,8 @@ def measure(
         finally:
             for side in sides:
                 side.close()
-    return Measured(layers, found[0], found[1] if len(found) > 1 else None, unknown)
+    unrounded = found[1][0] if len(found) > 1 else None
+    return Measured(layers, *found[0], unrounded, unknown)
 
 
 def _side(checkpoint: Checkpoint, how: Streaming) -> Side:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import browser
 import pytest
 import yaml
 from commands import Workplace, make_models, make_workplace, refused, run, succeed
@@ -183,7 +184,31 @@ def test_report_of_a_merge(place: Workplace, swept: tuple[Path, str]) -> None:
     text = page.read_text(encoding="utf-8")
     assert "How far the weights moved" in text
     assert "L_think: the markers" in text
+    for title in ("around the open marker", "around the close marker", "of the features at think"):
+        assert f"Drift {title}" in text
+    assert "own texts" not in text
     assert "Attention heads" not in text  # none were measured
+    browser.check([text], place.folder / "browser")
+
+
+def test_report_takes_the_texts_of_the_calibration(
+    place: Workplace, swept: tuple[Path, str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    command = ("report", place.calibration, "--merged", swept[0] / "lambda-1.5", "-o", page)
+
+    def drawn(*options: object) -> str:
+        succeed(*command, "--no-task-vectors", *options)
+        return page.read_text(encoding="utf-8")
+
+    found = drawn("--samples", 2)
+    assert "<p>2 samples (" in found
+    assert "own texts: held-out ones say more)" in found
+    assert "not shown: switched off by --no-drift" in drawn("--no-drift")
+    data, text = place.folder / "reasoning.jsonl", (place.folder / "reasoning.jsonl").read_text()
+    data.write_text(text + "\n")
+    assert "not shown: the texts of the calibration are not here" in drawn()
+    data.write_text(text)
 
 
 def test_report_of_something_else(place: Workplace, swept: tuple[Path, str]) -> None:

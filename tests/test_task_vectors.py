@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import architectures
 import browser
 import calibrations
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 import torch
 from commands import refused, succeed
 from merging import Calibration, Trio, make_calibration
+from test_architectures import store_as_modules
 
 from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.measure import open_checkpoint
 from rain_mergekit.models import LoadOptions
 from rain_mergekit.task_vectors import TaskVectors, measure, overlap, principal
@@ -114,6 +118,42 @@ def test_overlap_of_what_is_known() -> None:
     assert low is not None
     assert (low.left, low.chance_left) == (pytest.approx(1.0), 0.25)
     assert overlap(first, torch.zeros(4, 4), 2) is None
+
+
+# Experts
+
+
+def test_experts_are_means_over_a_layer(tmp_path: Path) -> None:
+    """Stored one by one, and as one tensor in one of the three models: the same numbers."""
+    tiny = architectures.make(tmp_path, "mixtral").using(coefficients="off")
+    tiny.calibrate()
+    file, read = CalibrationFile.open(str(tiny.path)), tiny.weights
+    first = measure(file, opened(tmp_path), RANK)
+    assert any(name.endswith("experts.3.w2.weight") for name in read("instruct"))
+    assert any("Of the 4 experts of a layer the means are shown" in text for text in first.remarks)
+    rows = {(change.module, change.layer): change for change in first.changes}
+    assert len(rows) == len(first.changes)
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    before, shared = [], []
+    for expert in range(4):
+        name = f"{prefix}.{expert}.w2.weight"
+        weights = [read(role)[name].double() for role in ("instruct", "pretrained", "reasoning")]
+        tuned, thinking = weights[0] - weights[1], weights[2] - weights[1]
+        before.append(float(tuned.norm()))
+        pairs = [np.linalg.svd(delta.numpy())[2][:RANK] for delta in (tuned, thinking)]
+        shared.append(np.linalg.norm(pairs[0] @ pairs[1].T) ** 2 / RANK)
+    experts = rows["experts.down_proj", 1]
+    assert experts.before == pytest.approx(np.mean(before), rel=1e-5)
+    assert experts.overlap is not None
+    assert experts.overlap.right == pytest.approx(np.mean(shared), abs=1e-4)
+    store_as_modules(tmp_path / "reasoning")
+    mixed = measure(file, opened(tmp_path), RANK)
+    assert [asdict(one) for one in mixed.changes] == [asdict(one) for one in first.changes]
+
+
+def opened(folder: Path) -> dict[str, Checkpoint]:
+    roles = ("reasoning", "instruct", "pretrained")
+    return {role: open_checkpoint(str(folder / role), LoadOptions()) for role in roles}
 
 
 # The page

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import architectures
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rain_mergekit import layerwise
+from rain_mergekit.around import REACH
 from rain_mergekit.behaviour import Behaviour, behaviour, breaks_more
 from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
@@ -115,6 +117,36 @@ def test_next_tokens_equal_those_of_whole_models(
             assert value.positions == wanted.positions
             assert value.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-7)
         assert one.worst_source == expected.worst_source
+
+
+def test_drift_by_distance_from_the_markers(tiny: Tiny) -> None:
+    """Against the logits of whole models, at the places where the markers' own tokens stand."""
+    samples, folder = samples_of(tiny), tiny.folder
+    places = [folder / "reasoning", folder / "bfloat16/merged"]
+    found = measure(*map(checkpoint, places), samples, HOW).around
+    models, tokenizer = [whole(place) for place in places], tiny.tokenizer()
+    expected: dict[str, dict[int, list[float]]] = {"open": {}, "close": {}}
+    for sample in samples:
+        ids = torch.tensor([sample.input_ids])
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in models)
+        apart = (p.exp() * (p - q)).sum(-1).tolist()
+        opened, closed = (
+            sample.input_ids.index(tokenizer.convert_tokens_to_ids(text))
+            for text in ("<think>", "</think>")
+        )
+        for at, value in enumerate(apart):
+            if at < closed and abs(at - opened) <= REACH:
+                expected["open"].setdefault(at - opened, []).append(value)
+            if at > opened and abs(at - closed) <= REACH:
+                expected["close"].setdefault(at - closed, []).append(value)
+    for name, values in expected.items():
+        got = getattr(found, name)
+        assert set(got) == set(values)
+        assert len(got) > 12
+        for distance, numbers in values.items():
+            spread = (fmean(numbers), min(numbers), max(numbers))
+            assert astuple(got[distance]) == pytest.approx(spread, rel=1e-3, abs=1e-6)
 
 
 def test_hidden_states_that_find_no_room_in_memory(tiny: Tiny) -> None:

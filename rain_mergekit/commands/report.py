@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rain_mergekit.commands.options import (
+    budget_option,
     device_option,
     dtype_option,
     loading_options,
@@ -19,8 +20,11 @@ from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
     from rain_mergekit.artifact import CalibrationFile
+    from rain_mergekit.measure import Texts
     from rain_mergekit.report import Merged
     from rain_mergekit.task_vectors import TaskVectors
+
+_FEW = 8  # samples, where nobody has chosen any
 
 
 @click.command(
@@ -38,9 +42,11 @@ if TYPE_CHECKING:
 @click.option(
     "--reasoning-data",
     type=click.Path(),
-    help="With --merged: measure L_think on these samples, as verify does.",
+    help="With --merged: measure the drift on these samples, as verify does  "
+    "[default: a few of the calibration's own]",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many of them.")
+@click.option("--drift/--no-drift", default=True, help="With --merged: run both models, or do not.")
 @click.option(
     "--task-vectors/--no-task-vectors",
     default=None,
@@ -54,6 +60,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How many of the strongest directions to compare.",
 )
+@budget_option
 @device_option()
 @dtype_option()
 @loading_options
@@ -127,11 +134,9 @@ def _protect_foreign(output: str) -> None:
 
 def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Merged:
     from rain_mergekit.measure import (  # noqa: PLC0415 - loads transformers
-        Ruler,
         check_reasoning,
         moved,
         open_checkpoint,
-        texts_like,
     )
     from rain_mergekit.models import LoadOptions  # noqa: PLC0415
     from rain_mergekit.report import Merged  # noqa: PLC0415
@@ -142,10 +147,30 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
     reasoning = open_checkpoint(options["against"] or recorded, load)
     check_reasoning(file, reasoning)
     merged = open_checkpoint(options["merged"], load)
-    found = None
+    weights = moved(file, reasoning, merged)
+    texts = _texts(file, options)
+    if isinstance(texts, str):
+        return Merged(options["merged"], weights, None, texts)
+    from rain_mergekit.commands.measuring import measure_on  # noqa: PLC0415
+    from rain_mergekit.verification import Streaming  # noqa: PLC0415
+
+    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
+    how = Streaming(load, device, dtype, options["activation_budget"])
+    measured, _ = measure_on(reasoning, merged, texts, how, console)
+    own = "" if options["reasoning_data"] else "the calibration's own texts: held-out ones say more"
+    return Merged(options["merged"], weights, measured, own, texts.window)
+
+
+def _texts(file: CalibrationFile, options: dict[str, Any]) -> Texts | str:
+    """What to measure the drift on, or why it is not measured."""
+    from rain_mergekit.measure import recorded_texts, texts_like  # noqa: PLC0415
+
+    if options["drift"] is False:
+        return "switched off by --no-drift"
+    settings = file.header.get("settings") or {}
     if options["reasoning_data"]:
-        settings = file.header.get("settings") or {}
-        texts = texts_like(settings, options["reasoning_data"], options["samples"])
-        device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
-        found = Ruler(reasoning, texts, device, dtype).drift(merged)
-    return Merged(options["merged"], moved(file, reasoning, merged), found)
+        return texts_like(settings, options["reasoning_data"], options["samples"])
+    path = recorded_texts(file)
+    if path is None:
+        return "the texts of the calibration are not here: name some with --reasoning-data"
+    return texts_like(settings, path, options["samples"] or _FEW)

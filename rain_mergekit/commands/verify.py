@@ -83,6 +83,7 @@ def verify(**options: Any) -> None:
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.commands.measuring import measure_on  # noqa: PLC0415
     from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.models import LoadOptions  # noqa: PLC0415
     from rain_mergekit.verification import Streaming, verdict  # noqa: PLC0415
@@ -96,7 +97,7 @@ def verify(**options: Any) -> None:
     how = Streaming(load, device, dtype, options["activation_budget"])
     reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
     asked = _asked(options)
-    found, data = _measure(reasoning, merged, options, how, console)
+    found, data = measure_on(reasoning, merged, _texts(options), how, console)
     for line in verify_text.drift_lines(found.drift):
         console.say(line)
     for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
@@ -115,29 +116,6 @@ def verify(**options: Any) -> None:
         _write_card(options["merged"], found, data, console)
     if said == "damaged":
         click.get_current_context().exit(_DAMAGED)
-
-
-def _measure(
-    reasoning: Checkpoint,
-    merged: Checkpoint,
-    options: dict[str, Any],
-    how: Streaming,
-    console: Console,
-) -> tuple[Measured, DataSet[Any]]:
-    from tqdm import tqdm  # noqa: PLC0415
-
-    from rain_mergekit.measure import read_texts  # noqa: PLC0415
-    from rain_mergekit.models import read_model_config  # noqa: PLC0415
-    from rain_mergekit.verification import measure  # noqa: PLC0415
-
-    samples, data = read_texts(reasoning, _texts(options))
-    if skipped := data.total - len(data.samples):
-        source, reason = data.skipped[0]
-        console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
-    layers = int(read_model_config(reasoning).num_hidden_layers)
-    total = layers * sum(len(sample.input_ids) for sample in samples)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
-        return measure(reasoning, merged, samples, how, progress.update), data
 
 
 def _texts(options: dict[str, Any]) -> Texts:
