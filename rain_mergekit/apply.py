@@ -59,7 +59,7 @@ def merged_weight(
     scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
     u, v = (f if f is None else f.to(device, dtype) for f in (factors.u, factors.v))
     # out of the type's range it is infinite, and so is the result: torch would refuse the number
-    strength = float(torch.tensor(strength, dtype=dtype))
+    strength = float(torch.tensor(strength, dtype=dtype, device="cpu"))
     step = _block_rows(out)
     space = torch.empty(2, min(step, out.shape[0]), out.shape[1], dtype=dtype, device=device)
     for start in range(0, out.shape[0], step):

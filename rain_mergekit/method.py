@@ -22,6 +22,8 @@ from rain_mergekit.roles import assign_roles, is_proxy, proxy_roles
 
 __all__ = ["RainMerge", "RainMergeError", "register"]
 _SLICE = re.compile(r"\.slices\[\d+\]$")
+# Threads of `--multi-gpu` make a GPU the default device, and parts of files would be read to it.
+_HOST = "cpu"
 
 
 class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
@@ -191,13 +193,15 @@ def _require_inputs(
 def _check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
     from rain_mergekit.model_checks import check_models  # noqa: PLC0415 - see register
 
-    check_models(calibration, models)
+    with torch.device(_HOST):
+        check_models(calibration, models)
 
 
 def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
     from rain_mergekit.model_checks import check_source  # noqa: PLC0415 - see register
 
-    check_source(model, name, tensor)
+    with torch.device(_HOST):
+        check_source(model, name, tensor)
 
 
 def _require_finite(tensor: Tensor, name: str, who: str) -> None:
