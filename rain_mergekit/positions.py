@@ -143,7 +143,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded:
         truncation=False,
         verbose=False,
     )
-    offsets = tuple((int(start), int(end)) for start, end in batch["offset_mapping"])
+    offsets: tuple[tuple[int, int], ...] = tuple(batch["offset_mapping"])
     if (lost := _lost(rendered.text, offsets)) > _MAX_LOST:
         raise UnusableError(
             f"the tokenizer loses {lost:.0%} of the text, so it is not the one this model was "
@@ -151,7 +151,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded:
         )
     return Encoded(
         rendered=rendered,
-        input_ids=tuple(int(token) for token in batch["input_ids"]),
+        input_ids=tuple(batch["input_ids"]),
         offsets=offsets,
         blocks=tuple(
             TokenBlock(
@@ -202,7 +202,9 @@ def _overlapping(
 
     A character that is several tokens (bytes) has its offsets on all of them, so all are found.
     """
-    return tuple(i for i in tokens if covered.find(1, *offsets[i]) >= 0)
+    first, last = covered.find(1), covered.rfind(1)  # few tokens are near what is marked
+    near = (i for i in tokens if offsets[i][1] > first and offsets[i][0] <= last)
+    return tuple(i for i in near if covered.find(1, *offsets[i]) >= 0)
 
 
 def _short(text: str, width: int = 60) -> str:
