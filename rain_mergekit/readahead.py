@@ -1,23 +1,20 @@
-"""Reading weights before they are needed: a thread brings them into the system's page cache.
+"""Reading weights before they are needed: the system is asked to fetch them while a layer computes.
 
 Nothing is handed over, so nothing can differ or fail: who needs a weight reads it as ever, and
-finds it in memory. What the thread cannot read it leaves; the reader proper says what is wrong.
+finds it in the page cache. What cannot be announced is left; the reader proper says what is wrong.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 LOG = logging.getLogger(__name__)
-NAME = "rain-read-ahead"
-STEP = 4 * 1024**2
-PATIENCE = 5.0  # seconds; a network disk that hangs must not hold up an interruption
+STEP = 2 * 1024**2  # Linux may cut a longer request short
 
 
 @dataclass(frozen=True)
@@ -29,28 +26,21 @@ class Piece:
     size: int
 
 
-@dataclass
-class Progress:
-    """What the thread has read so far, in bytes; `done` is set when it has ended."""
+def announce(pieces: Iterable[Piece]) -> None:
+    """Ask the system to read the pieces into its page cache; returns without waiting for them.
 
-    bytes: int = 0
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-@contextmanager
-def reading_ahead(pieces: Iterable[Piece]) -> Iterator[Progress]:
-    """Read the pieces in the background; leaving the context stops that where it is.
-
-    `pieces` is gone through in the thread, so that finding them costs no time either.
+    Does nothing where the system has no such call. No thread: one that copies the bytes takes the
+    processor from the layer that computes, and its start can fail when memory is short.
     """
-    progress, stop = Progress(), threading.Event()
-    thread = threading.Thread(target=_read, args=(pieces, progress, stop), name=NAME, daemon=True)
-    thread.start()
+    if not hasattr(os, "posix_fadvise"):
+        return
     try:
-        yield progress
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
+        for piece in pieces:
+            with piece.path.open("rb", buffering=0) as file:
+                for start in range(piece.start, piece.start + piece.size, STEP):
+                    os.posix_fadvise(file.fileno(), start, STEP, os.POSIX_FADV_WILLNEED)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        LOG.debug("not announced: %s", error)
 
 
 def tensor_pieces(folder: str, places: Mapping[str, str], prefix: str) -> Iterator[Piece]:
@@ -82,24 +72,3 @@ def _joined(spans: list[list[int]]) -> Iterator[tuple[int, int]]:
             start = next_start
         end = next_end
     yield start, end
-
-
-def _read(pieces: Iterable[Piece], progress: Progress, stop: threading.Event) -> None:
-    buffer = memoryview(bytearray(STEP))
-    try:
-        for piece in pieces:
-            with piece.path.open("rb", buffering=0) as file:
-                file.seek(piece.start)
-                left = piece.size
-                while left > 0 and not stop.is_set():
-                    count = file.readinto(buffer[: min(STEP, left)])
-                    if not count:
-                        break
-                    left -= count
-                    progress.bytes += count
-            if stop.is_set():
-                break
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        LOG.debug("not read ahead: %s", error)
-    finally:
-        progress.done.set()

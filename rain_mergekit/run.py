@@ -33,7 +33,7 @@ from rain_mergekit.plan import (
 )
 from rain_mergekit.planning import model_shape, workload
 from rain_mergekit.progress import Progress
-from rain_mergekit.readahead import Piece, reading_ahead, tensor_pieces
+from rain_mergekit.readahead import Piece, announce, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
 from rain_mergekit.thinks import Likelihood, likelihood
@@ -147,8 +147,8 @@ class Run:
             with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
                 for index in self.indices[first:]:
                     progress.layer(index)
-                    with reading_ahead(self._needed_next(index)):
-                        result = self._layer(index, streams, progress.sample)
+                    announce(self._needed_next(index))
+                    result = self._layer(index, streams, progress.sample)
                     if self._world.rank == 0:
                         write_part(work.part(index), self._name(index), result)
                     LOG.info("finished layer %d of %d", index + 1, len(self.indices))

@@ -1,9 +1,11 @@
-"""Reading ahead: the right bytes, stopped at once, and never the one who complains."""
+"""Announced weights: the right bytes come into the page cache, and nothing ever complains."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import threading
+import mmap
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny import Tiny
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.readahead import NAME, Piece, reading_ahead, tensor_pieces
+from rain_mergekit.readahead import STEP, Piece, announce, tensor_pieces
 
 SHARDS = {
     "a.safetensors": ("model.layers.1.q", "model.layers.10.q", "model.layers.1.k", "model.norm"),
     "b.safetensors": ("model.layers.1.v",),
     "c.safetensors": ("model.layers.2.q",),
 }
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == NAME]
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture(name="places")
@@ -48,14 +47,44 @@ def test_pieces_are_the_bytes_of_the_layer(tmp_path: Path, places: dict[str, str
     assert all(content in found for content in wanted.values())
 
 
-def test_everything_is_read(tmp_path: Path, places: dict[str, str]) -> None:
-    with reading_ahead(tensor_pieces(str(tmp_path), places, "model.layers.")) as progress:
-        assert progress.done.wait(60)
-    assert progress.bytes == 5 * 3 * 5 * 4
+def cached(path: Path) -> list[bool]:
+    """Which pages of the file are in memory, as the kernel says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    size = path.stat().st_size
+    pages = ctypes.create_string_buffer(-(-size // PAGE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        start = ctypes.c_char.from_buffer(view)
+        done = libc.mincore(ctypes.addressof(start), size, pages)
+        del start
+        assert done == 0, os.strerror(ctypes.get_errno())
+    return [bool(byte & 1) for byte in pages.raw]
+
+
+def dropped(path: Path) -> None:
+    """Out of the page cache, where the file system is not the page cache itself."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_announced_pieces_come_into_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(4 * STEP))
+    dropped(path)
+    start, size = STEP // 2, 2 * STEP + PAGE
+    announce([Piece(path, start, size)])
+    wanted = slice(start // PAGE, -(-(start + size) // PAGE))
+    end = time.monotonic() + 60
+    while not all(cached(path)[wanted]) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(cached(path)[wanted])
 
 
 @pytest.mark.parametrize("harm", ["missing", "empty", "no header", "other names", "cut off"])
-def test_what_cannot_be_read_is_left(tmp_path: Path, places: dict[str, str], harm: str) -> None:
+def test_what_cannot_be_announced_is_left(
+    tmp_path: Path, places: dict[str, str], harm: str
+) -> None:
     shard = tmp_path / "a.safetensors"
     content = shard.read_bytes()
     if harm == "missing":
@@ -64,25 +93,7 @@ def test_what_cannot_be_read_is_left(tmp_path: Path, places: dict[str, str], har
         save_file({"x": torch.zeros(2)}, shard)
     else:
         shard.write_bytes({"empty": b"", "no header": b"x" * 99, "cut off": content[:-140]}[harm])
-    with reading_ahead(tensor_pieces(str(tmp_path), places, "model.layers.1.")) as progress:
-        assert progress.done.wait(60)
-    assert progress.bytes < 3 * 3 * 5 * 4
-
-
-def test_leaving_stops_it(tmp_path: Path) -> None:
-    path = tmp_path / "large"
-    size = 2**40
-    with path.open("wb") as file:
-        file.truncate(size)  # holes: nothing is on the disk
-    start = time.monotonic()
-    with reading_ahead([Piece(path, 0, size)]) as progress:
-        while not progress.bytes:
-            time.sleep(0.001)
-        assert threads() == [NAME]
-    assert time.monotonic() - start < 30
-    assert progress.done.is_set()
-    assert 0 < progress.bytes < size
-    assert not threads()
+    announce(tensor_pieces(str(tmp_path), places, "model.layers.1."))
 
 
 class _Thief(logging.Handler):
@@ -117,4 +128,3 @@ def test_weights_that_vanish_are_one_clear_error(
     with pytest.raises(RainError, match="cannot read tensor") as caught:
         tiny.calibrate()
     assert str(shard.parent) in str(caught.value)
-    assert not threads()
