@@ -11,7 +11,8 @@ from scipy.stats import fisher_exact
 from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.generation import Answer
-from rain_mergekit.instruction_checks import Asked, follows
+from rain_mergekit.instructions.prompts import Asked
+from rain_mergekit.instructions.rules import follows
 
 # More broken blocks than the reasoning model's own are held for damage from this chance on.
 SIGNIFICANCE = 0.05

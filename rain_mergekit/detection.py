@@ -52,9 +52,18 @@ def written_markers(path: StrPath) -> Markers:
     return found[0] if len(found) == 1 else Markers()
 
 
-def tokenizer_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
+def tokenizer_markers(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
+) -> Markers:
     """The known markers of this model, without a set; `<think>` where that is not clear."""
-    found = _opened(ChatTemplate(tokenizer, {})) or _supported(tokenizer)
+    template = ChatTemplate(tokenizer, chat_template_kwargs)
+    found = _opened(template) or _supported(tokenizer)
+    return found[0] if len(found) == 1 else Markers()
+
+
+def text_markers(text: str) -> Markers:
+    """The known markers in one output; `<think>` where there are none, or of several kinds."""
+    found = _written([text], ())
     return found[0] if len(found) == 1 else Markers()
 
 

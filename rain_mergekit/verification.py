@@ -18,7 +18,7 @@ from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, load_model
 from rain_mergekit.generation import generate
-from rain_mergekit.instruction_checks import Asked
+from rain_mergekit.instructions.prompts import Asked
 from rain_mergekit.layerwise import LayerDrift, Side, Tick, feature_drift, token_drift
 from rain_mergekit.measure import Texts, markers_of
 from rain_mergekit.models import LoadOptions, load_tokenizer, read_model_config

@@ -4,6 +4,8 @@ What it does beside answering is chosen by the name of the model in a request:
 
     NAME            answers
     NAME:apart      takes the thinking out of the text, as vLLM's reasoning parsers do
+    NAME:stripped   does so and drops the white space around the parts, as others do
+    NAME:other      writes other markers
     NAME:opened     as if the chat template had written the open marker
     NAME:flaky      every second request fails with 503
     NAME:down       every request fails with 503
@@ -39,7 +41,11 @@ class Model:
 
     def answer(self, request: dict[str, Any]) -> tuple[str, bool]:
         head = self.tokenizer.apply_chat_template(
-            request["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            request["messages"],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            **request.get("chat_template_kwargs", {}),
         )
         temperature = request.get("temperature", 0)
         drawing = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -87,10 +93,14 @@ class Handler(BaseHTTPRequestHandler):
     def completion(self, request: dict[str, Any], way: str) -> dict[str, Any]:
         text, ended = self.model.answer(request)
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if way == "apart":
+        if way in ("apart", "stripped"):
             thinking, _, response = text.partition("</think>")
             thinking = thinking.replace("<think>", "")
+            if way == "stripped":
+                thinking, response = thinking.strip(), response.strip()
             message = {"role": "assistant", "content": response, "reasoning_content": thinking}
+        if way == "other":
+            message["content"] = text.replace("think>", "reasoning>")
         if way == "opened":
             message["content"] = text.replace("<think>", "").lstrip()
         reason = "stop" if ended else "length"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,8 +85,11 @@ def from_server(server: str, way: str, folder: Path, *more: object) -> tuple[obj
     [
         ("<think>\na\n</think>\n\nb", None, None),
         ("a\n</think>\n\nb", None, None),
-        ("b", "a", None),
-        ("b", "", "nothing in the thinking"),
+        ("\n\nb", "\na\n", None),
+        ("b", "a", "taken apart by the server"),
+        ("\nb", "a", "taken apart by the server"),
+        ("b", "a\n", "taken apart by the server"),
+        ("\nb", "", "nothing in the thinking"),
         ("<think>\n</think>b", None, "nothing in the thinking"),
         ("<think>a</think> ", None, "nothing after the thinking"),
         ("a", None, "not exactly one"),
@@ -94,7 +98,7 @@ def from_server(server: str, way: str, folder: Path, *more: object) -> tuple[obj
         ("<think>a<think>b</think>c", None, "not exactly one"),
         ("x<think>a</think>b", None, "text before the thinking"),
         ("</think><think>", None, "text before the thinking"),
-        ("b</think>", "a", "not exactly one"),
+        ("\nb</think>", "a\n", "not exactly one"),
     ],
 )
 def test_only_one_complete_block_is_kept(
@@ -209,13 +213,51 @@ def test_server_gives_the_same_answers(server: str, tmp_path: Path) -> None:
     assert request["authorization"] is None
 
 
-def test_server_that_takes_the_thinking_out(server: str, tmp_path: Path, tokenizer: Any) -> None:
-    prompts = ask(tmp_path, 4)
-    said = succeed(*from_server(server, "apart", tmp_path, "--prompts", prompts))
-    assert "without a reasoning parser" in said
-    (first, *_) = lines(tmp_path / "set.jsonl")
-    assert set(first) == {"prompt", "domain", "reasoning", "response"}
-    assert not load_reasoning(tmp_path / "set.jsonl", tokenizer).skipped
+def test_server_that_takes_the_thinking_out(server: str, tmp_path: Path) -> None:
+    """Put back between the markers, it is what the same server writes without a parser."""
+    sets = []
+    for way in ("", "apart"):
+        folder = tmp_path / (way or "whole")
+        folder.mkdir()
+        succeed(*from_server(server, way, folder, "--prompts", ask(folder, 4)))
+        sets.append(sorted(map(str, lines(folder / "set.jsonl"))))
+    assert sets[0] == sets[1]
+
+
+def test_thinking_that_cannot_be_put_back_verbatim_is_refused(server: str, tmp_path: Path) -> None:
+    prompts = ask(tmp_path, 2)
+    outcome = run(*from_server(server, "stripped", tmp_path, "--prompts", prompts))
+    assert outcome.code == 1
+    assert "can be kept (2 taken apart by the server, without the white space" in outcome.output
+
+
+def test_known_markers_of_a_server_are_told_from_its_answers(server: str, tmp_path: Path) -> None:
+    succeed(*from_server(server, "other", tmp_path, "--prompts", ask(tmp_path, 2)))
+    found = lines(tmp_path / "set.jsonl")
+    assert all(item["output"].startswith("<reasoning>") for item in found)
+    assert "2 of 2 samples usable" in succeed("data", "check", tmp_path / "set.jsonl")
+
+
+def test_template_arguments_reach_the_server_and_the_model(server: str, tmp_path: Path) -> None:
+    """With another opening the answers begin in the middle of the block."""
+    model = tmp_path / "model"
+    shutil.copytree(REASONING, model)
+    template = model / "chat_template.jinja"
+    opening = "{%- if hurry is defined and hurry %}{{ '<think>' }}{%- endif %}"
+    template.write_text(template.read_text() + opening)
+    prompts, out = ask(tmp_path, 3), tmp_path / "local.jsonl"
+    arguments = ("--chat-template-kwargs", '{"hurry": true}')
+    command = ("data", "reasoning", "--model", model, "--prompts", prompts, "-o", out, *SHORT)
+    said = succeed(*command, "--markers", "<think>", "</think>", *arguments)
+    check = f"data check {out} --model {model} --chat-template-kwargs '{{\"hurry\": true}}'"
+    assert f"{check} --markers '<think>' '</think>'" in said
+    assert all("<think>" not in item["output"] for item in lines(out))
+    assert "made with another chat_template_kwargs;" in refused(tmp_path, *command)
+    extra = ("--extra-body", '{"separate_reasoning": false}')
+    succeed(*from_server(server, "", tmp_path, "--prompts", prompts, *arguments, *extra))
+    request = seen(server)[-1]
+    assert request["chat_template_kwargs"] == {"hurry": True}
+    assert request["separate_reasoning"] is False
 
 
 def test_server_whose_template_opens_the_block(server: str, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from commands import TRIO, refused, run, succeed
 
-from rain_mergekit.building.marking import prompt_spans, response_spans
-from rain_mergekit.building.rules import ARGUMENTS, RULES
+from rain_mergekit.building.marking import _CUES, prompt_spans, response_spans
 from rain_mergekit.data import load_instruction
+from rain_mergekit.instructions import ifeval, own
 from rain_mergekit.measure import open_checkpoint
 from rain_mergekit.models import LoadOptions, load_tokenizer
 
@@ -35,30 +35,76 @@ def write(path: Path, samples: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("kind", "kwargs", "response", "follows", "unrelated"),
     [
-        ("case:all_uppercase", {}, "IT IS GREEN.", ["IT IS GREEN."], []),
+        ("change_case:english_capital", {}, "IT IS GREEN.", ["IT IS GREEN."], []),
         (
-            "keyword:include",
+            "keywords:existence",
             {"keywords": ["cat", "Dog"]},
             "A cat met a dog. They ran.",
             ["cat", "dog"],
             ["A", "met a", ". They ran."],
         ),
-        ("keyword:include", {"keywords": ["cat"]}, "No category: cat!", ["cat!"], ["No category:"]),
+        (
+            "keywords:existence",
+            {"keywords": ["cat"]},
+            "No category: cat!",
+            ["cat!"],
+            ["No category:"],
+        ),
+        ("keywords:existence", {"keywords": ["cat"]}, "A category", ["category"], ["A"]),
         ("format:json", {"keys": ["a", "b"]}, '{"a": 1, "b": 2}', ['"a":', '"b":'], ["1,", "2}"]),
         (
-            "format:bullets_exact",
-            {"bullets": 2},
+            "detectable_format:number_bullet_lists",
+            {"num_bullets": 2},
             "So:\n- one\n- two\nDone.",
             ["- one", "- two"],
             ["So:", "Done."],
         ),
-        ("format:title_brackets", {}, "<<Tea>>\nIt is hot.", ["<<Tea>>"], ["It is hot."]),
+        ("detectable_format:title", {}, "<<Tea>>\nIt is hot.", ["<<Tea>>"], ["It is hot."]),
         ("start:phrase", {"phrase": "Well,"}, "Well, yes.", ["Well,"], ["yes."]),
-        ("end:phrase", {"phrase": "Bye."}, "It is 7. Bye.", ["Bye."], ["It is 7."]),
-        ("postscript:marker", {"marker": "P.S."}, "Hi.\n\nP.S. Ho.", ["P.S. Ho."], ["Hi."]),
-        ("highlight:asterisks", {"count": 1}, "Be *very* kind", ["*very*"], ["Be", "kind"]),
+        ("startend:end_checker", {"end_phrase": "bye."}, "It is 7. Bye.", ["Bye."], ["It is 7."]),
+        (
+            "detectable_content:postscript",
+            {"postscript_marker": "P.S."},
+            "Hi.\n\nP.S. Ho.",
+            ["P.S. Ho."],
+            ["Hi."],
+        ),
+        (
+            "detectable_format:number_highlighted_sections",
+            {"num_highlights": 1},
+            "Be *very* kind",
+            ["*very*"],
+            ["Be", "kind"],
+        ),
         ("separator:two_responses", {"separator": "***"}, "a\n***\nb", ["***"], ["a", "b"]),
-        ("letter:frequency", {"letter": "z", "count": 1}, "a zoo here", ["zoo"], ["a", "here"]),
+        (
+            "keywords:letter_frequency",
+            {"letter": "z", "let_frequency": 1, "let_relation": "at least"},
+            "a zoo here",
+            ["zoo"],
+            ["a", "here"],
+        ),
+        (
+            "keywords:letter_frequency",
+            {"letter": "z", "let_frequency": 2, "let_relation": "less than"},
+            "a zoo here",
+            ["a zoo here"],
+            [],
+        ),
+        (
+            "detectable_format:multiple_sections",
+            {"section_spliter": "Part", "num_sections": 2},
+            "Part 1\nyes\nPart 2\nno",
+            ["Part 1", "Part 2"],
+            ["yes", "no"],
+        ),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+            "One came.\n\nThen two.",
+            ["Then"],
+            ["One came.", "two."],
+        ),
     ],
 )
 def test_response_is_marked_by_rule(
@@ -68,7 +114,7 @@ def test_response_is_marked_by_rule(
 
 
 def test_every_kind_is_marked_where_people_marked_it() -> None:
-    """Against the shipped set's own marks, made by hand: found by rule in most of 295 cases."""
+    """Against the shipped set's own marks, made by hand: found by rule in most of 296 cases."""
     prompts, responses, kinds = 0, 0, set()
     total = 0
     for sample in lines(SHIPPED):
@@ -83,8 +129,8 @@ def test_every_kind_is_marked_where_people_marked_it() -> None:
             assert all(span in sample["response"] for span in follows + unrelated)
             prompts += shares(sample["prompt"], item["prompt_spans"], said) > 0.5
             responses += shares(sample["response"], item["response_spans"], follows) > 0.5
-    assert kinds == set(RULES)
-    assert total == 295
+    assert len(kinds) == 27
+    assert total == 296
     assert prompts > 0.9 * total
     assert responses > 0.92 * total
 
@@ -104,27 +150,43 @@ def characters(text: str, spans: list[str]) -> set[int]:
     }
 
 
-def test_arguments_are_those_of_rules() -> None:
-    assert set(ARGUMENTS) <= set(RULES)
+def test_the_page_lists_every_rule_with_its_arguments() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "building-data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+:\w+)` \| (.*?) \|", page, re.MULTILINE)
+    listed = {kind: set(re.findall(r"`(\w+)`", told)) - {"de"} for kind, told in rows}
+    rules = ifeval.load("here")
+    known = {kind: set(rules[kind](kind).get_instruction_args_keys()) for kind in rules}
+    assert listed == {**known, **{kind: set(names) for kind, names in own.ARGUMENTS.items()}}
+
+
+def test_every_rule_can_be_marked() -> None:
+    assert set(_CUES) == {*own.RULES, *ifeval.load("here")}
+    assert set(own.ARGUMENTS) == set(own.RULES)
+    assert not set(own.RULES) & set(ifeval.load("here"))
 
 
 @pytest.mark.parametrize(
     ("kind", "kwargs", "prompt", "expected"),
     [
         (
-            "length:max_words",
-            {"max_words": 12},
+            "length_constraints:number_words",
+            {"num_words": 13, "relation": "less than"},
             "Tell me. Use at most twelve words. No words of wisdom.",
             ["Use at most twelve words."],
         ),
         (
-            "postscript:marker",
-            {"marker": "P.S."},
+            "detectable_content:postscript",
+            {"postscript_marker": "P.S."},
             "Hi. Add P.S. at the end.",
             ["Add P.S. at the end."],
         ),
-        ("language:reply", {"language": "french"}, "Hello? En français.", ["En français."]),
-        ("case:all_uppercase", {}, "What is it?", []),
+        (
+            "language:response_language",
+            {"language": "fr"},
+            "Hello? En français.",
+            ["En français."],
+        ),
+        ("change_case:english_capital", {}, "What is it?", []),
     ],
 )
 def test_instruction_is_found_in_the_prompt(
@@ -141,8 +203,8 @@ def constrained(folder: Path) -> Path:
     texts = [item["prompt"] for item in lines(TRIO / "dev_prompts.jsonl") if not item["constraint"]]
     kinds: list[tuple[str, dict[str, Any], str]] = [
         ("start:phrase", {"phrase": "answer :"}, "use brackets ."),
-        ("punctuation:no_commas", {}, "end with moon ."),
-        ("case:all_uppercase", {}, "use uppercase ."),
+        ("punctuation:no_comma", {}, "end with moon ."),
+        ("change_case:english_capital", {}, "use uppercase ."),
     ]
     found = [
         {
@@ -161,7 +223,7 @@ def test_only_answers_that_follow_are_kept(tmp_path: Path) -> None:
     prompts = constrained(tmp_path)
     command = ("data", "instruction", "--model", REASONING, "--prompts", prompts, "-o", out)
     said = succeed(*command, "--max-new-tokens", 96)
-    assert "1 does not follow case:all_uppercase" in said
+    assert "1 does not follow change_case:english_capital" in said
     first, second = sorted(lines(out), key=lambda item: str(item["related_prompt_list"]))[::-1]
     (mark,) = first["related_prompt_list"]
     assert mark["instruction_id"] == "start:phrase"
@@ -180,25 +242,33 @@ def test_only_answers_that_follow_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        ({"instruction_id": "case:camel"}, "for which there is no rule"),
-        ({"instruction_id": "length:max_words"}, "must be a whole number, found nothing"),
+        ({"instruction_id": "case:camel"}, "there is no rule 'case:camel' (known: change_case:"),
+        ({"instruction_id": "paragraphs:exact"}, "must be a whole number, found nothing"),
         (
-            {"instruction_id": "length:max_words", "kwargs": {"max_words": 1.5}},
-            "must be a whole number, found 1.5",
+            {"instruction_id": "paragraphs:exact", "kwargs": {"paragraphs": 1.5}},
+            "related_prompt_list[0]: paragraphs must be a whole number, found 1.5",
         ),
         (
-            {"instruction_id": "keyword:include", "kwargs": {"keywords": "cat"}},
+            {"instruction_id": "format:json", "kwargs": {"keys": "cat"}},
             "must be a list of texts",
         ),
         (
-            {"instruction_id": "language:reply", "kwargs": {"language": "latin"}},
-            "must be one of english,",
+            {"instruction_id": "start:phrase", "kwargs": {"phrase": "a", "word": "b"}},
+            "rule 'start:phrase' does not know 'word'",
         ),
         (
-            {"instruction_id": "case:all_uppercase", "prompt_spans": ["SHOUT"]},
+            {"instruction_id": "keywords:existence", "kwargs": {"keywords": ["(c"]}},
+            "rule 'keywords:existence': missing )",
+        ),
+        (
+            {"instruction_id": "language:response_language", "kwargs": {"language": "xx"}},
+            "rule 'language:response_language' does not know 'xx'",
+        ),
+        (
+            {"instruction_id": "punctuation:no_comma", "prompt_spans": ["SHOUT"]},
             "has a text that is not in the prompt: 'SHOUT'",
         ),
-        ({"instruction_id": "case:all_uppercase"}, "no sentence of the prompt was found"),
+        ({"instruction_id": "punctuation:no_comma"}, "no sentence of the prompt was found"),
     ],
 )
 def test_constraints_that_cannot_be_read(item: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -210,7 +280,29 @@ def test_constraints_that_cannot_be_read(item: dict[str, Any], words: str, tmp_p
 def test_prompt_without_constraint_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", [{"prompt": "Say it.", "related_prompt_list": []}])
     command = ("data", "instruction", "--model", REASONING, "--prompts", path)
-    assert "is empty: name an instruction" in refused(tmp_path, *command)
+    assert "it names no instruction" in refused(tmp_path, *command)
+
+
+def test_prompts_in_the_layout_of_ifeval(tmp_path: Path) -> None:
+    """The instruction's text is found by rule; where it is not, that prompt alone is left out."""
+    first = next(item for item in lines(TRIO / "dev_prompts.jsonl") if not item["constraint"])
+    found = [
+        {
+            "key": number,
+            "prompt": f"{first['prompt']} {said}",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{"num_words": None}],
+        }
+        for number, said in enumerate(["use no comma .", "please ."])
+    ]
+    out = tmp_path / "set.jsonl"
+    prompts = write(tmp_path / "ifeval.jsonl", found)
+    command = ("data", "instruction", "--model", REASONING, "--prompts", prompts, "-o", out)
+    said = succeed(*command, "--max-new-tokens", 96)
+    assert f"{prompts}:2: left out: no sentence of the prompt was found that gives punct" in said
+    ((mark,),) = (item["related_prompt_list"] for item in lines(out))
+    assert mark["instruction_id"] == "punctuation:no_comma"
+    assert mark["prompt_spans"][0].endswith("use no comma .")
 
 
 # check

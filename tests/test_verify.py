@@ -30,7 +30,8 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, Place, drift, load_model
 from rain_mergekit.generation import Answer
 from rain_mergekit.head import finishing
-from rain_mergekit.instruction_checks import Asked, follows, read_prompts
+from rain_mergekit.instructions.prompts import Asked, Instruction, read_prompts
+from rain_mergekit.instructions.rules import follows
 from rain_mergekit.models import LoadOptions, load_tokenizer
 from rain_mergekit.thinking import Thought
 from rain_mergekit.verification import Streaming, measure, verdict
@@ -362,7 +363,9 @@ def test_rules(rule: str, arguments: dict[str, Any], good: str, bad: str, tmp_pa
 @needs_rules
 def test_only_the_response_after_a_closed_block_is_checked() -> None:
     tokenizer = load_tokenizer(checkpoint(TRIO / "reasoning"))
-    asked = Asked("s", "p", (("punctuation:no_comma", {}), ("startend:quotation", {})))
+    asked = Asked(
+        "s", "p", (Instruction("punctuation:no_comma"), Instruction("startend:quotation"))
+    )
     thoughts = [
         Thought(True, True, "a, b", "none here"),
         Thought(True, True, "a, b", '"all"'),
@@ -391,9 +394,9 @@ def test_only_the_response_after_a_closed_block_is_checked() -> None:
             {"instruction_id_list": ["startend:quotation"], "kwargs": [{"size": 3}]},
             "unexpected keyword",
         ),
-        ({"instruction_id_list": "startend:quotation"}, "must be a list of texts"),
+        ({"instruction_id_list": "startend:quotation"}, "must be a list"),
         ({"instruction_id_list": ["a"], "kwargs": []}, "one object for each instruction"),
-        ({"prompt": 3}, "expected an object with a text `prompt`"),
+        ({"prompt": 3}, "field 'prompt' must be a string"),
     ],
 )
 def test_prompts_that_cannot_be_used(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -404,7 +407,9 @@ def test_prompts_that_cannot_be_used(fields: dict[str, Any], message: str, tmp_p
 def test_rules_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "if_verifiable.ifeval", None)
     with pytest.raises(RainError, match=r"pip install 'rain-mergekit\[ifeval\]'"):
-        follows(Asked("s", "p", (("startend:quotation", {}),)), "text")
+        follows(Asked("s", "p", (Instruction("startend:quotation"),)), "text")
+    own = Instruction("start:phrase", {"phrase": "te"})
+    assert follows(Asked("s", "p", (own,)), "text") == [True]
     assert follows(Asked("s", "p"), "text") == []
 
 
@@ -412,6 +417,7 @@ def test_rules_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rules_that_need_data_of_nltk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    rule = ("length_constraints:number_sentences", {"num_sentences": 1, "relation": "at least"})
+    kwargs = {"num_sentences": 1, "relation": "at least"}
+    rule = Instruction("length_constraints:number_sentences", kwargs)
     with pytest.raises(RainError, match=r"nltk\.downloader punkt_tab"):
         follows(Asked("s", "p", (rule,)), "One. Two.")

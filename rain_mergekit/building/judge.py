@@ -24,38 +24,40 @@ class Kept:
 
 
 def keep(written: Written, markers: Markers, *, opened_by_template: bool | None) -> Kept:
-    """The answer, verbatim where that is known; DroppedError if its thinking block is not complete.
+    """The answer, verbatim; DroppedError if its thinking block is not complete.
 
     opened_by_template: None where the template is not known (a server's): an answer without the
     open marker is then taken for one whose template has written it.
     """
     if not written.finished:
         raise DroppedError("cut off by the token limit")
-    if written.reasoning is not None:
-        return _apart(written.reasoning, written.text, markers)
-    opens, closes = (written.text.count(marker) for marker in (markers.open, markers.close))
-    if opened_by_template is None:
+    text = written.text if written.reasoning is None else _together(written, markers)
+    opens, closes = (text.count(marker) for marker in (markers.open, markers.close))
+    if opened_by_template is None or written.reasoning is not None:
         opened_by_template = not opens
     if closes != 1 or opens > 1 or not (opens or opened_by_template):
         raise DroppedError("not exactly one thinking block")
-    thought = split_thinking(written.text, markers, opened_by_template=opened_by_template)
+    thought = split_thinking(text, markers, opened_by_template=opened_by_template)
     if not thought.opened:
         raise DroppedError("text before the thinking block")
     if opens and markers.open in thought.thinking + thought.response:
         raise DroppedError("not exactly one thinking block")
     _check(thought.thinking, thought.response)
-    return Kept({"output": written.text}, thought.thinking, thought.response)
+    return Kept({"output": text}, thought.thinking, thought.response)
 
 
-def _apart(reasoning: str, text: str, markers: Markers) -> Kept:
-    """A server that separates the parts has dropped the white space around the markers."""
-    if any(
-        marker in part for marker in (markers.open, markers.close) for part in (reasoning, text)
-    ):
-        raise DroppedError("not exactly one thinking block")
-    thinking, response = reasoning.strip(), text.strip()
-    _check(thinking, response)
-    return Kept({"reasoning": thinking, "response": response}, thinking, response)
+def _together(written: Written, markers: Markers) -> str:
+    """The output again, from the parts into which a server has taken it.
+
+    Only if the server has kept the white space around the close marker (vLLM does), which belongs
+    to the format. A template that writes the open marker is not asked: readers drop one that
+    stands there twice.
+    """
+    reasoning, text = written.reasoning or "", written.text
+    seams = (markers.gaps[1], reasoning[-1:]), (markers.gaps[2], text[:1])
+    if any(gap and beside.strip() for gap, beside in seams):
+        raise DroppedError("taken apart by the server, without the white space around the marker")
+    return f"{markers.open}{reasoning}{markers.close}{text}"
 
 
 def _check(thinking: str, response: str) -> None:

@@ -31,9 +31,11 @@ class LocalWriter:
         device: str,
         dtype: torch.dtype | None,
         batch_size: int,
+        chat_template_kwargs: Mapping[str, Any],
     ) -> None:
         self._checkpoint, self._sampling, self._batch_size = checkpoint, sampling, batch_size
         self._device, self._dtype = device, dtype
+        self._template = chat_template_kwargs
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
         self._model: Any = None
 
@@ -44,13 +46,16 @@ class LocalWriter:
 
     def opens_block(self, prompt: str, markers: Markers) -> bool:
         """Whether the chat template has written the open marker before the model begins."""
-        return bool(markers.opening(rendered(self.tokenizer, prompt)))
+        return bool(markers.opening(self._head(prompt)))
+
+    def _head(self, prompt: str) -> str:
+        return rendered(self.tokenizer, prompt, self._template)
 
     def write(
         self, tasks: Sequence[Task], is_done: Callable[[Task], bool]
     ) -> Iterator[list[tuple[Task, Written]]]:
         """One batch after another; prompts of similar length share one. Loads the model late."""
-        heads = {task: rendered(self.tokenizer, task.prompt) for task in tasks}
+        heads = {task: self._head(task.prompt) for task in tasks}
         order = sorted(tasks, key=lambda task: (len(heads[task]), task.key))
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]

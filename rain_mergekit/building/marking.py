@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rain_mergekit.building.rules import Kwargs
+from rain_mergekit.instructions.own import Kwargs
 
 Ranges = list[tuple[int, int]]
 _NUMBERS = (
@@ -21,33 +21,78 @@ _NUMBERS = (
 )
 # What a sentence says that gives an instruction of this kind; the arguments are looked for too.
 _CUES: Mapping[str, str] = {
-    "case:all_uppercase": r"capital|upper ?-?case|all caps",
-    "case:all_lowercase": r"lower ?-?case|small letters|(no|without|avoid)\b.*\bcapital",
-    "length:max_words": r"\bwords?\b",
-    "length:min_words": r"\bwords?\b",
-    "length:exact_sentences": r"\bsentences?\b",
-    "keyword:include": r"",
-    "keyword:forbid": r"",
-    "keyword:frequency": r"",
+    # IFEval's
+    "change_case:capital_word_frequency": r"capital|upper ?-?case|all caps",
+    "change_case:english_capital": r"capital|upper ?-?case|all caps",
+    "change_case:english_lowercase": r"lower ?-?case|small letters|(no|without|avoid)\b.*\bcapital",
+    "combination:repeat_prompt": r"repeat|word for word|restate",
+    "combination:two_responses": r"\*{6}|\btwo\b.*\b(responses|answers|versions)|asterisk",
+    "detectable_content:number_placeholders": r"bracket|placeholder|\[\w",
+    "detectable_content:postscript": r"",
+    "detectable_format:constrained_response": r"my answer is",
+    "detectable_format:json_format": r"\bjson\b",
+    "detectable_format:multiple_sections": r"\bsections?\b",
+    "detectable_format:number_bullet_lists": r"bullet|\bpoints?\b|dash",
+    "detectable_format:number_highlighted_sections": r"asterisk|highlight|emphas|italic|bold",
+    "detectable_format:title": r"\btitle\b|<<",
+    "keywords:existence": r"",
+    "keywords:forbidden_words": r"",
+    "keywords:frequency": r"",
+    "keywords:letter_frequency": r"\bletters?\b",
+    "language:response_language": r"",
+    "length_constraints:nth_paragraph_first_word": r"paragraph",
+    "length_constraints:number_paragraphs": r"paragraph",
+    "length_constraints:number_sentences": r"\bsentences?\b",
+    "length_constraints:number_words": r"\bwords?\b",
+    "punctuation:no_comma": r"comma",
+    "startend:end_checker": r"",
+    "startend:quotation": r"quot",
+    # our own
     "format:json": r"\bjson\b",
-    "format:bullets_exact": r"bullet|\bpoints?\b|dash",
     "format:numbered_list": r"\bnumber|\bsteps?\b|\blist\b|\bitems?\b",
-    "format:title_brackets": r"\btitle\b|<<",
     "format:sections": r"",
-    "start:phrase": r"",
-    "end:phrase": r"",
-    "punctuation:no_commas": r"comma",
-    "wrap:double_quotes": r"quot",
-    "repeat:prompt_first": r"repeat|word for word|restate",
-    "placeholder:brackets": r"bracket|placeholder|\[\w",
-    "postscript:marker": r"",
-    "language:reply": r"español|français|deutsch|italiano|português|nederlands",
-    "highlight:asterisks": r"asterisk|highlight|emphas|italic|bold",
+    "keyword:exact_count": r"",
+    "length:exact_sentences": r"\bsentences?\b",
     "paragraphs:exact": r"paragraph",
-    "letter:frequency": r"\bletter\b",
     "separator:two_responses": r"",
+    "start:phrase": r"",
     "table:markdown": r"\btable\b",
 }
+# How prompts call the languages that IFEval's rule knows by code; in English, and in their own.
+_LANGUAGES: Mapping[str, str] = {
+    "ar": "arabic|العربية",
+    "bg": "bulgarian|български",
+    "bn": "bengali|বাংলা",
+    "de": "german|deutsch",
+    "en": "english",
+    "es": "spanish|español|castellano",
+    "fa": "persian|farsi|فارسی",
+    "fi": "finnish|suomeksi|suomen",
+    "fr": "french|français",
+    "gu": "gujarati|ગુજરાતી",
+    "he": "hebrew|עברית",
+    "hi": "hindi|हिन्दी|हिंदी",
+    "it": "italian|italiano",
+    "ja": "japanese|日本語",
+    "kn": "kannada|ಕನ್ನಡ",
+    "ko": "korean|한국어",
+    "ml": "malayalam|മലയാളം",
+    "mr": "marathi|मराठी",
+    "ne": "nepali|नेपाली",
+    "pa": "punjabi|ਪੰਜਾਬੀ",
+    "pl": "polish|polsku",
+    "pt": "portuguese|português",
+    "ru": "russian|русск",
+    "sw": "swahili|kiswahili",
+    "ta": "tamil|தமிழ்",
+    "te": "telugu|తెలుగు",
+    "th": "thai|ไทย",
+    "uk": "ukrainian|українськ",
+    "ur": "urdu|اردو",
+    "vi": "vietnamese|tiếng việt",
+}
+# Arguments that a prompt says in other words, or that are no part of the instruction.
+_UNSAID = ("relation", "let_relation", "capital_relation", "prompt_to_repeat", "language")
 
 
 def prompt_spans(kind: str, kwargs: Kwargs, prompt: str) -> list[str]:
@@ -56,7 +101,8 @@ def prompt_spans(kind: str, kwargs: Kwargs, prompt: str) -> list[str]:
     A sentence gives it if it has the kind's words and one of the arguments, where there are any;
     if none has both, either will do.
     """
-    cue, wanted = re.compile(_CUES[kind], re.IGNORECASE), list(_arguments(kind, kwargs))
+    pattern = _LANGUAGES.get(kwargs["language"], "") if "language" in kwargs else _CUES[kind]
+    cue, wanted = re.compile(pattern, re.IGNORECASE), list(_arguments(kwargs))
     sentences = _sentences(prompt)
     cued = [s for s in sentences if cue.search(s)] if cue.pattern else []
     told = [s for s in sentences if any(_says(s, argument) for argument in wanted)]
@@ -81,12 +127,13 @@ def _sentences(text: str) -> list[str]:
     return [part.strip() for part in parts if part and part.strip()]
 
 
-def _arguments(kind: str, kwargs: Kwargs) -> Iterator[str]:
+def _arguments(kwargs: Kwargs) -> Iterator[str]:
     for name, value in kwargs.items():
-        if name == "relation" or (kind == "repeat:prompt_first" and name == "text"):
-            continue  # said in other words; the repeated text is not the instruction
-        for item in value if isinstance(value, list) else [value]:
-            yield str(int(item)) if isinstance(item, (int, float)) else str(item)
+        if name not in _UNSAID:
+            yield from map(str, value if isinstance(value, list) else [value])
+            # "Less than 46 words" is said as "45 words at most" too.
+            if type(value) is int and "less than" in kwargs.values():
+                yield str(value - 1)
 
 
 def _says(sentence: str, argument: str) -> bool:
@@ -112,12 +159,16 @@ def _found(pattern: str) -> Callable[[Kwargs, str], Ranges]:
     ]
 
 
-def _occurrences(*names: str) -> Callable[[Kwargs, str], Ranges]:
-    """Every whole-word occurrence of the texts that these arguments hold."""
+def _occurrences(name: str) -> Callable[[Kwargs, str], Ranges]:
+    """Every occurrence of the texts that this argument holds, as a word, or else inside of one."""
 
     def find(kwargs: Kwargs, response: str) -> Ranges:
-        texts = [t for name in names for t in _listed(kwargs[name])]
-        return [m.span() for text in texts for m in _word(text).finditer(response)]
+        found: Ranges = []
+        for text in _listed(kwargs[name]):
+            words = [match.span() for match in _word(text).finditer(response)]
+            inside = re.finditer(rf"\w*{re.escape(text)}\w*", response, re.IGNORECASE)
+            found += words or [match.span() for match in inside]
+        return found
 
     return find
 
@@ -126,23 +177,39 @@ def _listed(value: Any) -> list[str]:
     return value if isinstance(value, list) else [value]
 
 
+def _at_least(find: Callable[[Kwargs, str], Ranges]) -> Callable[[Kwargs, str], Ranges]:
+    """What there is enough of; what there must not be too much of is the whole response's."""
+    return lambda kwargs, response: (
+        _whole(kwargs, response) if "less than" in kwargs.values() else find(kwargs, response)
+    )
+
+
 def _first(name: str) -> Callable[[Kwargs, str], Ranges]:
     """The beginning of the response, as long as that argument."""
-    return lambda kwargs, _response: [(0, len(kwargs[name]))]
+    return lambda kwargs, _response: [(0, len(kwargs[name].strip()))]
 
 
 def _last(kwargs: Kwargs, response: str) -> Ranges:
-    return [(len(response) - len(kwargs["phrase"]), len(response))]
+    phrase = kwargs["end_phrase"].strip()
+    start = response.lower().rfind(phrase.lower())
+    return [(start, start + len(phrase))] if start >= 0 else []
 
 
-def _separators(kwargs: Kwargs, response: str) -> Ranges:
-    pattern = re.escape(kwargs["separator"])
-    return [match.span() for match in re.finditer(pattern, response)]
+def _separators(separator: str) -> Callable[[Kwargs, str], Ranges]:
+    """Every occurrence of the separator; of the one in the arguments if it is empty."""
+    return lambda kwargs, response: [
+        match.span() for match in re.finditer(re.escape(separator or kwargs["separator"]), response)
+    ]
 
 
 def _headings(kwargs: Kwargs, response: str) -> Ranges:
     pattern = "|".join(f"^{re.escape(heading)}" for heading in kwargs["headings"])
     return [match.span() for match in re.finditer(pattern, response, re.MULTILINE)]
+
+
+def _numbered_sections(kwargs: Kwargs, response: str) -> Ranges:
+    pattern = rf"{re.escape(kwargs['section_spliter'].strip())}\s?\d+"
+    return [match.span() for match in re.finditer(pattern, response)]
 
 
 def _keys(kwargs: Kwargs, response: str) -> Ranges:
@@ -151,8 +218,17 @@ def _keys(kwargs: Kwargs, response: str) -> Ranges:
 
 
 def _postscript(kwargs: Kwargs, response: str) -> Ranges:
-    start = response.rfind(kwargs["marker"])
+    start = response.lower().rfind(kwargs["postscript_marker"].strip().lower())
     return [(start, len(response))] if start >= 0 else []
+
+
+def _first_word(kwargs: Kwargs, response: str) -> Ranges:
+    """The first word of the paragraph that is asked for."""
+    starts = [match.end() for match in re.finditer(r"^|\n\n\s*", response)]
+    wanted = int(kwargs["nth_paragraph"]) - 1
+    start = starts[wanted] if wanted < len(starts) else 0
+    found = re.compile(r"\w+").search(response, start)
+    return [found.span()] if found else []
 
 
 def _letters(kwargs: Kwargs, response: str) -> Ranges:
@@ -163,21 +239,29 @@ def _letters(kwargs: Kwargs, response: str) -> Ranges:
 
 
 _FOLLOWS: Mapping[str, Callable[[Kwargs, str], Ranges]] = {
-    "keyword:include": _occurrences("keywords"),
-    "keyword:frequency": _occurrences("keyword"),
+    "change_case:capital_word_frequency": _at_least(_found(r"\b[A-Z]{2,}\b")),
+    "combination:repeat_prompt": _first("prompt_to_repeat"),
+    "combination:two_responses": _separators("******"),
+    "detectable_content:number_placeholders": _found(r"\[[^\[\]\n]+\]"),
+    "detectable_content:postscript": _postscript,
+    "detectable_format:constrained_response": _found(r"My answer is (yes|no|maybe)\."),
+    "detectable_format:multiple_sections": _numbered_sections,
+    "detectable_format:number_bullet_lists": _found(r"^[ \t]*(-|\*[^*]).*$"),
+    "detectable_format:number_highlighted_sections": _found(
+        r"(?<!\*)(?P<mark>\*{1,2})(?=\S)[^*\n]+(?P=mark)(?!\*)"
+    ),
+    "detectable_format:title": _found(r"<<[^<>\n]+>>"),
+    "keywords:existence": _occurrences("keywords"),
+    "keywords:frequency": _at_least(_occurrences("keyword")),
+    "keywords:letter_frequency": _at_least(_letters),
+    "length_constraints:nth_paragraph_first_word": _first_word,
+    "startend:end_checker": _last,
     "format:json": _keys,
-    "format:bullets_exact": _found(r"^[-*] .*$"),
     "format:numbered_list": _found(r"^\d+[.)] .*$"),
-    "format:title_brackets": _found(r"<<[^<>\n]+>>"),
     "format:sections": _headings,
+    "keyword:exact_count": _occurrences("keyword"),
+    "separator:two_responses": _separators(""),
     "start:phrase": _first("phrase"),
-    "end:phrase": _last,
-    "repeat:prompt_first": _first("text"),
-    "placeholder:brackets": _found(r"\[[^\[\]\n]+\]"),
-    "postscript:marker": _postscript,
-    "highlight:asterisks": _found(r"(?<!\*)(?P<mark>\*{1,2})(?=\S)[^*\n]+(?P=mark)(?!\*)"),
-    "letter:frequency": _letters,
-    "separator:two_responses": _separators,
     "table:markdown": _found(r"^[ \t]*\|.*$"),
 }
 

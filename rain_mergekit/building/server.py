@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rain_mergekit.building.tasks import Sampling, Task, Written
@@ -27,7 +27,10 @@ _OF_ONE_PROMPT = {400, 413, 422}  # too long for the model, or refused by its te
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is; `key_variable` names the environment variable that holds its key."""
+    """Where the server is; `key_variable` names the environment variable that holds its key.
+
+    extra: further fields of each request, which the server may know or not.
+    """
 
     url: str
     model: str
@@ -35,6 +38,7 @@ class Address:
     parallel: int
     retries: int
     key_variable: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ServerWriter:
@@ -134,6 +138,7 @@ class ServerWriter:
             "max_tokens": self._sampling.max_new_tokens,
             "seed": task.seed(self._sampling.seed),
             **{name: value for name, value in drawing.items() if value is not None},
+            **self._address.extra,
         }
 
     def _failure(self, code: int, detail: str) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,8 +19,10 @@ from rain_mergekit.commands.options import (
     loading_options,
     markers_option,
     output_options,
+    parse_mapping,
     pick_device,
     pick_dtype,
+    template_option,
 )
 from rain_mergekit.errors import RainError
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from rain_mergekit.building.balance import Candidate
     from rain_mergekit.building.collect import Collected
     from rain_mergekit.building.judge import Kept
-    from rain_mergekit.building.tasks import Writer, Written
+    from rain_mergekit.building.tasks import Sampling, Writer, Written
     from rain_mergekit.commands.console import Console
     from rain_mergekit.markers import Markers
 
@@ -69,6 +73,7 @@ def building_options(default_output: str) -> Callable[[F], F]:
         ),
         click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
         markers_option,
+        template_option,
         click.option(
             "--batch-size",
             type=count,
@@ -103,6 +108,13 @@ def building_options(default_output: str) -> Callable[[F], F]:
             metavar="NAME",
             help="The environment variable that holds the server's key.",
         ),
+        click.option(
+            "--extra-body",
+            metavar="JSON",
+            callback=lambda _context, _option, value: parse_mapping(value),
+            default="{}",
+            help="Further fields of each request, with --server.",
+        ),
         device_option(),
         dtype_option(),
         loading_options,
@@ -119,33 +131,37 @@ def building_options(default_output: str) -> Callable[[F], F]:
 
 def build(
     prompts: Sequence[Any],
-    text_of: Callable[[Any], str],
     candidate: Callable[[Any, Kept], Candidate],
     options: dict[str, Any],
     console: Console,
-) -> list[Candidate]:
+) -> None:
     """Ask, keep, choose, write; say what was done. Raises RainError if nothing can be kept.
 
     candidate: the sample made from a prompt and an answer with a complete thinking block; it may
     raise DroppedError.
     """
-    from rain_mergekit.building.balance import choose  # noqa: PLC0415 - keeps --help fast
+    from dataclasses import asdict  # noqa: PLC0415 - keeps --help fast
+
+    from rain_mergekit.building.balance import choose  # noqa: PLC0415
     from rain_mergekit.building.collect import collect  # noqa: PLC0415
     from rain_mergekit.building.journal import SUFFIX, Journal  # noqa: PLC0415
     from rain_mergekit.building.output import refuse_overwriting, write_samples  # noqa: PLC0415
+    from rain_mergekit.commands.console import counted  # noqa: PLC0415
 
     start, output = time.monotonic(), options["output"]
     refuse_overwriting(output, output + SUFFIX)
-    writer, drawing = _writer(options)
-    judge = _judge(writer, given_markers(options) or _own_markers(writer), candidate)
-    with Journal(output, {**writer.identity, **drawing}) as journal:
+    console.say(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
+    writer, sampling = _writer(options)
+    template = {"chat_template_kwargs": options["chat_template_kwargs"]}
+    judge = _judge(writer, given_markers(options), template["chat_template_kwargs"], candidate)
+    with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
         known = len(journal)
         if known:
             console.say(f"{known} answers are in {journal.path} already")
         try:
             found = collect(
                 prompts,
-                text_of,
+                lambda prompt: str(prompt.text),
                 writer,
                 journal,
                 judge,
@@ -164,17 +180,24 @@ def build(
         console.say(
             f"  every answer is kept in {journal.path}: another --count asks for none again"
         )
-    return chosen
+    console.say(f"Next: mergekit-rain data check {output}{_reading(options)}")
 
 
-def _writer(options: dict[str, Any]) -> tuple[Writer, dict[str, Any]]:
-    """The model, and what the answers depend on besides it."""
-    from dataclasses import asdict  # noqa: PLC0415
+def _reading(options: dict[str, Any]) -> str:
+    """The options with which `data check` sees what the model has seen."""
+    found = "" if options["server"] else f" --model {options['model']}"
+    if options["chat_template_kwargs"] and not options["server"]:
+        found += f" --chat-template-kwargs '{json.dumps(options['chat_template_kwargs'])}'"
+    return found + "".join(f" --markers {shlex.join(pair)}" for pair in options["markers"])
 
+
+def _writer(options: dict[str, Any]) -> tuple[Writer, Sampling]:
+    """The model, and how its answers are drawn."""
     from rain_mergekit.building.tasks import Sampling  # noqa: PLC0415
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     sampling = Sampling(**{name: options[name] for name in names})
+    template = options["chat_template_kwargs"]
     if options["server"] is not None:
         from rain_mergekit.building.server import Address, ServerWriter  # noqa: PLC0415
 
@@ -185,40 +208,45 @@ def _writer(options: dict[str, Any]) -> tuple[Writer, dict[str, Any]]:
             options["parallel"],
             options["retries"],
             options["api_key_env"],
+            # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
+            {**({"chat_template_kwargs": template} if template else {}), **options["extra_body"]},
         )
-        return ServerWriter(address, sampling), asdict(sampling)
+        return ServerWriter(address, sampling), sampling
     from rain_mergekit.building.local import LocalWriter  # noqa: PLC0415
     from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.models import LoadOptions  # noqa: PLC0415
 
-    checkpoint = open_checkpoint(options["model"], LoadOptions.of(options))
-    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
     local = LocalWriter(
-        checkpoint, sampling, device=device, dtype=dtype, batch_size=options["batch_size"]
+        open_checkpoint(options["model"], LoadOptions.of(options)),
+        sampling,
+        device=pick_device(options["device"]),
+        dtype=pick_dtype(options["dtype"]),
+        batch_size=options["batch_size"],
+        chat_template_kwargs=template,
     )
-    return local, asdict(sampling)
-
-
-def _own_markers(writer: Writer) -> Markers:
-    """What the model of this process writes; nothing is known of a server's."""
-    from rain_mergekit.detection import tokenizer_markers  # noqa: PLC0415
-    from rain_mergekit.markers import Markers  # noqa: PLC0415
-
-    tokenizer = getattr(writer, "tokenizer", None)
-    return Markers() if tokenizer is None else tokenizer_markers(tokenizer)
+    return local, sampling
 
 
 def _judge(
-    writer: Writer, markers: Markers, candidate: Callable[[Any, Kept], Candidate]
+    writer: Writer,
+    markers: Markers | None,
+    template: dict[str, Any],
+    candidate: Callable[[Any, Kept], Candidate],
 ) -> Callable[[Any, Written], Candidate]:
+    """Keeps or drops an answer; markers None: those of the model here, or of a server's answer."""
     from rain_mergekit.building.judge import keep  # noqa: PLC0415
+    from rain_mergekit.detection import text_markers, tokenizer_markers  # noqa: PLC0415
 
     opens: bool | None = None
-    if (ask := getattr(writer, "opens_block", None)) is not None:
-        opens = ask("probe", markers)
-    return lambda prompt, written: candidate(
-        prompt, keep(written, markers, opened_by_template=opens)
-    )
+    if (tokenizer := getattr(writer, "tokenizer", None)) is not None:
+        markers = markers or tokenizer_markers(tokenizer, template)
+        opens = writer.opens_block("probe", markers)  # type: ignore[attr-defined]
+
+    def judge(prompt: Any, written: Written) -> Candidate:
+        found = markers or text_markers(written.text)
+        return candidate(prompt, keep(written, found, opened_by_template=opens))
+
+    return judge
 
 
 def _reasons(dropped: Counter[str]) -> str:
@@ -254,9 +282,4 @@ def _summary(
         console.warn(
             f"{len(chosen)} of {options['count']} samples: give more prompts, or more "
             "--attempts with a --temperature above 0"
-        )
-    if any("output" not in item.sample for item in chosen):
-        console.warn(
-            "the server takes thinking and response apart, so the white space between "
-            "them is not the model's own: start it without a reasoning parser if you can"
         )

@@ -10,8 +10,10 @@ from rain_mergekit.commands.building import build, building_options
 
 if TYPE_CHECKING:
     from rain_mergekit.building.balance import Candidate
-    from rain_mergekit.building.constraints import ConstrainedPrompt
     from rain_mergekit.building.judge import Kept
+    from rain_mergekit.instructions.prompts import Asked
+
+_SHOWN = 3
 
 
 @click.command(
@@ -23,25 +25,27 @@ if TYPE_CHECKING:
 def instruction(**options: Any) -> None:
     """Let a model answer prompts with constraints, and keep answers that a rule finds correct.
 
-    Each prompt comes with its instructions: a kind, the arguments of its rule, and where the
-    prompt says it. Kept are answers with one complete thinking block that follow all of them; what
-    follows and what is unrelated is marked by rule. Formats and kinds are in docs/data.md.
+    Prompts are as in IFEval's file (`prompt`, `instruction_id_list`, `kwargs`), or as in an
+    instruction set. Kept are answers with one complete thinking block that follow all their
+    instructions; what follows and what is unrelated is marked by rule. The kinds are in
+    docs/building-data.md.
     """
     from rain_mergekit.building.constraints import read_constrained  # noqa: PLC0415
-    from rain_mergekit.commands.console import Console, counted  # noqa: PLC0415
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
-    prompts = read_constrained(options["prompts"])
-    console.say(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
-    build(prompts, lambda prompt: str(prompt.text), _candidate, options, console)
-    where = "" if options["server"] else f" --model {options['model']}"
-    console.say(f"Next: mergekit-rain data check {options['output']}{where}")
+    found = read_constrained(options["prompts"])
+    for source, reason in found.left_out[:_SHOWN]:
+        console.warn(f"{source}: left out: {reason}")
+    if len(found.left_out) > _SHOWN:
+        console.warn(f"{len(found.left_out)} prompts are left out in all")
+    build(found.prompts, _candidate, options, console)
 
 
-def _candidate(prompt: ConstrainedPrompt, kept: Kept) -> Candidate:
+def _candidate(prompt: Asked, kept: Kept) -> Candidate:
     from rain_mergekit.building.balance import Candidate  # noqa: PLC0415
     from rain_mergekit.building.constraints import make_sample  # noqa: PLC0415
 
-    kinds = tuple(dict.fromkeys(item.kind for item in prompt.constraints))
+    kinds = tuple(dict.fromkeys(item.kind for item in prompt.instructions))
     return Candidate(make_sample(prompt, kept), kinds, len(kept.thinking.split()))

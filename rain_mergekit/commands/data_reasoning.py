@@ -30,15 +30,11 @@ def reasoning(**options: Any) -> None:
     run goes on where it was; the same seed gives the same set.
     """
     from rain_mergekit.building.prompts import read_prompts  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.console import Console, counted  # noqa: PLC0415
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
-    prompts = read_prompts(options["prompts"])
-    console.say(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
-    build(prompts, lambda prompt: str(prompt.text), _candidate, options, console)
-    where = "" if options["server"] else f" --model {options['model']}"
-    console.say(f"Next: mergekit-rain data check {options['output']}{where}")
+    build(read_prompts(options["prompts"]), _candidate, options, console)
 
 
 def _candidate(prompt: Prompt, kept: Kept) -> Candidate:

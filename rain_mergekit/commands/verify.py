@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rain_mergekit.checkpoint import Checkpoint
     from rain_mergekit.commands.console import Console
     from rain_mergekit.data import DataSet
-    from rain_mergekit.instruction_checks import Asked
+    from rain_mergekit.instructions.prompts import Asked
     from rain_mergekit.measure import Texts
     from rain_mergekit.verification import Measured, Streaming
 
@@ -154,7 +154,8 @@ def _asked(options: dict[str, Any]) -> list[Asked]:
     if not options["generate"]:
         return []
     from rain_mergekit.features import spread  # noqa: PLC0415
-    from rain_mergekit.instruction_checks import check_rules, read_prompts  # noqa: PLC0415
+    from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
+    from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
 
     prompts = read_prompts(options["prompts"] or options["reasoning_data"])
     asked = [prompts[index] for index in spread(range(len(prompts)), options["generate"])]

@@ -1,0 +1,1 @@
+"""Instructions that a rule can check: reading them with their prompts, and checking answers."""

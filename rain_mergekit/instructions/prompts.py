@@ -1,0 +1,79 @@
+"""Prompts with the instructions in them, in IFEval's layout or in that of an instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.fields import Fields
+from rain_mergekit.reading import StrPath, read_samples
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """The rule's id, its arguments, and its text in the prompt where that is given.
+
+    label: names it in messages.
+    """
+
+    kind: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    spans: tuple[str, ...] = ()
+    label: str = "kwargs"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt and its instructions, often none."""
+
+    source: str
+    text: str
+    instructions: tuple[Instruction, ...] = ()
+
+
+def read_prompts(path: StrPath) -> list[Asked]:
+    """Prompts from JSON or JSON lines, in either layout.
+
+    `{prompt, instruction_id_list, kwargs}` as in IFEval's file, or
+    `{prompt, related_prompt_list: [{instruction_id, kwargs, prompt_spans}]}` as in an instruction
+    set. Raises RainError naming file, line and field.
+    """
+    return read_samples(path, _parse)[1]
+
+
+def _parse(source: str, value: object) -> Asked:
+    fields = Fields(source, value)
+    prompt = fields.required("prompt", "every line needs a prompt")
+    ours = fields.value("related_prompt_list") is not None
+    found = _related(fields, source) if ours else _listed(fields, source)
+    return Asked(source, prompt, tuple(found))
+
+
+def _related(fields: Fields, source: str) -> Iterator[Instruction]:
+    for label, item in fields.items("related_prompt_list"):
+        entry = Fields(source, item, label)
+        kind = entry.required("instruction_id", "it names the rule")
+        given = entry.value("kwargs")
+        spans = entry.spans("prompt_spans", optional=True)
+        yield Instruction(kind, _arguments(source, f"{label}.kwargs", given), spans, label)
+
+
+def _listed(fields: Fields, source: str) -> Iterator[Instruction]:
+    kinds = fields.spans("instruction_id_list", optional=True)
+    given = fields.value("kwargs")
+    given = [None] * len(kinds) if given is None else given
+    if not isinstance(given, list) or len(given) != len(kinds):
+        raise RainError(f"{source}: `kwargs` must be a list with one object for each instruction")
+    for index, (kind, value) in enumerate(zip(kinds, given, strict=True)):
+        label = f"kwargs[{index}]"
+        yield Instruction(kind, _arguments(source, label, value), (), label)
+
+
+def _arguments(source: str, label: str, value: object) -> dict[str, Any]:
+    """Without those that are null, as in files with a column for every rule's arguments."""
+    given = {} if value is None else Fields(source, value, label).raw
+    found = {name: value for name, value in given.items() if value is not None}
+    # 3.0, as tables are exported, is 3: the rules count with integers.
+    return {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in found.items()}
