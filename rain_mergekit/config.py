@@ -13,6 +13,7 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from pydantic import ValidationError
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import load_yaml, read_regular, shortened, shown
 from rain_mergekit.settings import RainSettings, parse_settings
 
 ROLES = ("instruct", "pretrained")
@@ -51,7 +52,7 @@ def read_config(path: str | Path) -> RainConfig:
     data = _parse_yaml(text, source)
     merge = _merge_configuration(data, source)
     if merge.merge_method != "rain":
-        raise RainError(f"{source}: merge_method is {merge.merge_method!r}, expected 'rain'")
+        raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
     if merge.base_model is None:
         raise RainError(f"{source}: base_model is missing: name the reasoning model there")
     if not merge.models:
@@ -80,16 +81,16 @@ def read_config(path: str | Path) -> RainConfig:
 
 def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RainError(f"{path}: cannot read the configuration: {error}") from None
 
 
 def _parse_yaml(text: str, source: str) -> Mapping[str, Any]:
     try:
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RainError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RainError(f"{source}: not valid YAML: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RainError(f"{source}: expected a mapping with merge_method, base_model, models, rain")
     return data
@@ -100,9 +101,11 @@ def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfigura
         return MergeConfiguration.model_validate(data)
     except ValidationError as error:
         items = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
-        raise RainError(f"{source}: mergekit cannot read this: {'; '.join(items)}") from None
+        raise RainError(
+            f"{source}: mergekit cannot read this: {shortened('; '.join(items))}"
+        ) from None
     except RuntimeError as error:  # mergekit's own validators
-        raise RainError(f"{source}: mergekit cannot read this: {error}") from None
+        raise RainError(f"{source}: mergekit cannot read this: {shortened(str(error))}") from None
 
 
 def _roles(
@@ -118,7 +121,7 @@ def _roles(
         role = (item.parameters or {}).get("role")
         if role not in ROLES:
             raise RainError(
-                f"{source}: models: {item.model}: parameters.role is {role!r}, expected "
+                f"{source}: models: {item.model}: parameters.role is {shown(role)}, expected "
                 "'instruct' or 'pretrained'"
             )
         if role == "instruct" and item.model == base:
@@ -139,7 +142,7 @@ def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
     value = (merge.parameters or {}).get("calibration")
     if not isinstance(value, str) or not value:
         raise RainError(
-            f"{source}: parameters.calibration is {value!r}, expected the path of the calibration "
-            "file (`mergekit-rain calibrate` writes it, the merge reads it)"
+            f"{source}: parameters.calibration is {shown(value)}, expected the path of the "
+            "calibration file (`mergekit-rain calibrate` writes it, the merge reads it)"
         )
     return Path(value)

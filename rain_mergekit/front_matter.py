@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import load_yaml, shortened
 
 _BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*\n)*?)---[ \t]*(?:\r?\n|\Z)")
 
@@ -36,9 +37,9 @@ def with_tags(text: str, tags: Sequence[str]) -> str:
 
 def _load(block: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(block)
+        content = load_yaml(block)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())
+        text = shortened(str(error))
         raise RainError(f"its front matter is not valid YAML: {text}") from None
     if content is not None and not isinstance(content, dict):
         raise RainError("its front matter is not a mapping (key: value)")
@@ -83,8 +84,8 @@ def _check(block: str, old: dict[str, Any], tags: Sequence[str]) -> None:
     had = _listed(old.get("tags"))
     wanted = [*had, *(tag for tag in tags if tag not in had)]
     try:
-        new: object = yaml.safe_load(block)
-    except yaml.YAMLError:
+        new: object = load_yaml(block)
+    except (yaml.YAMLError, ValueError):
         new = None
     if new != {**old, "tags": wanted}:
         raise RainError("its front matter has `tags` in a form that cannot be added to: use a list")

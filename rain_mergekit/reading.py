@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import RainError
+from .inputs import MIB, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 S = TypeVar("S")
 _DIGITS = 100
+LIMIT = 1024 * MIB  # a set is held in memory as a whole, a few times over
 StrPath = str | os.PathLike[str]
 
 
@@ -55,7 +57,7 @@ def _read_bytes(path: StrPath) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise RainError(f"{path}: not a regular file; give a JSON or JSONL file.")
-        return Path(path).read_bytes()
+        return read_regular(path, LIMIT)
     except (OSError, ValueError) as exc:  # ValueError: a null byte in the name
         reason = getattr(exc, "strerror", None) or str(exc)
         raise RainError(f"{str(path)!r}: cannot read the calibration set: {reason}.") from exc

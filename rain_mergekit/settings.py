@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import shown
 from rain_mergekit.markers import Markers
 
 
@@ -269,6 +270,9 @@ class RainSettings(BaseModel):
         return self.projection == "oblique" or self.coefficients != "off"
 
 
+_PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name
+
+
 def parse_settings(section: object, source: str) -> RainSettings:
     """Validate the `rain:` section; RainError names the file, each field and what was expected."""
     if not isinstance(section, Mapping):
@@ -279,7 +283,7 @@ def parse_settings(section: object, source: str) -> RainSettings:
     try:
         return RainSettings.model_validate(dict(section))
     except ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
+        lines = [_describe(item) for item in error.errors()[:_PROBLEMS]]
         raise RainError(f"{source}: rain: " + "; ".join(lines)) from None
 
 
@@ -289,6 +293,6 @@ def _describe(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         model = RainSettings if len(parts) == 1 else MarkerSettings
         known = ", ".join(model.model_fields)
-        return f"unknown setting {field!r} (known: {known})"
+        return f"unknown setting {shown(field)} (known: {known})"
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{field}: {message}, got {item['input']!r}" if field else message
+    return f"{field[:_NAME]}: {message}, got {shown(item['input'])}" if field else message

@@ -6,26 +6,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from mutations import FUZZ, chances, changed, edited
 from tiny import INSTRUCTION, REASONING, make_tokenizer
 
 from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning, read_instruction, read_reasoning
 from rain_mergekit.errors import RainError
+from rain_mergekit.published_alpha import read_alpha
 
-FUZZ = settings(
-    max_examples=int(os.environ.get("RAIN_FUZZ_EXAMPLES", "100")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 KEYS = ("prompt", "reasoning", "response")
 SETS = {
     "reasoning": "\n".join(json.dumps(dict(zip(KEYS, s, strict=True))) for s in REASONING),
@@ -45,34 +40,10 @@ parameters: {calibration: ./c.rain.safetensors, lambda: [0.5, 1.0]}
 dtype: bfloat16
 rain: {reasoning_data: r.jsonl, instruction_data: i.jsonl, rank_by: count, rank_count: 4}
 """
-PIECES = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\ud800", b"\xff", b"\x00", b"\n", b"null")
-PIECES += (b"1e999", b"&a [*a]", b"<<: *a", b"!!python/object:os.system", b"- ", b"? ", b"\xe2")
-edits = st.lists(
-    st.tuples(
-        st.integers(0, 1 << 14),
-        st.integers(0, 30),
-        st.sampled_from(PIECES) | st.binary(max_size=6),
-    ),
-    min_size=1,
-    max_size=6,
-)
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["\ud800", "../../etc/passwd", "x" * 5000, "rain", "instruct", "off"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=6,
-)
-
-
-def edited(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    for place, removed, text in changes:
-        at = place % (len(data) + 1)
-        data = data[:at] + text + data[at + removed :]
-    return data
+ALPHA = {
+    "alpha": [0.5, 0.25, 1.0, 0.0],
+    "axes_info": {"flat_index": [[0, 0, "QK"], [0, 1, "QK"], [1, 0, "Q"], [1, 0, "K"]]},
+}
 
 
 def message(path: Path, read: Callable[[Path], object]) -> str:
@@ -84,66 +55,54 @@ def message(path: Path, read: Callable[[Path], object]) -> str:
     return ""
 
 
-def leaves(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items: Any = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    return [at, *(place for key, item in items for place in leaves(item, (*at, key)))]
-
-
-def changed(content: Any, data: st.DataObject) -> Any:
-    """One to three of its values, wherever they are, become something else."""
-    content = json.loads(json.dumps(content))
-    for _ in range(data.draw(st.integers(1, 3))):
-        *path, last = data.draw(st.sampled_from(leaves(content)[1:]))
-        target = content
-        for key in path:
-            target = target[key]
-        target[last] = data.draw(values)
-    return content
+def check(said: str, path: Path, most: int = 1000) -> None:
+    """It names the file, and can be printed and read, whatever the file holds."""
+    assert not said or path.name in said
+    assert len(said.encode()) < most
 
 
 @pytest.mark.parametrize("kind", SETS)
 @FUZZ
-@given(changes=edits)
-def test_bytes_of_sets(tmp_path: Path, kind: str, changes: list[tuple[int, int, bytes]]) -> None:
+@given(chance=chances)
+def test_bytes_of_sets(tmp_path: Path, kind: str, chance: Random) -> None:
     path = tmp_path / "fuzzed.jsonl"
-    path.write_bytes(edited(SETS[kind].encode(), changes))
-    said = message(path, READERS[kind])
-    assert not said or "fuzzed.jsonl" in said
-    assert len(said.encode()) < 1000
+    path.write_bytes(edited(SETS[kind].encode(), chance))
+    check(message(path, READERS[kind]), path)
 
 
 @pytest.mark.parametrize("kind", SETS)
 @FUZZ
-@given(data=st.data())
-def test_fields_of_sets(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+@given(chance=chances)
+def test_fields_of_sets(tmp_path: Path, kind: str, chance: Random) -> None:
     path = tmp_path / "fuzzed.json"
     samples = [json.loads(line) for line in SETS[kind].splitlines()]
-    path.write_text(json.dumps(changed(samples, data)))
-    said = message(path, READERS[kind])
-    assert not said or "fuzzed.json" in said
-    assert len(said.encode()) < 1000
+    path.write_text(json.dumps(changed(samples, chance)))
+    check(message(path, READERS[kind]), path)
 
 
 @FUZZ
-@given(changes=edits)
-def test_bytes_of_configurations(tmp_path: Path, changes: list[tuple[int, int, bytes]]) -> None:
-    path = tmp_path / "fuzzed.yml"
-    path.write_bytes(edited(YAML.encode(), changes))
-    said = message(path, read_config)
-    assert not said or "fuzzed.yml" in said
+@given(chance=chances)
+def test_published_coefficients(tmp_path: Path, chance: Random) -> None:
+    path = tmp_path / "fuzzed.json"
+    text = json.dumps(ALPHA if chance.randrange(2) else changed(ALPHA, chance))
+    path.write_bytes(edited(text.encode(), chance) if chance.randrange(2) else text.encode())
+    check(message(path, read_alpha), path)
 
 
 @FUZZ
-@given(data=st.data())
-def test_fields_of_configurations(tmp_path: Path, data: st.DataObject) -> None:
+@given(chance=chances)
+def test_bytes_of_configurations(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "fuzzed.yml"
-    path.write_text(yaml.safe_dump(changed(yaml.safe_load(YAML), data)), errors="replace")
-    said = message(path, read_config)
-    assert not said or "fuzzed.yml" in said
+    path.write_bytes(edited(YAML.encode(), chance))
+    check(message(path, read_config), path, 6000)  # ten settings at once
+
+
+@FUZZ
+@given(chance=chances)
+def test_fields_of_configurations(tmp_path: Path, chance: Random) -> None:
+    path = tmp_path / "fuzzed.yml"
+    path.write_text(json.dumps(changed(yaml.safe_load(YAML), chance)))  # which YAML reads, too
+    check(message(path, read_config), path, 6000)  # ten settings at once
 
 
 def test_a_template_that_reaches_for_python_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Small files that other people made, read with a bound, and YAML that cannot grow."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from reprlib import Repr
+from typing import Any
+
+import yaml
+
+MIB = 1024**2
+TEXT_LIMIT = 64 * MIB  # configurations, cards and the like are thousands of bytes
+NODES = 100_000
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+def read_regular(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; links are followed.
+
+    Raises OSError for anything else: a device or a pipe would have no end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(path, "rb") as file:
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit // MIB} MiB")
+    return data
+
+
+def load_yaml(text: str) -> Any:
+    """`yaml.safe_load`, but ValueError where aliases repeat more than a file could hold.
+
+    A few lines of them can stand for any number of values, which the first that looks at all of
+    them, such as an error message, would then have to hold.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes there are with every alias written out; each node is looked at once."""
+    known = sizes.get(id(node))
+    if known is None:
+        sizes[id(node)] = NODES  # met again before it is known, it contains itself
+        known = 1 + sum(_size(part, sizes) for part in _parts(node))
+        if known > NODES:
+            raise ValueError("its aliases repeat too much, or contain themselves; write them out")
+        sizes[id(node)] = known
+    return known
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def shown(value: object) -> str:
+    """Like repr, of a bounded length whatever the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # a number with more digits than Python writes
+        return "a number of very many digits"
+
+
+def shortened(text: str, limit: int = 700) -> str:
+    """One line, of a bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 4 :]}"
