@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
 from rain_mergekit.errors import RainError
+from rain_mergekit.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
 
 # Name -> (module:object, one line of help); the modules are heavy.
 _COMMANDS = {
@@ -49,13 +50,6 @@ Or both in one, or a first look without any download:
   mergekit-rain merge config.yml ./merged
   mergekit-rain demo ./rain-demo
 """
-
-
-_MEMORY = (
-    "out of memory: take a smaller --activation-budget, max_tokens, content_rows or "
-    "instruction_rows, or another --device (mergekit-rain calibrate CONFIG --plan says what is "
-    "needed); a calibration goes on after its last saved layer"
-)
 
 
 class RainGroup(click.Group):
@@ -99,20 +93,13 @@ class RainGroup(click.Group):
             if _received:  # compiled code may turn the interruption into an error of its own
                 click.echo("Interrupted", err=True)
                 ctx.exit(_EXIT_CODES[_received[0]])
+            if out_of_memory(error) and not isinstance(error, OutOfMemory):
+                remedy = MERGE if ctx.invoked_subcommand == "merge" else CALIBRATION
+                text = shortage(error, f"in {ctx.invoked_subcommand}", remedy)
+                raise click.ClickException(text) from None
             if isinstance(error, RainError):
                 raise click.ClickException(str(error)) from None
-            if _out_of_memory(error):
-                raise click.ClickException(_MEMORY) from None
             raise
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whatever raised it: Python, torch on the CPU (a RuntimeError), or torch on a GPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, (OSError, RuntimeError))
-        and any(words in text for words in ("out of memory", "allocate memory", "bad_alloc"))
-    )
 
 
 @click.group(

@@ -20,6 +20,7 @@ from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.heap import give_back
+from rain_mergekit.memory import CALIBRATION, naming_shortage
 from rain_mergekit.models import LoadOptions, Trio
 from rain_mergekit.observe import LinearWeight, SiteMap
 from rain_mergekit.parts import write_part
@@ -147,13 +148,15 @@ class Run:
             with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
                 for index in self.indices[first:]:
                     progress.layer(index)
-                    announce(self._needed_next(index))
-                    result = self._layer(index, streams, progress.sample)
-                    if self._world.rank == 0:
-                        write_part(work.part(index), self._name(index), result)
-                    LOG.info("finished layer %d of %d", index + 1, len(self.indices))
-                    if index + 1 < len(self.indices):
-                        work.save(index, stores)
+                    where = f"in layer {index + 1} of {len(self.indices)}"
+                    with naming_shortage(where, CALIBRATION):
+                        announce(self._needed_next(index))
+                        result = self._layer(index, streams, progress.sample)
+                        if self._world.rank == 0:
+                            write_part(work.part(index), self._name(index), result)
+                        LOG.info("finished layer %d of %d", index + 1, len(self.indices))
+                        if index + 1 < len(self.indices):
+                            work.save(index, stores)
             found = self._likelihood(streams[REASONING])
         finally:
             for store in stores.values():

@@ -371,7 +371,8 @@ def test_out_of_memory_is_one_line(
     monkeypatch.setattr("rain_mergekit.config.read_config", fails)
     outcome = run("calibrate", place.yaml)
     assert outcome.code == 1
-    assert outcome.output.startswith("Error: out of memory: take a smaller --activation-budget")
+    assert outcome.output.startswith("Error: out of memory in calibrate")
+    assert ": take a smaller --activation-budget" in outcome.output
 
 
 def test_group_knows_all_its_commands() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import time
@@ -22,6 +24,7 @@ from tiny import Tiny
 
 FAULTS = int(os.environ.get("RAIN_FAULTS", "0"))
 LAYERS = 4
+ROOM = 4 * 1024**2
 OPTIONS = ("--device", "cpu", "--snapshot-every", 0, "--quiet")
 
 
@@ -37,6 +40,17 @@ def _models(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """In several shards, as models of real size are."""
     folder = tmp_path_factory.mktemp("models")
     return Tiny.make(folder, "qwen2", num_hidden_layers=LAYERS, shard="150KB")
+
+
+@pytest.fixture(scope="module", name="wide")
+def _wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Its layers need several times more memory than `ROOM`, and its calibration much less disk."""
+    sizes = {"num_hidden_layers": 3, "intermediate_size": 30_000, "shard": "8MB"}
+    tiny = Tiny.make(tmp_path_factory.mktemp("wide"), "qwen2", **sizes)
+    tiny = Tiny(tiny.folder, {"rank_by": "count", "rank_count": 2}, "c/tiny.rain.safetensors")
+    tiny.path.parent.mkdir()
+    tiny.config()
+    return tiny
 
 
 def fresh(models: Tiny, folder: Path) -> Tiny:
@@ -224,6 +238,49 @@ def test_no_room_for_the_merged_model(
     assert "mergekit could not merge" in limited(forks, tiny, merge(tiny), RLIMIT_FSIZE=20_000)
     assert forks.run(*merge(tiny)).code == 0
     assert model(tiny) == merged
+
+
+def short_of_memory(forks: Forks, what: tuple[object, ...], stop_at: str) -> Ended:
+    """From that change of the file system on, memory for small things only."""
+    pid = forks.start(*what, stop_at=stop_at)
+    assert wait_for_stop(pid)
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + ROOM, most))
+    os.kill(pid, signal.SIGCONT)
+    return forks.wait()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
+@pytest.mark.parametrize("layer", [0, 1])
+def test_no_memory_in_a_layer(wide: Tiny, forks: Forks, layer: int) -> None:
+    """In the layer after that; with memory again, the run goes on to the same file."""
+    wide.path.unlink(missing_ok=True)
+    assert forks.run(*calibrate(wide)).code == 0
+    whole = wide.path.read_bytes()
+    wide.path.unlink()
+    ended = short_of_memory(forks, calibrate(wide), f"layer-{layer:05d}.safetensors")
+    error = failed(wide, ended)
+    assert f"out of memory in layer {layer + 2} of 3 (" in error
+    assert "smaller --activation-budget" in error
+    check_calibration(wide, whole)
+    assert not wide.path.exists()
+    ended = forks.run(*calibrate(wide)[:-1])
+    assert ended.code == 0, ended.output
+    assert f"(continued after {layer + 1})" in ended.output
+    assert wide.path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
+def test_no_memory_in_the_merge(wide: Tiny, forks: Forks) -> None:
+    assert forks.run(*merge(wide)).code == 0
+    whole = model(wide)
+    shutil.rmtree(wide.folder / "out")
+    error = failed(wide, short_of_memory(forks, merge(wide), "out"))
+    assert re.match(r"Error: out of memory in (the )?merge \(", error)
+    assert "smaller --out-shard-size" in error
+    assert forks.run(*merge(wide)).code == 0
+    assert model(wide) == whole
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

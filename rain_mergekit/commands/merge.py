@@ -21,6 +21,7 @@ from rain_mergekit.commands.options import budget_option, dtype_option, pick_dev
 from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
+from rain_mergekit.memory import MERGE, naming_shortage
 from rain_mergekit.method import register
 from rain_mergekit.models import LoadOptions
 from rain_mergekit.staging import staged_folder
@@ -54,7 +55,8 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
         try:
-            added = merge_into(parsed, stage, merge_options, completion)
+            with naming_shortage("in the merge", MERGE):
+                added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{config} is calibrated, but {out} was not written; the same command goes on"
