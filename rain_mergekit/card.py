@@ -16,6 +16,7 @@ from rain_mergekit.atomic import replacing
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.front_matter import with_tags
+from rain_mergekit.inputs import read_regular
 from rain_mergekit.recorded import Recorded, load
 from rain_mergekit.summary import Data, Summary, summarise
 
@@ -78,7 +79,7 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
     mergekit prints it, the new one takes its place.
     """
     try:
-        text = Path(folder, "README.md").read_bytes()
+        text = read_regular(Path(folder, "README.md"))
         was, now = (f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new))
     except FileNotFoundError:
         return
@@ -89,7 +90,7 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
 
 def _config_text(folder: str | os.PathLike[str]) -> str:
     file = Path(folder, "mergekit_config.yml")
-    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else "\0"
+    return read_regular(file).decode("utf-8", errors="replace") if file.exists() else "\0"
 
 
 def with_section(text: str, content: str) -> str:
@@ -177,7 +178,7 @@ def _code(value: object) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_regular(path).decode("utf-8")
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:

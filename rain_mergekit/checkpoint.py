@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import read_regular
 
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
@@ -121,6 +122,12 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
             f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
             "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
         )
+    outside = sorted({s.filename for s in index.shards if _leaves_folder(s.filename)})
+    if outside:
+        raise RainError(
+            f"{reference}: its index names files outside of its folder: {', '.join(outside)}; "
+            "fetch the model again from where you trust it"
+        )
     missing = sorted(
         {shard.filename for shard in index.shards if not _exists(path, shard.filename)}
     )
@@ -129,6 +136,10 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
             f"{reference}: shard(s) named by the index are missing: {', '.join(missing)}"
         )
     return index
+
+
+def _leaves_folder(filename: str) -> bool:
+    return os.path.isabs(filename) or ".." in Path(filename).parts
 
 
 def _exists(path: str, filename: str) -> bool:
@@ -205,9 +216,8 @@ def _middle_row(file: Any, name: str, shape: list[int]) -> bytes:
 def _config_digest(path: str) -> str:
     file = os.path.join(path, "config.json")
     try:
-        with open(file, encoding="utf-8") as stream:
-            config = json.load(stream)
-    except (OSError, ValueError) as error:
+        config = json.loads(read_regular(file).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RainError(f"{file}: cannot be read as a model config: {first_line(error)}") from None
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

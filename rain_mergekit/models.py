@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from rain_mergekit.checkpoint import Checkpoint, first_line
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import read_regular
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 def _tokenizer_class(path: str) -> Any:
     try:
-        text = Path(path, "tokenizer_config.json").read_text(encoding="utf-8")
+        text = read_regular(Path(path, "tokenizer_config.json")).decode("utf-8")
         declared = json.loads(text).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         return AutoTokenizer

@@ -11,6 +11,7 @@ from typing import Any
 from rain_mergekit.atomic import replacing
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.evaluation import Drift
+from rain_mergekit.inputs import read_regular
 
 NAME = "rain_verification.json"
 
@@ -53,7 +54,7 @@ def load(folder: str | os.PathLike[str]) -> Recorded | None:
     RainError if there is a measurement and the weights cannot be read.
     """
     try:
-        content: Any = json.loads(Path(folder, NAME).read_bytes())
+        content: Any = json.loads(read_regular(Path(folder, NAME)))
         found = Recorded(
             think=float(content["L_think"]),
             content=float(content["L_mid"]),

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import rain_mergekit
 from rain_mergekit.cli import cli
 
-TRIO = Path(__file__).parents[1] / "rain_mergekit" / "trio"
+TRIO = Path(rain_mergekit.__file__).parent / "trio"
 ROLES = ("reasoning", "instruct", "pretrained")
 # As the console script, but with Ctrl-C as in a terminal, however the tests were started.
 MAIN = (
