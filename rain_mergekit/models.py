@@ -96,16 +96,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     AutoTokenizer replaces the class that some model types declare by the registered one; where the
     folder declares a generic class, tokenizer.json is the authority and is obeyed as it stands.
     """
-    path = checkpoint.path
+    trust = checkpoint.trust_remote_code
+    return tokenizer_in(checkpoint.path, str(checkpoint.reference), trust_remote_code=trust)
+
+
+def tokenizer_in(path: str, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; RainError calls the model by `name`."""
     try:
         tokenizer = _tokenizer_class(path).from_pretrained(
-            path, trust_remote_code=checkpoint.trust_remote_code
+            path, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        line = first_line(error)
-        raise RainError(f"{checkpoint.reference}: cannot load its tokenizer: {line}") from None
+        raise RainError(f"{name}: cannot load its tokenizer: {first_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise RainError(f"{checkpoint.reference}: its tokenizer is a {type(tokenizer).__name__}")
+        raise RainError(f"{name}: its tokenizer is a {type(tokenizer).__name__}")
     return tokenizer
 
 

@@ -23,9 +23,10 @@ from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.memory import MERGE, naming_shortage
 from rain_mergekit.method import register
-from rain_mergekit.models import LoadOptions
+from rain_mergekit.models import LoadOptions, open_model
 from rain_mergekit.staging import staged_folder
 from rain_mergekit.staleness import compare
+from rain_mergekit.tokenizer_files import restore
 
 
 @click.command(
@@ -63,6 +64,7 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
             ) from None
         if merge_options.write_model_card:
             add_card(out, stage, console)
+        restore_tokenizer(parsed, stage, merge_options, console)
     if added:
         console.say(f"Added {len(added)} tensors that mergekit leaves out, as {added[0]}")
     console.head(f"Wrote {out}")
@@ -75,6 +77,25 @@ def add_card(out: str | Path, stage: Path, console: Console) -> None:
         write_card(stage)
     except (OSError, RainError) as error:
         console.warn(f"the model card says nothing of the calibration: {error}")
+
+
+def restore_tokenizer(
+    config: RainConfig, stage: Path, options: MergeOptions, console: Console
+) -> None:
+    """The reasoning model's tokenizer as its own files have it; a merge is not lost for it."""
+    if not options.copy_tokenizer:
+        return
+    own_template = "chat_template" in yaml.safe_load(config.text)
+    reasoning = open_model(config.reasoning, LoadOptions.of(options.model_dump()))
+    try:
+        found = restore(reasoning, stage, own_template=own_template)
+    except (OSError, RainError) as error:
+        console.warn(f"the tokenizer's files are as mergekit wrote them: {error}")
+        return
+    if found.files:
+        console.say(f"Put back as the reasoning model has them: {', '.join(found.files)}")
+    for text in found.warnings:
+        console.warn(text)
 
 
 def refuse_input(config: RainConfig, out: str) -> None:

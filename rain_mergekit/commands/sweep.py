@@ -11,7 +11,13 @@ import click
 from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.commands.console import Console
-from rain_mergekit.commands.merge import add_card, bring_up_to_date, merge_into, refuse_input
+from rain_mergekit.commands.merge import (
+    add_card,
+    bring_up_to_date,
+    merge_into,
+    refuse_input,
+    restore_tokenizer,
+)
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
 from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
@@ -116,6 +122,7 @@ def _merge(
         merge_into(config, stage, options, completion)
         if options.write_model_card:
             add_card(place, stage, console)
+        restore_tokenizer(config, stage, options, console)
 
 
 def _ruler(
