@@ -39,7 +39,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
         chat_template_kwargs=options,
         window=settings.window,
         max_tokens=settings.max_tokens,
-        keep_response=settings.protect_response > 0,
+        keep_response=settings.keeps_response,
     )
     instruction = None
     if settings.needs_instruction_data and settings.instruction_data is not None:

@@ -46,8 +46,18 @@ _NAMES: Mapping[str, Kind] = {
 }
 # Latent attention's projections to the low rank.
 _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj")
+# What makes queries, keys and values, apart or as one.
+_READING = frozenset(
+    {"q_proj", "k_proj", "v_proj", *_SHARED, "q_b_proj", "kv_b_proj"}
+    | {"qkv_proj", "c_attn", "query_key_value"}
+)
 # Where a family departs from that.
 _FAMILIES: Mapping[str, Mapping[str, Kind]] = {"gpt_bigcode": {"c_attn": Kind.GROUPS}}
+
+
+def reads(name: str) -> bool:
+    """Whether a module (or the site named after it) gives attention its queries, keys or values."""
+    return name.rpartition(".")[2] in _READING
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Workload:
     instruction_rows: int
     instruction_passes: int
     itemsize: int
+    reading_rows: int = 0
 
     @property
     def longest(self) -> int:
@@ -99,7 +100,8 @@ def layer_memory(shape: ModelShape, itemsize: int) -> int:
 
 def feature_memory(shape: ModelShape, work: Workload) -> int:
     """Rows of all sites, float32, until the sites are solved."""
-    return (work.protected_rows + work.instruction_rows) * sum(shape.widths) * FLOAT32
+    everywhere = (work.protected_rows + work.instruction_rows) * sum(shape.widths)
+    return (everywhere + work.reading_rows * shape.hidden) * FLOAT32
 
 
 def solver_memory(shape: ModelShape, work: Workload, rank: int, *, oblique: bool) -> int:
@@ -110,7 +112,8 @@ def solver_memory(shape: ModelShape, work: Workload, rank: int, *, oblique: bool
         sides.append(2 * min(work.instruction_rows, width) ** 2)
     kept = min(rank, work.protected_rows)
     blocks = 3 * TASK_ROWS * width * FLOAT32 + 3 * BLOCK_BYTES
-    return max(sides) * FLOAT64 + 5 * width * kept * FLOAT64 + blocks
+    read = work.reading_rows * shape.hidden  # prompts or responses: half of them, and what is left
+    return (max(sides) + read + 5 * width * kept) * FLOAT64 + blocks
 
 
 def working_memory(shape: ModelShape, work: Workload) -> int:
@@ -182,4 +185,11 @@ def statistics_flops(shape: ModelShape, work: Workload, *, oblique: bool) -> flo
         if oblique:
             side = min(work.instruction_rows, width)
             total += 1.2 * side * work.instruction_rows * width + side**3 / 3
-    return total
+    return total + 2 * reading_flops(shape, work.reading_rows // 2)
+
+
+def reading_flops(shape: ModelShape, rows: int) -> float:
+    """What attention reads of the prompts, or of the responses, in one layer."""
+    small = min(rows, shape.hidden)
+    answers = 2.0 * 3 * shape.heads_width * shape.hidden * (rows + small)
+    return 1.2 * small * rows * shape.hidden + 9.0 * small**3 + answers

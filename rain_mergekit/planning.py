@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from rain_mergekit.calibration_data import Samples
 from rain_mergekit.capture import Shell
 from rain_mergekit.plan import ModelShape, Workload
+from rain_mergekit.walk import READ
 
 
 def model_shape(shell: Shell) -> ModelShape:
@@ -58,16 +61,17 @@ def workload(
     dtype: torch.dtype,
 ) -> Workload:
     """Positions: by stream, for each sample its positions of use by group."""
-    counts = {
-        name: sum(len(rows) for groups in members for rows in groups.values())
-        for name, members in positions.items()
-    }
+    counts = Counter[str]()
+    for stream, members in positions.items():
+        for name, rows in chain.from_iterable(groups.items() for groups in members):
+            counts["reading" if name in READ else stream] += len(rows)
     instruction = samples.instruction.samples if samples.instruction is not None else ()
     return Workload(
         reasoning_lengths=[len(sample.input_ids) for sample in samples.reasoning.samples],
         instruction_lengths=[len(sample.input_ids) for sample in instruction],
-        protected_rows=counts.get("reasoning", 0),
-        instruction_rows=counts.get("instruction", 0),
+        protected_rows=counts["reasoning"],
+        instruction_rows=counts["instruction"],
         instruction_passes=passes,
         itemsize=dtype.itemsize,
+        reading_rows=counts["reading"],
     )

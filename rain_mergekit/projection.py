@@ -138,6 +138,33 @@ def count_above(values: Tensor, tolerance: float) -> int:
     return int((values.sqrt() > tolerance * values.max().sqrt()).sum())
 
 
+def covered(
+    basis: Tensor,
+    rows: Tensor | FeatureRows,
+    deltas: Iterable[Tensor],
+    share: float,
+    room: int,
+) -> Tensor:
+    """The basis (d x r) and the fewest directions more that cover the rows' response to a share.
+
+    Afterwards the part of the rows (n x d) outside of it has at most (1 - share) of their response
+    energy sum_k ||Delta_k h||^2, unless there is no room (the largest rank) for that many.
+    deltas is gone through twice.
+    """
+    rows = FeatureRows.of(rows)
+    whole = sum(float(rows.applied(delta).square().sum(dtype=STATISTICS_DTYPE)) for delta in deltas)
+    dense = rows.dense()
+    basis = basis.to(dense)
+    found = spectrum(dense - (dense @ basis) @ basis.mT)
+    energies = response_energy(found, deltas)
+    order = energies.argsort(descending=True, stable=True)
+    left = energies.sum() - energies[order].cumsum(0)
+    allowed = (1 - share) * whole
+    wanted = 0 if float(energies.sum()) <= allowed else int((left > allowed).sum()) + 1
+    more = order[: max(0, min(wanted, room - basis.shape[1]))]
+    return orthonormal(torch.cat([basis, found.directions(more)], 1))
+
+
 def orthogonal_factors(basis: Tensor) -> Factors:
     """Eq. 4's projector for a linear module: I - U U^T."""
     return Factors(basis, basis)

@@ -199,6 +199,17 @@ class RainSettings(BaseModel):
         NonNegative,
         Field(description="Weight of the reasoning set's responses, in the same way."),
     ] = 0.0
+    reading_share: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            le=1.0,
+            description="What attention reads: at the inputs of queries, keys and values, this "
+            "share of the task vector's response to the reasoning set's prompts, and of that to "
+            "its responses, is protected besides; 0: none.",
+        ),
+        _Number,
+    ] = 0.9
     content_rows: Annotated[
         PositiveInt,
         Field(
@@ -258,6 +269,11 @@ class RainSettings(BaseModel):
         if isinstance(self.markers, str):
             return None
         return Markers.of([(pair.open, pair.close) for pair in self.markers])
+
+    @property
+    def keeps_response(self) -> bool:
+        """Whether the reasoning set's responses are run through the model."""
+        return self.protect_response > 0 or self.reading_share > 0
 
     @property
     def stores_v(self) -> bool:

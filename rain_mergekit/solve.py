@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +42,14 @@ def solve_site(
     deltas: Iterable[Tensor],
     settings: RainSettings,
     max_rank: int,
+    read: Sequence[Tensor | FeatureRows] = (),
 ) -> SiteResult:
     """Choose the rank and compute U, V of one site.
 
     rows: n x d weighted features; instruction_rows: m x d or None (orthogonal);
     deltas: the task vectors (d_out x d) of the modules that share the site, or blocks of their
-    rows, which are used once and not kept.
+    rows; gone through once, and once more for each of `read`.
+    read: features (n x d) of which only `reading_share` of the response is to be protected.
     Raises RainError naming the site if the basis would fill the whole space.
     """
     try:
@@ -58,12 +60,17 @@ def solve_site(
         chosen = order[:rank]
         if rank >= found.width:
             raise RainError(_full_space(found.width))
-        factors = _factors(found.directions(chosen), instruction_rows, settings)
+        basis = found.directions(chosen)
+        room = min(max_rank, found.width - 1)
+        for more in read:
+            basis = projection.covered(basis, more, deltas, settings.reading_share, room)
+        factors = _factors(basis, instruction_rows, settings)
     except RainError as error:
         raise RainError(f"{name}: {error}") from None
     if settings.ridge > 0:
         weights = projection.ridge_weights(found.values[chosen], settings.ridge)
-        factors = projection.soften(factors, weights)
+        whole = weights.new_ones(basis.shape[1] - rank)
+        factors = projection.soften(factors, torch.cat([weights, whole]))
     return SiteResult(
         width=found.width,
         positions=positions,

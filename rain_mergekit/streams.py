@@ -15,7 +15,7 @@ from rain_mergekit.distributed import World
 from rain_mergekit.features import spread
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.store import ActivationStore
-from rain_mergekit.walk import INSTRUCTION, PositionGroups, Stream, TokenSamples
+from rain_mergekit.walk import INSTRUCTION, READ, PositionGroups, Stream, TokenSamples
 
 REASONING = "reasoning"
 MERGED = "merged"
@@ -109,4 +109,8 @@ def _groups(
         groups["prompt"] = spread(range(sample.think_positions[0]), content)
     if settings.protect_response > 0:
         groups["response"] = spread(sample.response_positions, content)
+    if settings.reading_share > 0:
+        prompt = range(sample.think_positions[0])
+        places = (prompt, sample.response_positions)
+        groups |= {name: spread(place, content) for name, place in zip(READ, places, strict=True)}
     return groups

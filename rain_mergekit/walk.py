@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, starmap
@@ -20,7 +20,7 @@ from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, weighted_rows
 from rain_mergekit.heap import give_back
-from rain_mergekit.modules import HeadLayout
+from rain_mergekit.modules import HeadLayout, reads
 from rain_mergekit.observe import LinearWeight, RowPicker, SiteMap, capture_inputs
 from rain_mergekit.probe import SpanProbe
 from rain_mergekit.projection import project
@@ -32,6 +32,7 @@ PositionGroups = Mapping[str, Sequence[int]]
 TaskVector = Callable[[LinearWeight, "int | None"], Iterator[Tensor]]
 TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
 INSTRUCTION = "instruction"
+READ = ("read prompt", "read response")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.store)
+
+
+@dataclass(frozen=True)
+class _TaskVectors:
+    """The task vectors of a site's weights, block by block; read anew each time."""
+
+    read: TaskVector
+    members: Sequence[tuple[LinearWeight, int | None]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(starmap(self.read, self.members))
 
 
 @dataclass
@@ -106,6 +118,8 @@ class LayerWalk:
 
         def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
             for group, index in groups.items():
+                if group in READ and not reads(site):
+                    continue
                 rows = inputs.index_select(0, self._inside(index, inputs.shape[0], tokens))
                 if not bool(torch.isfinite(rows).all()):
                     raise RainError(
@@ -145,7 +159,7 @@ class LayerWalk:
         for index, site in enumerate(sites.owners):
             width = sites.widths[site]
             rows = self._collect(width, collected.pop(site, {}), self._world.owner(index))
-            deltas = chain.from_iterable(starmap(task_vector, sites.members(site)))
+            deltas = _TaskVectors(task_vector, sites.members(site))
             mine = self._world.owner(index) == self._world.rank
             solved[site] = self._solve_site(site, width, rows, deltas, max_rank) if mine else None
             del rows
@@ -163,7 +177,7 @@ class LayerWalk:
         self, width: int, collectors: dict[str, RowCollector], owner: int
     ) -> dict[str, RowCollector]:
         """All processes' rows of a site at its owner; they agree on the order of the groups."""
-        names = [*(group.name for group in protected_groups(self.settings)), INSTRUCTION]
+        names = [*(group.name for group in protected_groups(self.settings)), *READ, INSTRUCTION]
         everywhere = {name: collectors.get(name, RowCollector()) for name in names}
         for collector in everywhere.values():
             self._world.collect(collector, width, owner)
@@ -174,14 +188,15 @@ class LayerWalk:
         site: str,
         width: int,
         collectors: Mapping[str, RowCollector],
-        deltas: Iterator[Tensor],
+        deltas: Iterable[Tensor],
         max_rank: int,
     ) -> SiteResult:
         rows = weighted_rows(collectors, protected_groups(self.settings))
         if rows is None:  # experts to which no protected token was routed
             return unconstrained(width)
         instruction = weighted_rows(collectors, [Group(INSTRUCTION, 1.0)])
-        count = sum(c.count for name, c in collectors.items() if name != INSTRUCTION)
+        read = [weighted_rows(collectors, [Group(name, 1.0)]) for name in READ]
+        count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
         return solve_site(
             f"{self.name}.{site}",
             rows,
@@ -190,6 +205,7 @@ class LayerWalk:
             deltas,
             self.settings,
             max_rank,
+            [rows for rows in read if rows is not None],
         )
 
     def _merge(

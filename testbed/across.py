@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from testbed.curves import NOMINAL, Row, at_gain, safe_gain, undominated
-from testbed.methods import DEFAULT, PROMPT, TASK
+from testbed.methods import BASE, DEFAULT, HEAD, TASK
 from testbed.tables import NONE, markdown, percent, small
 
 Trios = Mapping[str, Mapping[str, Row]]
@@ -78,7 +78,7 @@ def targets(trios: Trios) -> str:
     lines = [
         [trio, name, *_target(rows, rows[name])]
         for trio, rows in trios.items()
-        for name in (DEFAULT, PROMPT)
+        for name in (DEFAULT, BASE, HEAD)
         if {name, TASK, "reasoning"} <= set(rows)
     ]
     return f"{TARGETS.format(none=NONE)}\n\n{markdown(header, lines)}"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from testbed.curves import Row
 from testbed.intervals import Numbers, Ratio, difference, resamples, unpacked
 from testbed.judge import domains, strata
-from testbed.methods import DEFAULT, TASK, TASK_LINEAR
+from testbed.methods import BASE, DEFAULT, HEAD, PROMPT, TASK, TASK_LINEAR
 from testbed.records import Record
 from testbed.results_file import Entry
 
 Pair = tuple[str, str]
 SHARES = ("0.8", "0.9", "0.95", "0.99", "0.999")
-CUT = f"{DEFAULT}, normalized rho "
+CUT = f"{BASE}, normalized rho "
 
 GROUPS: Mapping[str, Sequence[Pair]] = {
     "Oblique against orthogonal": [
@@ -25,11 +25,21 @@ GROUPS: Mapping[str, Sequence[Pair]] = {
         for kind in ("oblique", "orthogonal")
         for share in SHARES
     ],
-    "Rank share against the default": [
-        (f"rain oblique {share}, thinking 1", DEFAULT) for share in ("0.8", "0.9", "0.95", "0.999")
+    "What attention reads protected or not, and the head merged too": [
+        (DEFAULT, BASE),
+        *((DEFAULT, f"{BASE}, reading {share}") for share in ("0.5", "0.99")),
+        (DEFAULT, PROMPT),
+        ("rain orthogonal 0.99, thinking 1, reading 0.9", "rain orthogonal 0.99, thinking 1"),
+        (HEAD, DEFAULT),
+        (HEAD, TASK),
+        (HEAD, "ties"),
+    ],
+    "Rank share against 0.99": [
+        (f"rain oblique {share}, thinking 1", BASE) for share in ("0.8", "0.9", "0.95", "0.999")
     ],
     "Coefficients against none": [
-        *((f"{CUT}{rho}", DEFAULT) for rho in ("0", "0.2", "1")),
+        (f"{DEFAULT}, normalized rho 1", DEFAULT),
+        *((f"{CUT}{rho}", BASE) for rho in ("0", "0.2", "1")),
         ("rain orthogonal 0.99, thinking 1, normalized rho 1", "rain orthogonal 0.99, thinking 1"),
         ("rain stage 2 only", TASK_LINEAR),
         (f"{CUT}1", "shuffled coefficients"),
@@ -41,8 +51,8 @@ GROUPS: Mapping[str, Sequence[Pair]] = {
             *("dare_ties, reasoning whole", "della", "della, reasoning whole", "slerp"),
         )
     ],
-    "The default against controls": [
-        (DEFAULT, rival)
+    "Reading 0 against controls of the same rank": [
+        (BASE, rival)
         for rival in (
             *("random subspace", "shrunk task vector"),
             *("sigmoid projection 0.1", "sigmoid projection 0.01"),

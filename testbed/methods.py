@@ -16,16 +16,19 @@ SPARSE_STRENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5)
 TIES_STRENGTHS = (0.1, 0.2, *SPARSE_STRENGTHS)
 RAIN_STRENGTHS = (0.7, 1.0, 1.2, 1.5, 2.0, 2.5)
 QUICK = (0.5, 1.0, 1.5)
-DEFAULT = "rain oblique 0.99, thinking 1"
+BASE = "rain oblique 0.99, thinking 1"
+DEFAULT = f"{BASE}, reading 0.9"
+HEAD = f"{DEFAULT}, head"
 TASK, TASK_LINEAR = "task_arithmetic", "task_arithmetic, linear"
-PROMPT = f"{DEFAULT}, prompt 1"
+PROMPT = f"{BASE}, prompt 1"
 CORE = (
+    *("rain orthogonal 0.99, thinking 1, reading 0.9", f"{DEFAULT}, normalized rho 1", HEAD),
     *(PROMPT, f"{PROMPT}, response 0.1", f"{PROMPT}, response 1"),
     "rain oblique 0.95, thinking 1, prompt 1",
     *("ties", "dare_ties", "della", "slerp"),
     *("rain oblique 0.95, thinking 1", "rain orthogonal 0.95, thinking 1"),
     *("shuffled coefficients", "rain stage 2 only", "sigmoid projection 0.1"),
-    *(f"{DEFAULT}, {change}" for change in ("response 0.1", "float32")),
+    *(f"{BASE}, {change}" for change in ("response 0.1", "float32")),
 )
 
 
@@ -149,6 +152,7 @@ def rain_settings(projection: str, share: float, thinking: int, **more: Any) -> 
         "rank_share": share,
         "protect_thinking": thinking,
         "coefficients": "off",
+        "reading_share": 0.0,
         **more,
     }
 
@@ -182,6 +186,23 @@ def projections() -> list[Method]:
     ]
 
 
+def reading() -> list[Method]:
+    """What attention reads protected too: the default, and with one change each."""
+    rows = [
+        _rain(DEFAULT, "reading", main=True, **rain_settings("oblique", 0.99, 1, reading_share=0.9))
+    ]
+    for name, projection, more in (
+        ("rain orthogonal 0.99, thinking 1, reading 0.9", "orthogonal", {}),
+        (f"{BASE}, reading 0.5", "oblique", {"reading_share": 0.5}),
+        (f"{BASE}, reading 0.99", "oblique", {"reading_share": 0.99}),
+        (f"{DEFAULT}, normalized rho 1", "oblique", {"coefficients": "normalized"}),
+    ):
+        found = rain_settings(projection, 0.99, 1, **{"reading_share": 0.9, **more})
+        rows.append(_rain(name, "reading", **found))
+    found = rain_settings("oblique", 0.99, 1, reading_share=0.9)
+    return [*rows, _rain(HEAD, "reading", edit="head", **found)]
+
+
 def coefficients() -> list[Method]:
     """The default projection with coefficients, and coefficients without a projection."""
     rows = []
@@ -213,7 +234,7 @@ def ablations() -> list[Method]:
     """One change each to a default that has to earn its place."""
     return [
         _rain(
-            f"{DEFAULT}, response {weight:g}",
+            f"{BASE}, response {weight:g}",
             "ablations",
             **rain_settings("oblique", 0.99, 1, protect_response=weight),
         )
@@ -234,9 +255,9 @@ def ablations() -> list[Method]:
             for weight in (0.1, 1.0)
         ),
         _rain(
-            f"{DEFAULT}, float32", "ablations", dtype="float32", **rain_settings("oblique", 0.99, 1)
+            f"{BASE}, float32", "ablations", dtype="float32", **rain_settings("oblique", 0.99, 1)
         ),
-        _rain(f"{DEFAULT}, window 1", "ablations", **rain_settings("oblique", 0.99, 1, window=1)),
+        _rain(f"{BASE}, window 1", "ablations", **rain_settings("oblique", 0.99, 1, window=1)),
     ]
 
 
@@ -259,7 +280,16 @@ def methods() -> list[Method]:
         for recipe in (sparse(name, whole=whole),)
     ]
     others.append(Method("slerp", "mergekit", SLERP_STRENGTHS, slerp))
-    rows = [*models, *plain, *projections(), *controls(), *coefficients(), *others, *ablations()]
+    rows = [
+        *models,
+        *plain,
+        *reading(),
+        *projections(),
+        *controls(),
+        *coefficients(),
+        *others,
+        *ablations(),
+    ]
     return sorted(rows, key=_late)
 
 

@@ -1,6 +1,7 @@
-"""docs/results.md, made from the cache; nobody edits it."""
+"""docs/results.md and a page for each trio, made from the cache; nobody edits them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from testbed import across, sections, tables
@@ -18,6 +19,10 @@ Rows = Mapping[str, Row]
 ONE_TRIO = """\
 **One trio, one training seed.** This is evidence about these three models; nothing here shows \
 that another architecture, task or training seed would agree."""
+BACK = """\
+<!-- Made by `python -m testbed.scoreboard`: do not edit. -->
+
+One of the trios of the [results](../{out}), where it says how to read these tables."""
 NOTES = "notes.md"
 HEAD = Path(__file__).with_name("results_head.md")
 
@@ -31,27 +36,49 @@ def write_page(
     head = HEAD.read_text(encoding="utf-8").format(
         command=command, seed=RANDOM_SEED, resamples=RESAMPLES, seeds=", ".join(map(str, SEEDS))
     )
-    parts = [head.rstrip("\n"), _scope(found)]
+    parts = [head.rstrip("\n")]
     measured = {
         Path(results.data["trio"]).name: {
             row.method.name: row for row in rows(results, validation, test, quick=quick)
         }
         for results in found
     }
-    if len(found) > 1:
-        parts += ["## All trios", _notes(found[0], "all"), "### Each method at its best strength"]
-        parts += [across.summary(measured), "### The targets", across.targets(measured)]
-    for results in found:
-        complete = measured[Path(results.data["trio"]).name]
-        parts += section(out, results, complete, (validation, test), quick=quick)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-
-
-def _scope(found: Sequence[Results]) -> str:
+    sections_of = {
+        Path(results.data["trio"]).name: partial(
+            section,
+            results=results,
+            complete=measured[Path(results.data["trio"]).name],
+            limits=(validation, test),
+            quick=quick,
+        )
+        for results in found
+    }
     if len(found) == 1:
-        return ONE_TRIO
-    return f"Measured on {len(found)} trios, each by itself below."
+        parts += [ONE_TRIO, *(line for made in sections_of.values() for line in made(out))]
+    else:
+        parts.insert(0, _notes(found[0], "takeaway"))
+        parts += ["## Findings", _notes(found[0], "all"), "## Each method at its best strength"]
+        parts += [across.summary(measured), "## The targets", across.targets(measured)]
+        parts += ["## Each trio", _each(out, sections_of)]
+    _write(out, parts)
+
+
+def _each(out: Path, sections_of: Mapping[str, Callable[[Path], list[str]]]) -> str:
+    """A page for each trio; links to them and their plots."""
+    lines = []
+    for name, made in sections_of.items():
+        page = out.parent / out.stem / f"{name}.md"
+        _write(page, [f"# {name}", BACK.format(out=out.name), *made(page)[1:]])
+        lines.append(f"[{name}]({out.stem}/{name}.md): every row and strength, with intervals.")
+        image = f"img/results-{name}.svg"
+        if (out.parent / image).exists():
+            lines.append(f"![Trade-off curves of {name}]({image})")
+    return "\n\n".join(lines)
+
+
+def _write(path: Path, parts: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
 def section(

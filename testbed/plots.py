@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from testbed.curves import Row
-from testbed.methods import DEFAULT, TASK, TASK_LINEAR
+from testbed.methods import BASE, DEFAULT, HEAD, TASK, TASK_LINEAR
 
 # Colours that stay apart in grey and for colour-blind eyes; baselines are dashed.
 STYLES: Mapping[str, tuple[str, str, str]] = {
@@ -24,7 +24,8 @@ STYLES: Mapping[str, tuple[str, str, str]] = {
     "rain stage 2 only": ("#56b4e9", ":", "D"),
     "rain orthogonal 0.99, thinking 0": ("#d55e00", "-", "v"),
     "rain orthogonal 0.99, thinking 1": ("#d55e00", "-", "s"),
-    f"{DEFAULT}, normalized rho 1": ("#56b4e9", "-", "D"),
+    BASE: ("#56b4e9", "-", "D"),
+    HEAD: ("#009e73", "-", "*"),
     DEFAULT: ("#0072b2", "-", "o"),
 }
 Value = Callable[[Row, float], float]

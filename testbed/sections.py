@@ -6,7 +6,7 @@ from pathlib import Path
 from testbed import findings
 from testbed.curves import Row, at_gain, safe_gain, undominated
 from testbed.findings import Comparer, Comparison
-from testbed.methods import DEFAULT, PROMPT, TASK
+from testbed.methods import BASE, DEFAULT, PROMPT, TASK
 from testbed.results_file import Results
 from testbed.tables import NONE, markdown, percent, points, small
 
@@ -23,7 +23,10 @@ COMPARISONS = """\
 First less second, in points on the same constrained test prompts, with the paired 95 % interval: \
 *both* with each at its own best strength, right answers there whatever their format, and *both* \
 with both at λ = 1. Many comparisons are made: some verdicts are chance."""
-ATTENTION = ("reasoning", "instruct", TASK, DEFAULT, PROMPT, f"{DEFAULT}, normalized rho 1")
+ATTENTION = (
+    *("reasoning", "instruct", TASK, DEFAULT, BASE, PROMPT),
+    *(f"{BASE}, normalized rho 1", f"{DEFAULT}, normalized rho 1"),
+)
 ATTENDING = """\
 How much of the attention of the words that follow a constraint goes to it, less how much the \
 lead of the answer pays it; in brackets the first of the two. Mean over heads and 70 test \
@@ -42,11 +45,12 @@ def curves(out: Path, trio: str, complete: Rows) -> list[str]:
     anchor, task = complete.get("reasoning"), complete.get(TASK)
     if anchor is None or task is None:
         return []
-    image = out.parent / "img" / f"results-{trio}.svg"
+    folder = out.parent if out.stem == "results" else out.parent.parent
+    image = folder / "img" / f"results-{trio}.svg"
     draw(image, list(complete.values()), anchor, f"{trio}, validation prompts, one point per λ")
     return [
         "### The trade-off",
-        f"![Trade-off curves of {trio}](img/{image.name})",
+        f"![Trade-off curves of {trio}]({'' if folder == out.parent else '../'}img/{image.name})",
         "On validation prompts, at all strengths; higher and further left is better.",
         equal_gain(complete, anchor, task),
         dominance(complete),

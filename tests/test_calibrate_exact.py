@@ -107,7 +107,11 @@ def test_with_an_energy_cap_the_dropped_directions_are_left_and_nothing_else(
     trios: Trios,
 ) -> None:
     tiny = trios["qwen2"].using(
-        projection="orthogonal", rank_by="energy", rank_share=0.8, protect_thinking=0.0
+        projection="orthogonal",
+        rank_by="energy",
+        rank_share=0.8,
+        protect_thinking=0.0,
+        reading_share=0.0,
     )
     tiny.calibrate()
     dense, file = Dense(tiny), CalibrationFile.open(tiny.path)
@@ -297,7 +301,7 @@ def test_a_planted_massive_feature_does_not_use_up_the_protection(tmp_path: Path
         save_file(weights, tmp_path / role / "model.safetensors", metadata={"format": "pt"})
 
     def left(rule: str) -> float:
-        tried = tiny.using(projection="orthogonal", rank_by=rule, rank_share=0.99)
+        tried = tiny.using(projection="orthogonal", rank_by=rule, rank_share=0.99, reading_share=0)
         tried.calibrate()
         dense, module = Dense(tried), "model.layers.0.self_attn.q_proj"
         rows = dense.rows(module, "think_positions").mT

@@ -338,3 +338,27 @@ def test_spread_takes_evenly_distributed_positions(total: int, limit: int) -> No
     if total > limit:
         gaps = [b - a for a, b in pairwise(chosen)]
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+# --- what attention reads ------------------------------------------------------------------------
+
+
+def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> None:
+    generator = torch.Generator().manual_seed(5)
+    delta = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+    rows = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    rows *= torch.logspace(0, -2, 12)
+    basis = torch.eye(12, dtype=torch.float64)[:, 3:5]
+
+    def left(columns: torch.Tensor) -> float:
+        rest = rows - rows @ columns @ columns.mT
+        return float((delta @ rest.mT).square().sum() / (delta @ rows.mT).square().sum())
+
+    found = projection.covered(basis, rows, [delta[:4], delta[4:]], 0.9, 12)
+    rank = found.shape[1]
+    torch.testing.assert_close(found[:, :2], basis)
+    torch.testing.assert_close(found.mT @ found, torch.eye(rank, dtype=torch.float64))
+    assert rank > 2
+    assert left(found) <= 0.1 < left(found[:, :-1])
+    assert projection.covered(basis, rows, [delta], 0.9, rank - 1).shape[1] == rank - 1
+    assert projection.covered(found, rows, [delta], 0.9, 12).shape[1] == rank

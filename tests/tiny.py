@@ -322,7 +322,7 @@ class Dense:
         self.settings = tiny.config().settings
         window = self.settings.window
         tokenizer = tiny.tokenizer()
-        keep = self.settings.protect_response > 0
+        keep = self.settings.protect_response > 0 or self.settings.reading_share > 0
         self.reasoning: Sequence[ReasoningTokens] = load_reasoning(
             self.settings.reasoning_data, tokenizer, window=window, keep_response=keep
         ).samples
@@ -381,6 +381,9 @@ class Dense:
         values, vectors = values.flip(0), vectors.flip(1)
         deltas = torch.cat([self.delta(f"{prefix}{m}.weight") for m in SITES[site]])
         basis = vectors[:, self._chosen(values, vectors, deltas)]
+        if site == "self_attn.q_proj" and options.reading_share > 0:
+            for positions in ("prompt_positions", "response_positions"):
+                basis = self._covering(basis, self.rows(name, positions), deltas)
         v = basis
         if options.projection == "oblique":
             width = len(moment)
@@ -406,6 +409,23 @@ class Dense:
         while energy[chosen].sum() < options.rank_share * energy.sum():
             chosen.append(order[len(chosen)])
         return chosen
+
+    def _covering(self, basis: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:
+        """One direction more at a time, until enough of the rows' response is protected."""
+        room = min(self.settings.max_rank or 96, basis.shape[0] - 1)
+        rest = rows - rows @ basis @ basis.mT
+        _, _, found = torch.linalg.svd(rest, full_matrices=False)
+        answers = (deltas @ (rest @ found.mT @ found).mT).square().sum()
+        allowed = (1 - self.settings.reading_share) * (deltas @ rows.mT).square().sum()
+        strength = (
+            (rest @ found.mT).square().sum(0) * (deltas @ found.mT).square().sum(0)
+        ).tolist()
+        for index in sorted(range(len(found)), key=lambda i: -strength[i]):
+            if answers <= allowed or basis.shape[1] >= room:
+                break
+            basis = torch.cat([basis, found[index][:, None]], 1)
+            answers = (deltas @ (rows - rows @ basis @ basis.mT).mT).square().sum()
+        return basis
 
     def site_of(self, layer: int, module: str) -> DenseSite:
         owner = next(site for site, members in SITES.items() if module in members)
