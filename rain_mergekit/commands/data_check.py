@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rain_mergekit.commands.inspect import clean
 from rain_mergekit.commands.options import (
     given_markers,
     loading_options,
@@ -88,10 +90,9 @@ def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
     )
     if checked.kind == "instruction":
         kinds = Counter(span.instruction_id for s in data.samples for span in s.spans)
-        console.say(
-            f"  {sum(kinds.values())} instructions: "
-            + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))
-        )
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))
+        text = f"{sum(kinds.values())} instructions: {listed}"
+        console.say(fill(clean(text), 80, initial_indent="  ", subsequent_indent="    "))
     for source, reason in data.skipped:
         console.warn(f"{source}: skipped: {reason}")
 
@@ -99,7 +100,6 @@ def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
 def _show(checked: Checked, number: int, console: Console) -> None:
     """The text in colours, which the console leaves out where nobody sees them, and a list."""
     from rain_mergekit.building.checking import PLAIN, segments  # noqa: PLC0415
-    from rain_mergekit.commands.inspect import clean  # noqa: PLC0415
 
     runs = segments(checked, number)
     console.say(f"\nSample {number}, as the model sees it:\n")

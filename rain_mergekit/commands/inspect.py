@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rain_mergekit.sites import Kind, Spread
     from rain_mergekit.summary import Data, Summary
 
+WIDTH = 80
 # From low to high, in the terminal's 256 colours: blue, grey, orange.
 _COLOURS = (25, 31, 67, 109, 145, 180, 179, 173, 166)
 
@@ -64,16 +66,21 @@ def _screen(summary: Summary, *, blocks: bool) -> list[str]:
     lines = [_head(summary.path), f"  {about}; written by {clean(summary.created_by)}"]
     lines += [_head("Models"), *_table(list(summary.models.items()))]
     if summary.data:
-        lines += [_head("Data"), *_table([(k, _data(v)) for k, v in summary.data.items()])]
+        lines += [
+            _head("Data"),
+            *_table([row for k, v in summary.data.items() for row in _data(k, v)]),
+        ]
     changed = [(name, json.dumps(value)) for name, value in summary.changed.items()]
     lines += [_head("Settings that differ from the defaults")]
     nothing = "  none" if summary.settings else "  not recorded"
     lines += _table(changed) if changed else [nothing]
-    lines += [_head("Protection: mean over layers (lowest-highest)"), *_kinds(summary.kinds)]
+    lines += [_head("Protection: mean over layers (lowest-highest rank, lowest share)")]
+    lines += _kinds(summary.kinds)
     lines += _coefficients(summary, blocks=blocks)
     if summary.warnings:
         lines.append(click.style("Warnings", bold=True, fg="yellow"))
-        lines += [f"  {clean(text)}" for text in summary.warnings]
+        for text in summary.warnings:
+            lines += wrap(clean(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
@@ -93,30 +100,29 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
     return [f"  {clean(name):<{width}}  {clean(text)}" for name, text in rows]
 
 
-def _data(data: Data) -> str:
+def _data(name: str, data: Data) -> list[tuple[str, str]]:
     used, total = (str(n) if n is not None else "?" for n in (data.used, data.total))
     positions = f", {data.positions} positions" if data.positions is not None else ""
-    return f"{used} of {total} samples{positions}, {data.path} (sha256 {data.sha256[:12] or '?'})"
+    digest = data.sha256[:12] or "?"
+    return [(name, f"{used} of {total} samples{positions}, sha256 {digest}"), ("", data.path)]
 
 
 def _kinds(kinds: tuple[Kind, ...]) -> list[str]:
     names = [clean(" ".join(kind.modules) or kind.name) for kind in kinds]
     wide = max([len("input of"), *map(len, names)])
-    head = f"  {'input of':<{wide}}  {'sites':>5}  {'width':>6}  {'rank':<16}"
-    lines = [f"{head}  {'kept energy':<19}  of the response"]
+    head = f"  {'input of':<{wide}} {'sites':>5} {'width':>5}  {'rank':<14}"
+    lines = [f"{head}  {'kept energy':<13}  kept response"]
     for name, kind in zip(names, kinds, strict=True):
+        rank = f"{kind.rank.mean:.1f} ({kind.rank.low:.0f}-{kind.rank.high:.0f})"
         lines.append(
-            f"  {name:<{wide}}  {kind.sites:>5}  {kind.width.high:>6.0f}  "
-            f"{_spread(kind.rank, '.1f', '.0f'):<16}  {_spread(kind.kept, '.3f', '.3f'):<19}  "
-            f"{_spread(kind.response, '.3f', '.3f')}".rstrip()
+            f"  {name:<{wide}} {kind.sites:>5} {kind.width.high:>5.0f}  {rank:<14}  "
+            f"{_share(kind.kept):<13}  {_share(kind.response)}".rstrip()
         )
     return lines if kinds else ["  nothing is projected"]
 
 
-def _spread(value: Spread | None, mean: str, ends: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value.mean:{mean}} ({value.low:{ends}}-{value.high:{ends}})"
+def _share(value: Spread | None) -> str:
+    return "-" if value is None else f"{value.mean:.3f} ({value.low:.3f})"
 
 
 def _coefficients(summary: Summary, *, blocks: bool) -> list[str]:
@@ -133,7 +139,7 @@ def _coefficients(summary: Summary, *, blocks: bool) -> list[str]:
     names = band_names(max(len(column) for column in alpha))
     wide = max(len(name) for name in names)
     for name, (text, levels) in zip(names, heat_rows(alpha, low, high, marks), strict=True):
-        lines.append(f"  {name:<{wide}}  {_coloured(text, levels) if blocks else text}")
+        lines.append(f"  {name:<{wide}} {_coloured(text, levels) if blocks else text}")
     return lines
 
 
