@@ -19,7 +19,15 @@ from rain_mergekit.commands.calibration import run_calibration
 from rain_mergekit.commands.console import Console, duration
 from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning
-from rain_mergekit.demo_files import HELD_OUT, MERGES, REPORT, TRIO, claim, write_report
+from rain_mergekit.demo_files import (
+    CALIBRATION,
+    HELD_OUT,
+    MERGES,
+    REPORT,
+    TRIO,
+    claim,
+    write_report,
+)
 from rain_mergekit.demo_scoring import Record, Score, read_records, score
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, drift, load_model
@@ -152,14 +160,16 @@ def _short(text: str, width: int = 60) -> str:
 
 
 def _next_steps(folder: Path, console: Console) -> None:
-    config, merged, data = (
-        shlex.quote(str(folder / name)) for name in ("rain.yml", "rain", HELD_OUT)
+    config, merged, data, calibration = (
+        shlex.quote(str(folder / name)) for name in ("rain.yml", "rain", HELD_OUT, CALIBRATION)
     )
     against = shlex.quote(str(TRIO / "reasoning"))
     console.say()
     console.head("Next")
     console.say("  Look closer:")
     console.say(f"    mergekit-rain verify {merged} --against {against} --reasoning-data {data}")
+    console.say("  See it in pictures (pip install 'rain-mergekit[report]'):")
+    console.say(f"    mergekit-rain report {calibration} --merged {merged}")
     console.say(f"  Another strength: change lambda in {config}, then")
     console.say(f"    mergekit-rain merge {config} {shlex.quote(str(folder / 'other'))}")
     console.say(f"  Your own models: copy {config}, put in your three models and your data.")
