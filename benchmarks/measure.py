@@ -17,6 +17,7 @@ import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before memory counts
 from transformers import AutoModelForCausalLM
 
+import rain_mergekit.run
 from rain_mergekit.calibrate import RunOptions, calibrate, plan
 from rain_mergekit.calibration_data import load_samples
 from rain_mergekit.config import read_config
@@ -60,21 +61,30 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
         activation_budget=int(options["budget"]), device=options.get("device", "cpu"), quiet=True
     )
     planned = plan(config, run)
+    if not options.get("announce", True):
+        rain_mergekit.run.announce = lambda pieces: None  # noqa: ARG005 - as it is, but for that
+    if options.get("cold"):
+        _forget(Path(options["config"]).parent)
     result: dict[str, Any] = {}
     start, used = time.perf_counter(), time.process_time()
     with peak_memory(result):
         summary = calibrate(config, run)
     if run.device != "cpu":
         result["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+    seconds, processor = time.perf_counter() - start, time.process_time() - used
+    instruction = summary.samples.instruction
+    sizes = {"reasoning": len(summary.samples.reasoning.samples)}
+    sizes["instruction"] = 0 if instruction is None else len(instruction.samples)
+    passes = {name: count / summary.layers for name, count in summary.layer_passes.items()}
     return {
         **result,
-        "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time() - used,
-        "passes": summary.layer_passes,
-        "samples": len(summary.samples.reasoning.samples),
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "passes_each": {name: count / sizes[name] for name, count in passes.items()},
         "layers": summary.layers,
         "bytes": summary.bytes,
         "planned_peak": planned.peak,
+        "planned_layer": planned.memory["layer"],
         "planned_bytes": planned.file_bytes,
         "forward_flops": planned.forward_flops,
         "statistics_flops": planned.statistics_flops,
@@ -82,10 +92,24 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _forget(folder: Path) -> None:
+    """Drop the models' files from the page cache."""
+    for path in folder.glob("*/*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def forward(options: dict[str, Any]) -> dict[str, Any]:
-    """Plain transformers: load the reasoning model, run every sample as often as calibrate does."""
+    """Plain transformers: load the reasoning model, run every sample as often as calibrate does.
+
+    Tokens are made before the clock runs, and the model's classes are imported, as they are for
+    `calibration` by its plan.
+    """
     config = read_config(options["config"])
     trio = open_trio(config, LoadOptions())
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(trio.config)
     samples = load_samples(config.settings, trio)
     sets = [samples.reasoning.samples, samples.instruction.samples if samples.instruction else ()]
     device = options.get("device", "cpu")

@@ -133,19 +133,34 @@ def _shard(home: Path, file: str, tensors: dict[str, Tensor], places: dict[str, 
     places.update(dict.fromkeys(tensors, file))
 
 
-def write_samples(folder: Path, tokens: int, samples: int) -> None:
-    """Both calibration sets; every text has about `tokens` tokens."""
-    text = (PHRASE * max(1, (tokens - 40) // PHRASE_TOKENS)).strip()
+@dataclass(frozen=True)
+class TextSet:
+    """Calibration texts: how many tokens each, about, and how many texts."""
+
+    tokens: int
+    samples: int
+
+    @property
+    def text(self) -> str:
+        """The part that makes its length."""
+        return (PHRASE * max(1, (self.tokens - 40) // PHRASE_TOKENS)).strip()
+
+
+def write_samples(folder: Path, reasoning: TextSet, instruction: TextSet | None = None) -> None:
+    """Both calibration sets; alike if one is given."""
+    instruction = instruction or reasoning
     span = {
         "instruction_id": "upper",
         "prompt_spans": ["use uppercase ."],
         "response_spans": [ANSWER],
         "unrelated_response_spans": ["answer :"],
     }
-    thinks = {"output": f"<think>\n{text}</think>\n\nanswer : {ANSWER}"}
-    answers = {"output": f"<think>\n{PHRASE.strip()}</think>\n\n{text} answer : {ANSWER}"}
-    _write_set(folder / "reasoning.jsonl", thinks, samples)
-    _write_set(folder / "instruction.jsonl", {**answers, "related_prompt_list": [span]}, samples)
+    thinks = {"output": f"<think>\n{reasoning.text}</think>\n\nanswer : {ANSWER}"}
+    answer = f"{instruction.text} answer : {ANSWER}"
+    answers = {"output": f"<think>\n{PHRASE.strip()}</think>\n\n{answer}"}
+    _write_set(folder / "reasoning.jsonl", thinks, reasoning.samples)
+    answers = {**answers, "related_prompt_list": [span]}
+    _write_set(folder / "instruction.jsonl", answers, instruction.samples)
 
 
 def _write_set(path: Path, sample: dict[str, Any], samples: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -19,13 +21,15 @@ class Progress:
         self, layers: int, samples: int, tokens: int, *, first: int = 0, quiet: bool = False
     ) -> None:
         self._layers, self._samples, self._passed = layers, samples, 0
+        size = _size()
         self._bar: tqdm[Any] = tqdm(
             total=tokens * layers,
             initial=tokens * first,
             unit="tok",
             unit_scale=True,
-            dynamic_ncols=True,
+            dynamic_ncols=not size,
             disable=quiet,
+            **size,
         )
 
     def __enter__(self) -> Progress:  # noqa: PYI034 - Self needs Python 3.11
@@ -49,3 +53,15 @@ class Progress:
         self._passed += 1
         self._bar.set_postfix_str(f"sample {self._passed}/{self._samples}", refresh=False)
         self._bar.update(tokens)
+
+
+def _size() -> dict[str, Any]:
+    """A size where the terminal says 0 x 0, as those of some containers: tqdm would show nothing.
+
+    Empty where it has one, to follow its changes, and where there is no terminal.
+    """
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return {}
+    return {} if min(size) else {"ncols": 79, "nrows": 24}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import line, machine
+import pytest
+
+from benchmarks.__main__ import machine
+from benchmarks.bench import Row
 from benchmarks.history import change, comparable
-from benchmarks.rows import Row
+from benchmarks.table import BEGIN, END, line, page, write
 
 
 def entry(value: float, size: str = "quick", **changes: Any) -> dict[str, Any]:
@@ -29,5 +33,24 @@ def test_only_the_same_size_on_the_same_machine_counts() -> None:
 def test_a_row_says_whether_it_meets_its_target_and_how_far_the_floor_is() -> None:
     assert "MISSED" in line(Row("merge", 1.2, 1.1), [])
     good = line(Row("merge", 1.05, 1.1, "detail", 2.5), [])
-    assert "ok" in good
+    assert "passed" in good
     assert "2.5 x floor; detail" in good
+
+
+def test_a_page_holds_the_last_run_and_nothing_of_the_one_before(tmp_path: Path) -> None:
+    run = {**entry(1.0), "commit": "abc", "time": "now", "seconds": 60.0, "rates": {"flops": 1e9}}
+    rows = [Row("merge", 1.2, 1.1, "12 s", 2.0), Row("others", 0.5, None)]
+    path = tmp_path / "page.md"
+    path.write_text(f"# Page\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    for _ in range(2):
+        write(path, page(run, rows, ["on a GPU"]))
+    text = path.read_text()
+    assert text.startswith(f"# Page\n\n{BEGIN}\n`python -m benchmarks --quick`, commit abc")
+    assert text.endswith(f"{END}\n\nAfter.\n")
+    assert "old" not in text
+    assert text.count("| merge | 1.2 | ≤ 1.1 | MISSED | 2.0 x floor; 12 s |") == 1
+    assert "| others | 0.5 |  |  |  |" in text
+    assert "| on a GPU | not run | | no GPU | |" in text
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        write(path, "x")

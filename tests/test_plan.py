@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tiny import Tiny
 
 from benchmarks.measure import in_child
-from benchmarks.shapes import Shape, make_trio, write_config, write_samples
+from benchmarks.shapes import Shape, TextSet, make_trio, write_config, write_samples
 from rain_mergekit import plan as formulas
 from rain_mergekit.calibrate import RunOptions, plan
 from rain_mergekit.cli import cli
@@ -94,7 +94,29 @@ def test_the_command_prints_it_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_the_planned_memory_is_near_what_a_process_takes(tmp_path: Path) -> None:
     make_trio(tmp_path, Shape(hidden=512, ffn=2048, heads=8, kv_heads=2, layers=2))
-    write_samples(tmp_path, tokens=1500, samples=2)
+    write_samples(tmp_path, TextSet(tokens=1500, samples=2))
     config = write_config(tmp_path, content_rows=300, instruction_rows=300)
     found = in_child("calibration", config=config, budget=64 * 1024**2)
     assert found["planned_peak"] / 2 < found["peak_bytes"] < 2 * found["planned_peak"], found
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "parameters", "hidden", "ffn", "stored"),
+    [
+        ("7B", 28, 233_057_792, 3584, 18944, 15.2e9),
+        ("32B", 64, 488e6, 5120, 27648, 65.53e9),
+        ("70B", 80, 856e6, 8192, 28672, 141e9),
+    ],
+)
+def test_the_page_says_what_the_plan_says(
+    model: str, layers: int, parameters: float, hidden: int, ffn: int, stored: float
+) -> None:
+    shape = ModelShape(layers, int(parameters), hidden * ffn, hidden, hidden, ffn, 2, int(stored))
+    peaks = []
+    for itemsize in (4, 2):
+        work = Workload([1446] * 150, [730] * 365, 2048 + 150 * 13, 4015, 1, itemsize, 4096)
+        found = formulas.estimate(shape, work, budget=BUDGET, rank=228, oblique=True, stores_v=True)
+        peaks.append(f"{found.peak / 1024**3:.1f} GiB")
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {model} |"))
+    assert row.split(" | ")[5:8] == [*peaks, f"{found.read_bytes / 1e9:.0f} GB |"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +49,20 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         progress.layer(0)
         progress.sample(5)
     assert capsys.readouterr().err == ""
+
+
+SHOWN = """
+from rain_mergekit.progress import Progress
+with Progress(1, 1, 5) as progress:
+    progress.layer(0)
+    progress.sample(5)
+"""
+
+
+def test_a_terminal_without_a_size_shows_it_too() -> None:
+    master, slave = pty.openpty()  # 0 x 0 until somebody sets it
+    subprocess.run([sys.executable, "-c", SHOWN], stderr=slave, check=True, timeout=120)
+    os.close(slave)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "sample 1/1]" in shown
