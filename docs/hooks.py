@@ -36,11 +36,13 @@ def _moved(text: str) -> str:
     return _LINK.sub(change, text)
 
 
-def on_page_markdown(markdown: str, *, files: Files, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
     """Keep the text of a link that leads out of docs/; README is index.md here."""
 
+    folder = posixpath.dirname(page.file.src_uri)
+
     def change(match: re.Match[str]) -> str:
-        target = posixpath.normpath(match["target"])
+        target = posixpath.normpath(posixpath.join(folder, match["target"]))
         if "://" in match["target"] or files.get_file_from_path(target) is not None:
             return match[0]
         if target == "../README.md":

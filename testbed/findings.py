@@ -19,7 +19,8 @@ GROUPS: Mapping[str, Sequence[Pair]] = {
         (f"rain oblique {share}, thinking {t}", f"rain orthogonal {share}, thinking {t}")
         for t in (1, 0)
         for share in SHARES
-    ],
+    ]
+    + [(DEFAULT, "rain orthogonal 0.99, thinking 1, reading 0.9")],
     "Thinking content protected or only the markers": [
         (f"rain {kind} {share}, thinking 1", f"rain {kind} {share}, thinking 0")
         for kind in ("oblique", "orthogonal")

@@ -33,8 +33,13 @@ def write_page(
     """Write the page and the plots beside it."""
     trios = " ".join(results.data["trio"] for results in found)
     command = f"python -m testbed.scoreboard {trios} -o {out}{' --quick' if quick else ''}"
+    takeaway = f"\n{_notes(found[0], 'takeaway')}\n" if len(found) > 1 else ""
     head = HEAD.read_text(encoding="utf-8").format(
-        command=command, seed=RANDOM_SEED, resamples=RESAMPLES, seeds=", ".join(map(str, SEEDS))
+        command=command,
+        takeaway=takeaway,
+        seed=RANDOM_SEED,
+        resamples=RESAMPLES,
+        seeds=", ".join(map(str, SEEDS)),
     )
     parts = [head.rstrip("\n")]
     measured = {
@@ -43,7 +48,7 @@ def write_page(
         }
         for results in found
     }
-    sections_of = {
+    made = {
         Path(results.data["trio"]).name: partial(
             section,
             results=results,
@@ -54,22 +59,21 @@ def write_page(
         for results in found
     }
     if len(found) == 1:
-        parts += [ONE_TRIO, *(line for made in sections_of.values() for line in made(out))]
+        parts += [ONE_TRIO, *(line for make in made.values() for line in make(out))]
     else:
-        parts.insert(0, _notes(found[0], "takeaway"))
         parts += ["## Findings", _notes(found[0], "all"), "## Each method at its best strength"]
         parts += [across.summary(measured), "## The targets", across.targets(measured)]
-        parts += ["## Each trio", _each(out, sections_of)]
+        parts += ["## Each trio", _each(out, made)]
     _write(out, parts)
 
 
-def _each(out: Path, sections_of: Mapping[str, Callable[[Path], list[str]]]) -> str:
+def _each(out: Path, made: Mapping[str, Callable[[Path], list[str]]]) -> str:
     """A page for each trio; links to them and their plots."""
     lines = []
-    for name, made in sections_of.items():
+    for name, make in made.items():
         page = out.parent / out.stem / f"{name}.md"
-        _write(page, [f"# {name}", BACK.format(out=out.name), *made(page)[1:]])
-        lines.append(f"[{name}]({out.stem}/{name}.md): every row and strength, with intervals.")
+        _write(page, [f"# {name}", BACK.format(out=out.name), *make(page)[1:]])
+        lines.append(f"**[{name}]({out.stem}/{name}.md)**: every row and strength, with intervals.")
         image = f"img/results-{name}.svg"
         if (out.parent / image).exists():
             lines.append(f"![Trade-off curves of {name}]({image})")
