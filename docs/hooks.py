@@ -38,7 +38,6 @@ def _moved(text: str) -> str:
 
 def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
     """Keep the text of a link that leads out of docs/; README is index.md here."""
-
     folder = posixpath.dirname(page.file.src_uri)
 
     def change(match: re.Match[str]) -> str:
