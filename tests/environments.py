@@ -75,6 +75,7 @@ class Environment:
 
 def link_dependencies(folder: Path) -> Path:
     """Fill the folder with links to everything that is installed, except this package."""
+    folder.mkdir(exist_ok=True)
     for site in (Path(entry) for entry in sys.path if Path(entry).name == "site-packages"):
         for item in site.iterdir():
             link = folder / item.name

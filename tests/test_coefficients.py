@@ -142,3 +142,28 @@ def test_small_blocks_give_the_same_statistics(monkeypatch: pytest.MonkeyPatch) 
     assert whole.alignment is not None
     assert parts.alignment is not None
     torch.testing.assert_close(whole.alignment, parts.alignment, rtol=0, atol=1e-7)
+
+
+def test_sums_of_several_processes_replace_those_of_one() -> None:
+    found = HeadAccumulator(2)
+    for alignment, leakage in ((vector(0.25, 0.5), vector(0.125, 0.0)),) * 3:
+        found.add(alignment, leakage)
+    seen: list[Tensor] = []
+
+    def total(part: Tensor) -> Tensor:
+        """As if another process had added one sample with other masses."""
+        seen.append(part.clone())
+        return part + vector(0.25, 0.0, 0.5, 1.0, 1.0)
+
+    summed = found.summed(total)
+    assert torch.equal(seen[0], vector(0.75, 1.5, 0.375, 0.0, 3.0))
+    assert seen[0].dtype == torch.float64
+    assert summed.samples == 4
+    assert torch.equal(summed.result().alignment, vector(0.25, 0.375))
+    assert torch.equal(summed.result().leakage, vector(0.21875, 0.25))
+
+
+def test_a_mask_of_any_type_chooses_the_instruction() -> None:
+    rows = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
+    for mask in (torch.tensor([0, 1, 1, 0]), torch.tensor([False, True, True, False])):
+        assert float(coefficients.span_masses(rows, mask)) == pytest.approx(0.5)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from commands import MAIN
 from doc_blocks import ROOT, blocks
@@ -79,7 +80,7 @@ def test_exit_codes_are_documented_alike() -> None:
     """The page, the group's help and the troubleshooting page name the same codes."""
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| (\d+) \|", page, re.MULTILINE))
-    source = Path(ROOT / "rain_mergekit" / "cli.py").read_text(encoding="utf-8")
+    source = Path(commands.TRIO.parent, "cli.py").read_text(encoding="utf-8")
     assert listed == {"0", "1", "2", "3", "130", "143"}
     assert all(re.search(rf"\b{code} \w", source) for code in listed)
 

@@ -362,3 +362,79 @@ def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> Non
     assert left(found) <= 0.1 < left(found[:, :-1])
     assert projection.covered(basis, rows, [delta], 0.9, rank - 1).shape[1] == rank - 1
     assert projection.covered(found, rows, [delta], 0.9, 12).shape[1] == rank
+
+
+# What none of the comparisons above would notice
+
+
+@pytest.mark.parametrize("count", [3, 40])  # through either side of the Gram matrix
+def test_response_energy_sums_over_the_modules(count: int) -> None:
+    rows = normal(count, 8) * torch.logspace(0, -2, 8, dtype=torch.float64)
+    deltas = [normal(5, 8, seed=seed) for seed in (1, 2, 3)]
+    found = projection.spectrum(rows)
+    energy = projection.response_energy(found, deltas)
+    moment = rows.mT @ rows
+    for place, vector in enumerate(found.vectors.mT):
+        wanted = sum(float((delta @ vector).square().sum()) for delta in deltas)
+        wanted *= float(vector @ moment @ vector)
+        assert float(energy[place]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_cutoff_is_relative_to_the_largest_value_and_the_longer_side() -> None:
+    eps = torch.finfo(torch.float64).eps
+    for values in ([4.0], [1.0, 4.0, 2.0]):
+        tensor = torch.tensor(values, dtype=torch.float64)
+        assert projection.rank_cutoff(tensor, 3, 7) == 4.0 * 7 * eps
+        assert projection.rank_cutoff(tensor, 9, 7) == 4.0 * 9 * eps
+    assert projection.rank_cutoff(torch.empty(0), 3, 7) == 0.0
+
+
+def test_the_empty_spectrum_is_a_spectrum() -> None:
+    found = projection.spectrum(torch.zeros(4, 6))
+    assert (found.total, found.width) == (0.0, 6)
+    assert found.values.dtype == found.vectors.dtype == torch.float64
+    assert (found.values.shape, found.vectors.shape) == ((0,), (6, 0))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_orthonormal_keeps_order_and_signs(count: int) -> None:
+    wanted = torch.linalg.qr(normal(9, count))[0]
+    wanted *= torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)[:count]
+    found = projection.orthonormal(wanted * 3 + 1e-9 * normal(9, count, seed=1))
+    torch.testing.assert_close(found, wanted, atol=1e-8, rtol=0)
+    eye = torch.eye(count, dtype=torch.float64)
+    torch.testing.assert_close(found.mT @ found, eye, atol=1e-14, rtol=0)
+
+
+def test_counts_at_their_ends() -> None:
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)  # a sum of exactly one
+    assert [projection.count_for_share(half, share) for share in (0.4, 0.5, 0.6, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert projection.count_for_share(torch.zeros(3), 0.5) == 0
+    assert projection.count_above(torch.tensor([4.0]), 0.5) == 1
+    assert projection.count_above(torch.empty(0), 0.5) == 0
+
+
+def test_one_direction_is_projected_obliquely_and_none_or_no_features_orthogonally() -> None:
+    rows, basis = normal(12, 5), torch.linalg.qr(normal(5, 1, seed=1))[0]
+    found = projection.oblique_factors(basis.float(), rows, 0.1)
+    moment = rows.mT @ rows
+    metric = torch.linalg.inv(moment + 0.1 * moment.trace() / 5 * torch.eye(5))
+    u = basis.float().double()
+    torch.testing.assert_close(found.v, metric @ u @ torch.linalg.inv(u.mT @ metric @ u))
+    plain = projection.oblique_factors(basis, torch.zeros(3, 5), 0.1)
+    assert torch.equal(plain.u, basis)
+    assert plain.v is plain.u
+
+
+def test_a_task_vector_keeps_its_type() -> None:
+    basis = torch.linalg.qr(normal(6, 2))[0]
+    delta = normal(4, 6, seed=1).float()
+    found = projection.project(delta, projection.orthogonal_factors(basis))
+    assert found.dtype == torch.float32
+    wanted = delta.double() @ (torch.eye(6, dtype=torch.float64) - basis @ basis.mT)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
