@@ -96,7 +96,8 @@ def test_calibration_and_merge_with_a_proxy(tmp_path: Path, *, elsewhere: bool) 
     A stand-in at another path is a pretrained model like any other.
     """
     tiny = Tiny.make(tmp_path / "tiny", "qwen3", num_hidden_layers=1)
-    tiny = tiny.using(rank_by="full", projection="orthogonal", protect_thinking=0.0, window=1)
+    only = {"protect_thinking": 0.0, "reading_share": 0.0, "window": 1}
+    tiny = tiny.using(rank_by="full", projection="orthogonal", **only)
     base = tiny.folder / ("pretrained" if elsewhere else "reasoning")
     listed = [
         {"model": str(tiny.folder / "instruct"), "parameters": {"role": "instruct"}},
