@@ -112,7 +112,11 @@ def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
         return
     old, new = made.numbers(), wanted.numbers()
     for name, value in new.items():
-        if name not in _PATHS and old[name] != value:
+        if name in _PATHS:
+            continue
+        if recorded and name not in recorded:  # it was made before there was this setting
+            yield f"rain.{name} is {_short(value)}, and it knows no such setting"
+        elif old[name] != value:
             yield f"rain.{name} is {_short(value)}, was {_short(old[name])}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 import rain_mergekit
+from rain_mergekit.artifact import CalibrationFile, write_calibration
 from rain_mergekit.cli import cli
 from rain_mergekit.commands.console import duration, size
 from rain_mergekit.commands.merge import merge as merge_command
@@ -223,6 +225,16 @@ def change_base(place: Workplace) -> str:
     return f"the reasoning model is {other}, was "
 
 
+def forget_setting(place: Workplace) -> str:
+    """As of a version that did not have the setting yet."""
+    file = CalibrationFile.open(place.calibration)
+    header, tensors = json.loads(json.dumps(file.header)), load_file(place.calibration)
+    file.close()
+    del header["settings"]["reading_share"]
+    write_calibration(place.calibration, header, tensors)
+    return "rain.reading_share is 0.9, and it knows no such setting"
+
+
 def truncate(place: Workplace) -> str:
     place.calibration.write_bytes(place.calibration.read_bytes()[:-100])
     return "truncated"
@@ -247,7 +259,17 @@ def empty(place: Workplace) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    [change_setting, change_data, change_model, change_base, truncate, cut_header, alter, empty],
+    [
+        change_setting,
+        change_data,
+        change_model,
+        change_base,
+        forget_setting,
+        truncate,
+        cut_header,
+        alter,
+        empty,
+    ],
 )
 def test_calibration_of_something_else_is_replaced_and_the_difference_named(
     ready: Workplace, change: Callable[[Workplace], str]
