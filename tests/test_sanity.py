@@ -327,7 +327,7 @@ def test_what_models_do_to_their_logits_is_done(
 
 @pytest.mark.parametrize(
     ("opening", "closing", "thinks"),
-    [(1.0, 1.0, True), (0.04, 1.0, False), (1.0, 0.005, False), (None, 0.5, True)],
+    [(0.9, 1.0, True), (0.48, 1.0, False), (1.0, 0.005, False), (None, 0.5, True)],
 )
 def test_thinking_needs_both_markers(opening: float | None, closing: float, thinks: bool) -> None:
     found = Likelihood(open=opening, close=closing)

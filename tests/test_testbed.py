@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rain_mergekit.data import load_reasoning
 from testbed import counting, train
 from testbed.colours import COLOURS, moved
 from testbed.divergence import places
@@ -19,6 +20,7 @@ from testbed.records import instruction_record, output_text, prompt_record, read
 from testbed.samples import completion, dress, held_tasks, training_pair
 from testbed.scoring import parse, score, summary
 from testbed.splits import split_of
+from testbed.thinking import TRIOS, seen
 from testbed.tokenizer import build_tokenizer, template_for
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -277,3 +279,12 @@ def test_training_end_to_end(
     again = evaluate(tmp_path / "reasoning", tmp_path / "reasoning", prompts)
     assert again["L_think"] == pytest.approx(0, abs=1e-6)
     assert len(read_lines(tmp_path / "instruction.jsonl")) == train.INSTRUCTION
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_the_reasoning_model_is_seen_to_think(seed: int) -> None:
+    trio = TRIOS / f"qwen-s{seed}"
+    tokenizer = load_tokenizer(trio / "reasoning")
+    samples = load_reasoning(trio / "reasoning.jsonl", tokenizer).samples[:20]
+    found = {role: seen(trio / role, samples) for role in ("reasoning", "instruct", "pretrained")}
+    assert {role for role, likely in found.items() if likely.thinks} == {"reasoning"}, found

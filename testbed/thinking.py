@@ -1,0 +1,55 @@
+"""What the check that a reasoning model thinks sees of each model of the shipped trios.
+
+`python -m testbed.thinking` prints the mean probabilities of the markers' first tokens on each
+trio's reasoning set, as docs/troubleshooting.md has them.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mergekit.common import ModelReference
+from transformers import AutoConfig
+
+from rain_mergekit.capture import Shell, run_layer
+from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.data import ReasoningTokens, load_reasoning
+from rain_mergekit.distributed import World
+from rain_mergekit.thinks import Likelihood, likelihood
+from testbed.models import load_tokenizer
+
+TRIOS = Path(__file__).parent / "trios"
+ROLES = ("reasoning", "instruct", "pretrained")
+
+
+def seen(model: Path, samples: Sequence[ReasoningTokens]) -> Likelihood:
+    """With this model in the reasoning model's place, on samples that its template rendered."""
+    checkpoint = Checkpoint(ModelReference.model_validate({"model": {"path": str(model)}}))
+    shell = Shell(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
+    recorded = list(shell.record([sample.input_ids for sample in samples]))
+    states = [hidden for hidden, _ in recorded]
+    for index in range(len(shell.layers)):
+        with shell.layer(index) as layer:
+            states = [
+                run_layer(layer, hidden, calls[index])
+                for hidden, (_, calls) in zip(states, recorded, strict=True)
+            ]
+    return likelihood(shell, samples, states, World(shell.device))
+
+
+def main() -> None:
+    for trio in sorted(TRIOS.iterdir()):
+        tokenizer = load_tokenizer(trio / "reasoning")
+        samples = load_reasoning(trio / "reasoning.jsonl", tokenizer).samples
+        for role in ROLES:
+            found = seen(trio / role, samples)
+            opening = "-" if found.open is None else f"{found.open:.2g}"
+            verdict = "thinks" if found.thinks else "refused"
+            sys.stdout.write(
+                f"| {trio.name} | {role} | {opening} | {found.close:.2g} | {verdict} |\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
