@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tiny import Tiny, make_tokenizer, save, write_sets
+from tiny import Tiny, chosen_positions, make_tokenizer, save, write_sets
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
@@ -387,7 +387,9 @@ class Reference:
     @cached_property
     def samples(self) -> dict[str, Any]:
         tokenizer = self.tiny.tokenizer()
-        reasoning = load_reasoning(self.settings.reasoning_data, tokenizer).samples
+        reasoning = load_reasoning(
+            self.settings.reasoning_data, tokenizer, keep_response=self.settings.reading_share > 0
+        ).samples
         instruction = load_instruction(str(self.settings.instruction_data), tokenizer).samples
         return {"reasoning": reasoning, "instruction": instruction}
 
@@ -416,7 +418,7 @@ class Reference:
         parts = []
         for sample, seen in zip(self.samples[kind], self.seen[kind], strict=True):
             if key in seen:
-                wanted = torch.tensor(getattr(sample, positions))
+                wanted = torch.tensor(chosen_positions(sample, positions))
                 parts.append(seen[key].inputs[torch.isin(seen[key].tokens, wanted)])
         return torch.cat(parts)
 

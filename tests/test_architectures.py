@@ -61,6 +61,7 @@ def prepared(folder: Path, family: str) -> Tiny:
         coefficients=coefficients,
         alpha_min=0.0,
         alpha_max=10.0,
+        reading_share=0.0,  # of this the reference knows nothing; it has a test of its own
     )
 
 
@@ -151,6 +152,62 @@ def test_both_layouts_of_experts_give_the_same_merge(tmp_path: Path, family: str
         results.append(outcome.weights())
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+# What gives attention its queries, keys and values, by who calls it what.
+READING = {
+    "mixtral": "self_attn.[qkv]_proj",
+    "phi3": "self_attn.qkv_proj",
+    "gpt2": "attn.c_attn",
+    "gpt_neox": "attention.query_key_value",
+    "deepseek_v3": "self_attn.(q_a_proj|kv_a_proj_with_mqa|q_b_proj|kv_b_proj)",
+    "qwen3_next": "self_attn.[qkv]_proj",
+}
+
+
+@pytest.mark.parametrize("family", READING)
+def test_what_attention_reads_is_protected_to_its_share(tmp_path: Path, family: str) -> None:
+    """Of a site's response to prompts, and to responses, at most a tenth is left by the merge."""
+    bare = prepared(tmp_path, family)
+    left: dict[float, list[float]] = {}
+    for share in (0.0, 0.9):
+        tiny = bare.using(
+            f"{share}.safetensors",
+            projection="orthogonal",
+            coefficients="off",
+            reading_share=share,
+            rank_share=0.5,
+        )
+        tiny.calibrate()
+        outcome = merge(tmp_path / str(share), tiny.content(rain=None))
+        merged = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float64)
+        left[share] = shares_left(Reference(tiny), merged.state_dict(), READING[family], share > 0)
+    assert max(left[0.9]) < 0.1 + 1e-6
+    assert max(left[0.0]) > 0.1
+
+
+def shares_left(
+    reference: Reference, merged: dict[str, Any], pattern: str, responses: bool
+) -> list[float]:
+    base = reference.reasoning_model.state_dict()
+    sites: dict[str, list[str]] = {}
+    for name, _ in reference.keys:
+        if re.search(f"{pattern}(.weight)?$", name):
+            sites.setdefault(re.sub(r"\.[a-z_]+\.weight$", "", name), []).append(name)
+    assert sites
+    found = []
+    for names in sites.values():
+        for place in ("prompt_positions", *(["response_positions"] if responses else [])):
+            before = after = 0.0
+            for name in names:
+                rows = reference.rows((name, None), "reasoning", place)
+                delta, change = reference.deltas[name], merged[name] - base[name]
+                if reference.transposed(name):
+                    delta, change = delta.mT, change.mT
+                before += float((rows @ delta.mT).square().sum())
+                after += float((rows @ change.mT).square().sum())
+            found.append(after / before)
+    return found
 
 
 def test_an_expert_that_no_protected_token_reaches_is_unconstrained_and_said(

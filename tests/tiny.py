@@ -308,7 +308,8 @@ class DenseSite:
         return torch.eye(len(self.basis), dtype=torch.float64) - self.basis @ self.v.mT
 
 
-def _chosen_positions(sample: Any, name: str) -> list[int]:
+def chosen_positions(sample: Any, name: str) -> list[int]:
+    """The positions of that name; `prompt_positions` too, which samples do not hold."""
     if name == "prompt_positions":  # all that comes before the first protected position
         return list(range(min(sample.think_positions)))
     return list(getattr(sample, name))
@@ -350,7 +351,7 @@ class Dense:
         """Inputs of one module at the named positions of every sample, stacked."""
         samples = self.reasoning if kind == "reasoning" else self.instruction
         parts = [
-            inputs[module][_chosen_positions(sample, positions)]
+            inputs[module][chosen_positions(sample, positions)]
             for sample, inputs in zip(samples, self.features[kind], strict=True)
         ]
         return torch.cat(parts)
