@@ -483,10 +483,10 @@ def test_from_a_set_or_a_tokenizer_alone(make: Callable[..., Any], write: Write)
     mixed = [{"prompt": "p", "output": f"{known.open}a{known.close}b"} for known in KNOWN[1:3]]
     assert written_markers(write(*mixed)) == Markers()
     assert written_markers(write({"prompt": "p", "reasoning": "r"})) == Markers()
-    assert tokenizer_markers(make(HARMONY)) == KNOWN[2]
-    assert tokenizer_markers(make(OPENING, ["[THINK]", "[/THINK]"])) == KNOWN[0]
-    assert tokenizer_markers(make(CHATML, ["[THINK]", "[/THINK]"])) == KNOWN[1]
-    assert tokenizer_markers(make(CHATML)) == Markers()
+    assert tokenizer_markers(make(HARMONY), {}) == KNOWN[2]
+    assert tokenizer_markers(make(OPENING, ["[THINK]", "[/THINK]"]), {}) == KNOWN[0]
+    assert tokenizer_markers(make(CHATML, ["[THINK]", "[/THINK]"]), {}) == KNOWN[1]
+    assert tokenizer_markers(make(CHATML), {}) == Markers()
 
 
 def test_data_check_sees_what_a_calibration_sees(write: Write, tmp_path: Path) -> None:
