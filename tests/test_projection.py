@@ -16,7 +16,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, spread, weighted_rows
 from rain_mergekit.projection import Factors
 from rain_mergekit.settings import RainSettings
-from rain_mergekit.solve import solve_site
+from rain_mergekit.solve import solve_site, unconstrained
 
 FEW = settings(max_examples=40)
 shapes = st.tuples(st.integers(1, 24), st.integers(2, 16))
@@ -438,3 +438,23 @@ def test_a_task_vector_keeps_its_type() -> None:
     assert found.dtype == torch.float32
     wanted = delta.double() @ (torch.eye(6, dtype=torch.float64) - basis @ basis.mT)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_rows_of_another_process_count_as_ones_own() -> None:
+    """What one collector gave away, another takes up: Gram matrix and count stay."""
+    own, other, together = RowCollector(), RowCollector(), RowCollector()
+    for collector, rows in ((own, normal(4, 5, seed=1)), (other, normal(40, 5, seed=2))):
+        collector.add(rows.float())
+        together.add(rows.float())
+    own.put(*other.take(5, torch.device("cpu")))
+    assert (own.count, other.count, other.rows()) == (44, 0, None)
+    assert RowCollector().take(5, torch.device("cpu"))[0].shape == (0, 5)
+    found, whole = (c.take(5, torch.device("cpu"))[0] for c in (own, together))
+    torch.testing.assert_close(found.T @ found, whole.T @ whole)
+
+
+def test_without_rows_nothing_is_projected() -> None:
+    site = unconstrained(5)
+    assert (site.rank, site.capped) == (0, False)
+    delta = normal(2, 5, seed=1).double()
+    assert torch.equal(projection.project(delta, site.factors), delta)
