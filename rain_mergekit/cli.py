@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
+from rain_mergekit.commands.console import clean_lines
 from rain_mergekit.errors import RainError
 from rain_mergekit.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
 
@@ -96,9 +97,9 @@ class RainGroup(click.Group):
             if out_of_memory(error) and not isinstance(error, OutOfMemory):
                 remedy = MERGE if ctx.invoked_subcommand == "merge" else CALIBRATION
                 text = shortage(error, f"in {ctx.invoked_subcommand}", remedy)
-                raise click.ClickException(text) from None
+                raise click.ClickException(clean_lines(text)) from None
             if isinstance(error, RainError):
-                raise click.ClickException(str(error)) from None
+                raise click.ClickException(clean_lines(str(error))) from None
             raise
 
 

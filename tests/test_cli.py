@@ -22,6 +22,7 @@ from commands import (
     Workplace,
     make_models,
     make_workplace,
+    refused,
     run,
     run_process,
     succeed,
@@ -155,6 +156,21 @@ def test_sizes_for_people(count: int, text: str) -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_an_input_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    """Neither in the error nor in what comes before it; `\\e` is YAML for the escape character."""
+    path = tmp_path / "config.yml"
+    path.write_text(
+        'merge_method: rain\nbase_model: "/none/\\e[2Jmodel"\nmodels:\n'
+        "- {model: /none/i, parameters: {role: instruct}}\n"
+        "- {model: /none/b, parameters: {role: pretrained}}\n"
+        "parameters: {calibration: ./c.rain.safetensors}\n"
+        "rain: {reasoning_data: r.jsonl, instruction_data: i.jsonl}\n"
+    )
+    said = refused(tmp_path, "calibrate", path)
+    assert "/none/\\x1b[2Jmodel" in said
+    assert "\x1b" not in said
 
 
 # merge

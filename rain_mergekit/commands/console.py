@@ -10,6 +10,18 @@ import click
 KIB = 1024
 
 
+def clean(text: str) -> str:
+    """The text with every character that could steer a terminal made visible."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def clean_lines(text: str) -> str:
+    """The same line by line: names from files and models stand in what is said."""
+    return "\n".join(map(clean, text.split("\n")))
+
+
 class Console:
     """Printing with one switch; nothing else in the package prints."""
 
@@ -36,7 +48,7 @@ class Console:
         """A remark that must not be missed; each one once."""
         if text not in self._warned:
             self._warned.add(text)
-            click.echo(click.style("Warning:", fg="yellow") + f" {text}", err=True)
+            click.echo(click.style("Warning:", fg="yellow") + f" {clean_lines(text)}", err=True)
 
     def setup(self, *, logs: bool = True) -> None:
         """Set up logging, unless mergekit does; silence other libraries; imports transformers."""
@@ -57,7 +69,7 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        click.echo(f"{record.levelname}: {record.getMessage()}", err=True)
+        click.echo(f"{record.levelname}: {clean_lines(record.getMessage())}", err=True)
 
 
 def _log_to_terminal(logger: logging.Logger, level: int) -> None:

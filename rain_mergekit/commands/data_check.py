@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.inspect import clean
+from rain_mergekit.commands.console import clean
 from rain_mergekit.commands.options import (
     given_markers,
     loading_options,

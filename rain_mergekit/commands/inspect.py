@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rain_mergekit.commands.console import clean
+
 if TYPE_CHECKING:
     from rain_mergekit.sites import Kind, Spread
     from rain_mergekit.summary import Data, Summary
@@ -86,13 +88,6 @@ def _screen(summary: Summary, *, blocks: bool) -> list[str]:
 
 def _head(text: str) -> str:
     return click.style(clean(text), bold=True)
-
-
-def clean(text: str) -> str:
-    """The text with every character that could steer a terminal made visible."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
