@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, drift, load_model
 from rain_mergekit.features import spread
 from rain_mergekit.models import LoadOptions, load_tokenizer, open_model
+from rain_mergekit.reading import file_digest
 from rain_mergekit.settings import parse_settings
 from rain_mergekit.stored import Stored, grouped, short_names
 
@@ -64,11 +64,8 @@ def recorded_texts(file: CalibrationFile) -> str | None:
     path, digest = recorded.get("path"), recorded.get("sha256")
     if not isinstance(path, str):
         return None
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError):  # a path that no file can have
-        return None
-    return path if hashlib.sha256(content).hexdigest() == digest else None
+    found = file_digest(path)
+    return path if found is not None and found == digest else None
 
 
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:

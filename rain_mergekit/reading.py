@@ -48,6 +48,14 @@ def read_text(path: StrPath) -> str:
     return _decode(path, _read_bytes(path))
 
 
+def file_digest(path: StrPath) -> str | None:
+    """SHA-256 of a file's bytes, as `read_samples` gives it; None if they cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except (OSError, ValueError):  # ValueError: a path that no file can have
+        return None
+
+
 def read_json(path: StrPath) -> object:
     """One JSON value of any kind; RainError if it is none."""
     return _parse_json(str(path), read_text(path), 1)

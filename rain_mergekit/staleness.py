@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rain_mergekit.config import RainConfig
 from rain_mergekit.container import LENGTH_BYTES, MAX_HEADER
 from rain_mergekit.errors import RainError
 from rain_mergekit.models import LoadOptions, open_model
+from rain_mergekit.reading import file_digest
 from rain_mergekit.settings import RainSettings
 
 # Where the data lie does not matter; their digests are compared instead.
@@ -128,7 +128,7 @@ def _data(header: Mapping[str, Any], settings: RainSettings) -> tuple[list[str],
         sets["instruction"] = settings.instruction_data
     recorded = header.get("data") or {}
     for name, path in sets.items():
-        found = _digest(path)
+        found = file_digest(path)
         record = recorded.get(name)
         digest = record.get("sha256") if isinstance(record, dict) else None
         if found is None:
@@ -181,14 +181,6 @@ def _refuse_swapped(
 
 def _fingerprint(model: Any, options: LoadOptions) -> dict[str, str]:
     return fingerprint(open_model(model, options).path)
-
-
-def _digest(path: str) -> str | None:
-    """SHA-256 of a file's bytes; None if there is none (its absence is calibrate's to report)."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return None
 
 
 def _short(value: object) -> str:
