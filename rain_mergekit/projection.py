@@ -153,9 +153,10 @@ def covered(
     """
     rows = FeatureRows.of(rows)
     whole = sum(float(rows.applied(delta).square().sum(dtype=STATISTICS_DTYPE)) for delta in deltas)
-    dense = rows.dense()
-    basis = basis.to(dense)
-    found = spectrum(dense - (dense @ basis) @ basis.mT)
+    outside = rows.dense()
+    basis = basis.to(outside)
+    outside.addmm_(outside @ basis, basis.mT, alpha=-1)  # in place: it may be large
+    found = spectrum(outside)
     energies = response_energy(found, deltas)
     order = energies.argsort(descending=True, stable=True)
     left = energies.sum() - energies[order].cumsum(0)
