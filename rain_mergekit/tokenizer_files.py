@@ -44,12 +44,16 @@ def restore(reasoning: Checkpoint, folder: Path, *, own_template: bool) -> Resto
     names = [_GENERATION] if not (folder / _GENERATION).exists() else []
     if not (folder / "tokenizer_config.json").exists():
         return Restored(_copy(reasoning, folder, names), ())
+    if all(_same(reasoning, folder, name) for name in (*_TOKENIZER, *_TEMPLATES)):
+        return Restored(_copy(reasoning, folder, names), ())  # mergekit has copied them
     names += [] if own_template else _TEMPLATES
-    ours = load_tokenizer(reasoning)
-    if ours.get_vocab() == _merged(reasoning, folder).get_vocab():
+    ours, theirs = load_tokenizer(reasoning), _merged(reasoning, folder)
+    if ours.get_vocab() == theirs.get_vocab():
         names += _TOKENIZER
     files = _copy(reasoning, folder, names)
-    found = _differences(ours, _merged(reasoning, folder), own_template=own_template)
+    if files:
+        theirs = _merged(reasoning, folder)
+    found = _differences(ours, theirs, own_template=own_template)
     return Restored(files, tuple(found))
 
 
@@ -62,12 +66,19 @@ def _copy(reasoning: Checkpoint, folder: Path, names: Iterable[str]) -> tuple[st
     """Copy those that are there and differ; returns their names."""
     copied = []
     for name in names:
-        ours, theirs = Path(reasoning.path, name), folder / name
-        same = theirs.is_file() and ours.is_file() and theirs.read_bytes() == ours.read_bytes()
-        if ours.is_file() and not same:
-            shutil.copyfile(ours, theirs)
+        ours = Path(reasoning.path, name)
+        if ours.is_file() and not _same(reasoning, folder, name):
+            shutil.copyfile(ours, folder / name)
             copied.append(name)
     return tuple(copied)
+
+
+def _same(reasoning: Checkpoint, folder: Path, name: str) -> bool:
+    """Whether both have the same file of that name, or neither has one."""
+    ours, theirs = Path(reasoning.path, name), folder / name
+    if ours.is_file() and theirs.is_file():
+        return ours.read_bytes() == theirs.read_bytes()
+    return not ours.is_file() and not theirs.is_file()
 
 
 def _differences(

@@ -51,8 +51,9 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
         merge_options = merge_options.model_copy(update={"quiet": True})
     parsed = read_config(config)
     refuse_input(parsed, out)
-    require_mergeable(parsed, LoadOptions.of(merge_options.model_dump()))
-    completion = Completion(parsed, LoadOptions.of(merge_options.model_dump()))
+    load = LoadOptions.of(merge_options.model_dump())
+    require_mergeable(parsed, load)
+    completion = Completion(parsed, load)
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
         try:
