@@ -126,4 +126,4 @@ def browse(
     flags += ["no-first-run", "disable-extensions", "disable-dev-shm-usage", "disable-sync"]
     flags += ["disable-component-update", "disable-quic", f"blink-settings={_BLINK[scheme]}"]
     command = [program, *(f"--{flag}" for flag in flags), address]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)

@@ -50,7 +50,7 @@ def run_process(*arguments: object, **options: Any) -> Outcome:
     """The command in its own process."""
     command = [sys.executable, "-c", MAIN, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, **options
+        command, capture_output=True, text=True, check=False, timeout=600, **options
     )
     return Outcome(done.returncode, done.stdout + done.stderr, done.stdout)
 

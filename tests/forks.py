@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
+TIMEOUT = 600  # for what hangs: machines differ in speed
 NOT_PERMITTED = 77
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # of unshare(2)
 READ_ONLY, REMOUNT, BIND, PRIVATE = 1, 32, 4096, 0x44000  # of mount(2), PRIVATE with MS_REC

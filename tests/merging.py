@@ -248,7 +248,7 @@ def merge_process(folder: Path, content: Mapping[str, Any], *options: str) -> Ou
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     return Outcome(done.returncode, done.stdout + done.stderr, folder / "merged")
 

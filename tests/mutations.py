@@ -43,6 +43,12 @@ def edited(data: bytes, chance: Random) -> bytes:
     return data
 
 
+def edited_text(text: str, chance: Random) -> bytes:
+    """Half of them are UTF-8 again: most others end at the first byte that is not."""
+    data = edited(text.encode(), chance)
+    return data if chance.randrange(2) else data.decode(errors="ignore").encode()
+
+
 def value(chance: Random, *more: Any) -> Any:
     """Any JSON value, or one of `more`."""
     kind = chance.randrange(8)

@@ -14,7 +14,7 @@ What it does beside answering is chosen by the name of the model in a request:
     NAME:hang       never answers
     NAME:cut        closes the connection in the middle of an answer
     NAME:picky      refuses prompts that hold the word "hats" with 400
-    NAME:paced      takes a fifth of a second for each answer
+    NAME:held       answers some, and the others only when GET /go has been asked for
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 NAME = "trio"
 LOCK = threading.Lock()
 SEEN: list[dict[str, Any]] = []
+SOME = threading.Semaphore(8)
 
 
 class Model:
@@ -62,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
     model: Model
 
     def do_GET(self) -> None:
+        if self.path == "/go":
+            SOME.release(1000)
         self.send(200, {"seen": SEEN})
 
     def do_POST(self) -> None:
@@ -87,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         elif way == "hang":
             time.sleep(60)
         else:
-            time.sleep(0.2 if way == "paced" else 0)
+            if way == "held":
+                SOME.acquire()
             self.send(200, self.completion(request, way))
 
     def completion(self, request: dict[str, Any], way: str) -> dict[str, Any]:

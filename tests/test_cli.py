@@ -8,17 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from commands import (
-    MAIN,
-    TRIO,
     Workplace,
     make_models,
     make_workplace,
@@ -27,6 +23,7 @@ from commands import (
     run_process,
     succeed,
 )
+from forks import Ended, Forks, wait_for_stop
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
@@ -337,49 +334,36 @@ def test_options_reach_mergekit_and_old_shards_do_not_stay(ready: Workplace) -> 
 # Interruptions
 
 
-def interrupt(arguments: list[Any], sign: Path, number: signal.Signals) -> tuple[int, str]:
-    """Start the command, send a signal when the path appears; returns the code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
-@pytest.fixture
-def slow(tmp_path: Path) -> Workplace:
-    """All of the packaged trio: seconds of work."""
-    return make_workplace(tmp_path, TRIO, samples=100)
+def interrupt(forks: Forks, number: signal.Signals, *arguments: object) -> Ended:
+    """Start the command, and send a signal in the first layer: it waits for that."""
+    pid = forks.start(*arguments, "--quiet", stop_at="layer-00000.safetensors")
+    assert wait_for_stop(pid)
+    os.kill(pid, number)
+    os.kill(pid, signal.SIGCONT)
+    return forks.wait()
 
 
-def test_interrupted_calibration(slow: Workplace) -> None:
-    before = sorted(slow.folder.rglob("*"))
-    work = slow.calibration.with_name(slow.calibration.name + ".work")
-    code, errors = interrupt(
-        ["calibrate", slow.yaml], work / "layer-00000.safetensors", signal.SIGINT
-    )
-    assert code == 130, errors
-    assert errors.strip().splitlines() == ["Interrupted: nothing was written"]
-    assert sorted(slow.folder.rglob("*")) == before
+def test_interrupted_calibration(place: Workplace, forks: Forks) -> None:
+    before = sorted(place.folder.rglob("*"))
+    ended = interrupt(forks, signal.SIGINT, "calibrate", place.yaml)
+    assert ended.code == 130, ended.output
+    assert ended.output.strip().splitlines() == ["Interrupted: nothing was written"]
+    assert sorted(place.folder.rglob("*")) == before
 
 
-def test_terminated_merge(slow: Workplace) -> None:
-    before = sorted(slow.folder.rglob("*"))
-    work = slow.calibration.with_name(slow.calibration.name + ".work")
-    out = slow.folder / "deep" / "out"
-    code, errors = interrupt(
-        ["merge", slow.yaml, out], work / "layer-00000.safetensors", signal.SIGTERM
-    )
-    assert code == 143, errors
-    assert "Traceback" not in errors
-    assert sorted(slow.folder.rglob("*")) == before
+def test_terminated_merge(place: Workplace, forks: Forks) -> None:
+    before = sorted(place.folder.rglob("*"))
+    ended = interrupt(forks, signal.SIGTERM, "merge", place.yaml, place.folder / "deep" / "out")
+    assert ended.code == 143, ended.output
+    assert "Traceback" not in ended.output
+    assert sorted(place.folder.rglob("*")) == before
 
 
 def test_interruption_that_says_nothing(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

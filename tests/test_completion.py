@@ -34,7 +34,7 @@ def complete(shell: str, *words: str, place: int, script: str = MAIN) -> list[st
         text=True,
         env=environment,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     return done.stdout.splitlines()
 
@@ -66,7 +66,7 @@ def test_script_is_the_documented_one(shell: str) -> None:
         text=True,
         env={**os.environ, "_MERGEKIT_RAIN_COMPLETE": f"{shell}_source"},
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert f"_MERGEKIT_RAIN_COMPLETE={shell}_complete" in done.stdout
     if shell == "bash":

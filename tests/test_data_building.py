@@ -324,12 +324,12 @@ def test_nobody_answers_there(tmp_path: Path) -> None:
 
 
 def test_unknown_model_ends_the_run_at_once(server: str, tmp_path: Path) -> None:
-    prompts, before = ask(tmp_path, 6), len(seen(server))
+    prompts, before = ask(tmp_path, 100), len(seen(server))
     command = from_server(server, "", tmp_path, "--prompts", prompts, "--model", "other")
     outcome = run(*command, "--parallel", 1)
     assert outcome.code == 1
     assert "HTTP 404 (The model `other` does not exist.)" in outcome.output
-    assert len(seen(server)) <= before + 2
+    assert len(seen(server)) < before + 50  # those that were on the way
 
 
 def test_prompt_that_a_server_refuses_costs_only_itself(server: str, tmp_path: Path) -> None:
@@ -344,16 +344,17 @@ def test_prompt_that_a_server_refuses_costs_only_itself(server: str, tmp_path: P
 def test_killed_run_goes_on(server: str, tmp_path: Path) -> None:
     """`kill -9` while answers come: nothing is half written, and none is asked for twice."""
     prompts = ask(tmp_path, 16)
-    arguments = from_server(server, "paced", tmp_path, "--prompts", prompts, "--parallel", 2)
+    arguments = from_server(server, "held", tmp_path, "--prompts", prompts, "--parallel", 2)
     command = [sys.executable, "-c", MAIN, *map(str, arguments)]
     journal = tmp_path / f"set.jsonl{SUFFIX}"
     before = len(seen(server))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
             assert time.monotonic() < end
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
+    seen(f"{server}/go")
     assert not (tmp_path / "set.jsonl").exists()
     kept = len(lines(journal)) - 1
     assert 3 <= kept < 16

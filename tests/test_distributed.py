@@ -28,7 +28,7 @@ def torchrun(tiny: Tiny, *options: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
 

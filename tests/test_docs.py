@@ -129,7 +129,7 @@ def run_shell(line: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         env=environment,
     )
     return done.returncode, done.stdout + done.stderr

@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
-from mutations import FUZZ, chances, changed, edited
+from mutations import FUZZ, chances, changed, edited, edited_text
 from tiny import INSTRUCTION, REASONING, make_tokenizer
 
 from rain_mergekit.config import read_config
@@ -40,10 +41,19 @@ parameters: {calibration: ./c.rain.safetensors, lambda: [0.5, 1.0]}
 dtype: bfloat16
 rain: {reasoning_data: r.jsonl, instruction_data: i.jsonl, rank_by: count, rank_count: 4}
 """
+FIELDS = yaml.safe_load(YAML)
+REFERENCE = Path(__file__).parents[1] / "configs" / "reference.yml"
+SETTINGS = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))["rain"]
 ALPHA = {
     "alpha": [0.5, 0.25, 1.0, 0.0],
     "axes_info": {"flat_index": [[0, 0, "QK"], [0, 1, "QK"], [1, 0, "Q"], [1, 0, "K"]]},
 }
+
+
+def configuration(chance: Random) -> dict[str, Any]:
+    """With five more of all settings."""
+    more = {name: SETTINGS[name] for name in chance.sample(sorted(SETTINGS), 5)}
+    return {**FIELDS, "rain": {**more, **FIELDS["rain"]}}
 
 
 def message(path: Path, read: Callable[[Path], object]) -> str:
@@ -66,7 +76,7 @@ def check(said: str, path: Path, most: int = 1000) -> None:
 @given(chance=chances)
 def test_bytes_of_sets(tmp_path: Path, kind: str, chance: Random) -> None:
     path = tmp_path / "fuzzed.jsonl"
-    path.write_bytes(edited(SETS[kind].encode(), chance))
+    path.write_bytes(edited_text(SETS[kind], chance))
     check(message(path, READERS[kind]), path)
 
 
@@ -93,7 +103,7 @@ def test_published_coefficients(tmp_path: Path, chance: Random) -> None:
 @given(chance=chances)
 def test_bytes_of_configurations(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "fuzzed.yml"
-    path.write_bytes(edited(YAML.encode(), chance))
+    path.write_bytes(edited_text(YAML, chance))
     check(message(path, read_config), path, 6000)  # ten settings at once
 
 
@@ -101,7 +111,7 @@ def test_bytes_of_configurations(tmp_path: Path, chance: Random) -> None:
 @given(chance=chances)
 def test_fields_of_configurations(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "fuzzed.yml"
-    path.write_text(json.dumps(changed(yaml.safe_load(YAML), chance)))  # which YAML reads, too
+    path.write_text(json.dumps(changed(configuration(chance), chance)))  # which YAML reads, too
     check(message(path, read_config), path, 6000)  # ten settings at once
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from forks import Forks, wait_for_stop
 from tiny import Tiny
 
 from rain_mergekit.calibrate import RunOptions, calibrate
@@ -19,10 +17,14 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.workdir import WorkDir
 
 LAYERS = 6
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from rain_mergekit.cli import main; main()"
-)
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module", name="forks")
+def _forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="module", name="tiny")
@@ -52,42 +54,26 @@ def work_folder(tiny: Tiny) -> Path:
     return tiny.path.with_name(tiny.path.name + ".work")
 
 
-def start(tiny: Tiny) -> subprocess.Popen[str]:
-    config = tiny.config().path
-    options = ["calibrate", config, "--device", "cpu", "--snapshot-every", "0"]
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until the process has written the file; the limit is for machines with much else to do."""
-    end = time.monotonic() + 600
-    while not path.exists() and process.poll() is None:
-        assert time.monotonic() < end, f"{path.name} has not been written"
-        time.sleep(0.001)
+def command(tiny: Tiny) -> tuple[object, ...]:
+    return ("calibrate", tiny.config().path, "--device", "cpu", "--snapshot-every", "0")
 
 
 @pytest.mark.parametrize(
     ("stop", "layers"), [(signal.SIGKILL, (0, 3)), (signal.SIGINT, (2,)), (signal.SIGTERM, (1,))]
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    tiny: Tiny, whole: bytes, stop: signal.Signals, layers: Sequence[int]
+    tiny: Tiny, forks: Forks, whole: bytes, stop: signal.Signals, layers: Sequence[int]
 ) -> None:
-    """Stopped at random times after these layers, so also while snapshots are written."""
-    chance = random.Random(int(stop))  # noqa: S311 - no secret
-    for layer in layers:
-        process = start(tiny)
-        wait_for(work_folder(tiny) / f"layer-{layer:05d}.safetensors", process)
-        time.sleep(chance.random() * 0.02)
-        process.send_signal(stop)
-        process.communicate(timeout=120)
+    """After these layers, while the snapshot is written; the process waits there for the signal."""
+    for layer, part in zip(layers, ("instruction", "reasoning"), strict=False):
+        pid = forks.start(*command(tiny), stop_at=f"hidden-{layer:05d}.{part}")
+        assert wait_for_stop(pid)
+        os.kill(pid, stop)
+        os.kill(pid, signal.SIGCONT)
+        assert forks.wait().code == CODES[stop]
     assert not tiny.path.exists()
     summary = tiny.calibrate(snapshot_seconds=0)
-    assert summary.first_layer > 0
+    assert summary.first_layer == layers[-1]
     assert tiny.path.read_bytes() == whole
     assert not work_folder(tiny).exists()
     tiny.path.unlink()
@@ -138,14 +124,11 @@ def test_without_a_snapshot_nothing_is_left(tiny: Tiny) -> None:
     assert not work_folder(tiny).exists()
 
 
-def test_two_runs_at_once_are_one_clear_error(tiny: Tiny) -> None:
+def test_two_runs_at_once_are_one_clear_error(tiny: Tiny, forks: Forks) -> None:
     config = tiny.config()
-    process = start(tiny)
-    try:
-        wait_for(work_folder(tiny) / "job.json", process)
-        process.send_signal(signal.SIGSTOP)  # or it might be done before the other begins
-        with pytest.raises(RainError, match="another calibration is writing there"):
-            calibrate(config, RunOptions(quiet=True))
-    finally:
-        process.kill()
-        process.communicate()
+    pid = forks.start(*command(tiny), stop_at="layer-00000")
+    assert wait_for_stop(pid)
+    with pytest.raises(RainError, match="another calibration is writing there"):
+        calibrate(config, RunOptions(quiet=True))
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait().code == -signal.SIGKILL
