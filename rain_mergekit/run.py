@@ -37,7 +37,7 @@ from rain_mergekit.progress import Progress
 from rain_mergekit.readahead import Piece, announce, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
-from rain_mergekit.thinks import Likelihood, likelihood
+from rain_mergekit.thinks import Likelihood, likelihood, shortest
 from rain_mergekit.walk import LayerResult, LayerWalk, Stream
 from rain_mergekit.weights import TrioTensors
 from rain_mergekit.workdir import WorkDir
@@ -166,7 +166,8 @@ class Run:
     def _likelihood(self, stream: Stream) -> Likelihood:
         states = (stream.store.get(index) for index in range(len(stream)))
         samples = [item for item in stream.samples if isinstance(item, ReasoningTokens)]
-        return likelihood(self.shell, samples, states, self._world)
+        few = shortest(self._samples.reasoning.samples)
+        return likelihood(self.shell, samples, states, self._world, few)
 
     def _streams(self, work: WorkDir) -> dict[str, Stream]:
         oblique = self._settings.projection == "oblique"

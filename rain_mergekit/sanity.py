@@ -11,6 +11,7 @@ from rain_mergekit.accepting import judge
 from rain_mergekit.capture import Shell
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.markers import Markers
+from rain_mergekit.memory import CALIBRATION, naming_shortage
 from rain_mergekit.models import Trio, load_tokenizer
 from rain_mergekit.task_vector import check_task_vector
 from rain_mergekit.thinks import Likelihood, likelihood_of
@@ -62,15 +63,41 @@ def check_thinking(
     """Refuse a reasoning model that does not think on its set; says if the instruct model does."""
     LOG.info("the reasoning model %s", found)
     if found.thinks:
-        return []
-    problem = (
-        f"{trio.reasoning.reference} does not think on the reasoning set (on average it {found})"
-    )
-    if "no_thinking" not in accept:
-        other = likelihood_of(trio.instruct, trio, shell, samples)
-        problem += (
-            f": the instruct model {trio.instruct.reference} does ({other}), so the two are swapped"
-            if other.thinks
-            else ": the markers, the chat template or the set are another model's"
+        problem = None if found.open is not None else _outdone(found, shell, trio, samples)
+    else:
+        problem = (
+            f"{trio.reasoning.reference} does not think on the reasoning set (on average it "
+            f"{found})"
         )
-    return [judge("no_thinking", problem, accept)]
+        if "no_thinking" not in accept:
+            problem += _cause(shell, trio, samples)
+    return [judge("no_thinking", problem, accept)] if problem else []
+
+
+def _cause(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
+    other = _instruct(shell, trio, samples)
+    if other is not None and other.thinks:
+        name = trio.instruct.reference
+        return f": the instruct model {name} does ({other}), so the two are swapped"
+    return ": the markers, the chat template or the set are another model's"
+
+
+def _outdone(
+    found: Likelihood, shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]
+) -> str | None:
+    """The template opens the block, and whoever is asked closes it: the thinking itself tells."""
+    other = _instruct(shell, trio, samples)
+    if other is None or not found.outdone_by(other):
+        return None
+    return (
+        f"the instruct model {trio.instruct.reference} is more likely to write the thinking of the "
+        f"reasoning set ({other.thinking:.2g} nats a token) than the reasoning model "
+        f"{trio.reasoning.reference} ({found.thinking:.2g}), so the two are swapped"
+    )
+
+
+def _instruct(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> Likelihood | None:
+    with naming_shortage("while the instruct model reads the reasoning set", CALIBRATION):
+        found = likelihood_of(trio.instruct, shell, samples)
+    LOG.info("the instruct model %s", found)
+    return found

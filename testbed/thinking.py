@@ -1,7 +1,8 @@
 """What the check that a reasoning model thinks sees of each model of the shipped trios.
 
 `python -m testbed.thinking` prints the mean probabilities of the markers' first tokens on each
-trio's reasoning set, as docs/troubleshooting.md has them.
+trio's reasoning set and, where the chat template opens the block, the thinking's log-likelihood a
+token, as docs/troubleshooting.md has them.
 """
 
 import sys
@@ -16,7 +17,7 @@ from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.data import ReasoningTokens, load_reasoning
 from rain_mergekit.distributed import World
-from rain_mergekit.thinks import Likelihood, likelihood
+from rain_mergekit.thinks import Likelihood, likelihood, shortest
 from testbed.models import load_tokenizer
 
 TRIOS = Path(__file__).parent / "trios"
@@ -35,7 +36,7 @@ def seen(model: Path, samples: Sequence[ReasoningTokens]) -> Likelihood:
                 run_layer(layer, hidden, calls[index])
                 for hidden, (_, calls) in zip(states, recorded, strict=True)
             ]
-    return likelihood(shell, samples, states, World(shell.device))
+    return likelihood(shell, samples, states, World(shell.device), shortest(samples))
 
 
 def main() -> None:
@@ -44,11 +45,12 @@ def main() -> None:
         samples = load_reasoning(trio / "reasoning.jsonl", tokenizer).samples
         for role in ROLES:
             found = seen(trio / role, samples)
-            opening = "-" if found.open is None else f"{found.open:.2g}"
-            verdict = "thinks" if found.thinks else "refused"
-            sys.stdout.write(
-                f"| {trio.name} | {role} | {opening} | {found.close:.2g} | {verdict} |\n"
+            opening, thinking = (
+                "-" if value is None else f"{value:.2g}" for value in (found.open, found.thinking)
             )
+            verdict = "thinks" if found.thinks else "refused"
+            row = (trio.name, role, opening, f"{found.close:.2g}", thinking, verdict)
+            sys.stdout.write(f"| {' | '.join(row)} |\n")
 
 
 if __name__ == "__main__":

@@ -181,6 +181,38 @@ def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None
     assert "(accepted)" in commands.succeed("calibrate", place.yaml)
 
 
+def opened_by_template(place: commands.Workplace) -> None:
+    """As many published models have it: the open marker is part of the prompt."""
+    for role in commands.ROLES:
+        template = place.model(role) / "chat_template.jinja"
+        template.write_text(template.read_text().rstrip("\n") + "<think>")
+
+
+def test_swapped_where_the_template_opens_the_block(cut: Path, tmp_path: Path) -> None:
+    """Anybody closes an open block; that the instruct model likes the thinking better tells."""
+    place = commands.make_workplace(tmp_path, cut)
+    opened_by_template(place)
+    assert "are swapped" not in commands.succeed("calibrate", place.yaml)
+    right = CalibrationFile.open(place.calibration).header["run"]["likelihood"]
+    place.calibration.unlink()
+    instruct, reasoning = str(place.model("instruct")), str(place.model("reasoning"))
+    models = [
+        {"model": reasoning, "parameters": {"role": "instruct"}},
+        {"model": str(place.model("pretrained")), "parameters": {"role": "pretrained"}},
+    ]
+    place.write(base_model=instruct, models=models)
+    outcome = commands.run("calibrate", place.yaml)
+    assert outcome.code == 1
+    words = f"the instruct model {reasoning} is more likely to write the thinking"
+    assert words in outcome.output
+    assert f"({right['thinking']:.2g} nats a token) than the reasoning model {instruct}" in (
+        outcome.output
+    )
+    assert not place.calibration.exists()
+    place.write(base_model=instruct, models=models, rain={"accept": ["no_thinking"]})
+    assert "(accepted)" in commands.succeed("calibrate", place.yaml)
+
+
 def test_a_set_on_which_nobody_thinks(tiny: Tiny) -> None:
     """The work that was done is kept: who accepts the outcome goes on after the last layer."""
     config = tiny.using(accept=[])
@@ -280,6 +312,8 @@ def test_likelihood_equals_the_whole_model(
     samples = load_reasoning(tmp_path / "reasoning.jsonl", tiny.tokenizer()).samples
     model = tiny.model()
     sums = {4: 0.0, 5: 0.0}  # the numbers of the two markers
+    thinking: list[float] = []
+    few = sorted(samples, key=lambda sample: len(sample.input_ids))[:4]
     for sample in samples:
         ids = torch.tensor([sample.input_ids])
         with torch.no_grad():
@@ -287,10 +321,15 @@ def test_likelihood_equals_the_whole_model(
         for token in sums:
             place = sample.input_ids.index(token)
             sums[token] += float(chances[place - 1, token]) / len(samples)
+        inside = range(sample.input_ids.index(4) + 1, sample.input_ids.index(5) + 1)
+        if sample in few:
+            thinking += [float(chances[i - 1, sample.input_ids[i]].log()) for i in inside]
     assert found["close"] == pytest.approx(sums[5], rel=1e-3)
     if template_opens:
         assert found["open"] is None
+        assert found["thinking"] == pytest.approx(sum(thinking) / len(thinking), rel=1e-3)
     else:
+        assert found["thinking"] is None
         assert found["open"] == pytest.approx(sums[4], rel=1e-3)
 
 
