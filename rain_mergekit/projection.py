@@ -8,7 +8,7 @@ Equation numbers are those of the RAIN-Merging paper (arXiv 2602.22538).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +37,19 @@ class Spectrum:
     _rows: FeatureRows | None
 
     @property
+    def count(self) -> int:
+        """k, the number of directions."""
+        return self.values.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.values.device
+
+    @property
     def vectors(self) -> Tensor:
         """All directions u_i, d x k float64 with orthonormal columns (Eq. 4's row space of H)."""
-        return self.directions(torch.arange(self.values.numel(), device=self.values.device))
+        return self.directions(torch.arange(self.count, device=self.device))
 
     def directions(self, chosen: Tensor) -> Tensor:
         """The directions of those indices, d x r float64, orthonormalised in the order given."""
@@ -52,7 +62,7 @@ class Spectrum:
         """sigma_i Delta u_i for every direction, d_out x k float32, of unit-energy features."""
         left = self._left.to(delta.device, torch.float32)
         if self._rows is not None:
-            return self._rows.applied(delta) @ left
+            return self._rows.responses(delta) @ left
         return delta.to(torch.float32) @ (left * self._sigma.to(left))
 
     @property
@@ -86,8 +96,7 @@ def spectrum(rows: Tensor | FeatureRows) -> Spectrum:
     if not math.isfinite(total):
         raise RainError("features contain NaN or Inf")
     if total == 0.0:
-        device = rows.blocks[0].device
-        empty = torch.zeros(width, 0, dtype=STATISTICS_DTYPE, device=device)
+        empty = torch.zeros(width, 0, dtype=STATISTICS_DTYPE, device=rows.device)
         return Spectrum(empty[0], total, width, empty, None)
     # Scaled to unit trace, so that huge or tiny features neither overflow nor underflow.
     scaled = rows.scaled(1 / math.sqrt(total))
@@ -107,19 +116,30 @@ def orthonormal(columns: Tensor) -> Tensor:
     return result
 
 
+def response_energies(
+    of: Sequence[Spectrum | FeatureRows], deltas: Iterable[Tensor]
+) -> list[Tensor]:
+    """sum_k ||Delta_k x||^2 for every x, over the modules k that share the site; float64.
+
+    of: each is a spectrum, whose x are sigma_i u_i of unit energy, or feature rows. deltas: each
+    d_out x d; a matrix may also come as several blocks of its rows. They are gone through once.
+    """
+    sums = [torch.zeros(item.count, dtype=STATISTICS_DTYPE, device=item.device) for item in of]
+    for delta in deltas:
+        for item, total in zip(of, sums, strict=True):
+            # Squared in float64: float32 squares end at 1e19 above and 1e-23 below.
+            answer = item.responses(delta).to(STATISTICS_DTYPE)
+            total.add_(answer.square_().sum(0).to(total.device))
+    return sums
+
+
 def response_energy(found: Spectrum, deltas: Iterable[Tensor]) -> Tensor:
     """e_i = mu_i * sum_k ||Delta_k u_i||^2 over the modules k that share the site; k float64.
 
-    deltas: each d_out x d; a matrix may also come as several blocks of its rows. Directions to
-    which no task vector responds need no protection, and massive activations do not swallow the
-    whole budget.
+    deltas: as `response_energies`. Directions to which no task vector responds need no protection,
+    and massive activations do not swallow the whole budget.
     """
-    energy = torch.zeros_like(found.values)
-    for delta in deltas:
-        answer = found.responses(delta)
-        # Squared in float64: float32 squares end at 1e19 above and 1e-23 below.
-        energy += answer.to(torch.float64).square().sum(0).to(energy.device)
-    return energy * found.total
+    return response_energies([found], deltas)[0] * found.total
 
 
 def count_for_share(energies: Tensor, share: float) -> int:
@@ -141,19 +161,18 @@ def count_above(values: Tensor, tolerance: float) -> int:
 def covered(
     basis: Tensor,
     rows: Tensor | FeatureRows,
+    whole: float,
     deltas: Iterable[Tensor],
     share: float,
     room: int,
 ) -> Tensor:
     """The basis (d x r) and the fewest directions more that cover the rows' response to a share.
 
-    Afterwards the part of the rows (n x d) outside of it has at most (1 - share) of their response
-    energy sum_k ||Delta_k h||^2, unless there is no room (the largest rank) for that many.
-    deltas is gone through twice.
+    whole: the response energy sum_k ||Delta_k h||^2 of the rows (n x d). Afterwards the part of the
+    rows outside of the basis has at most (1 - share) of it, unless there is no room (the largest
+    rank) for that many. deltas is gone through once.
     """
-    rows = FeatureRows.of(rows)
-    whole = sum(float(rows.applied(delta).square().sum(dtype=STATISTICS_DTYPE)) for delta in deltas)
-    outside = rows.dense()
+    outside = FeatureRows.of(rows).dense()
     basis = basis.to(outside)
     outside.addmm_(outside @ basis, basis.mT, alpha=-1)  # in place: it may be large
     found = spectrum(outside)

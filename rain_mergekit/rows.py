@@ -10,6 +10,7 @@ from torch import Tensor
 
 STATISTICS_DTYPE = torch.float64
 BLOCK_BYTES = 8 * 1024**2
+RESPONSE_BYTES = 32 * 1024**2  # larger: each part is a product of its own
 TASK_ROWS = 1024
 STRIP = 192
 
@@ -35,6 +36,16 @@ class FeatureRows:
     def shape(self) -> tuple[int, int]:
         """n, d."""
         return sum(block.shape[0] for block in self.blocks), int(self.blocks[0].shape[1])
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.blocks[0].device
 
     def scaled(self, factor: float) -> FeatureRows:
         """Factor times X; shares the blocks."""
@@ -79,20 +90,30 @@ class FeatureRows:
             start += part.shape[0]
         return result
 
-    def applied(self, matrix: Tensor) -> Tensor:
+    def responses(self, matrix: Tensor) -> Tensor:
         """Matrix X^T (m x n) for matrix m x d, in float32."""
         matrix = matrix.to(torch.float32)
-        parts = zip(self.blocks, self.weights, strict=True)
-        return torch.cat([matrix @ (b * w).to(torch.float32).mT for b, w in parts], 1)
+        result = matrix.new_empty(matrix.shape[0], self.shape[0])
+        start = 0
+        for part, weight in self._parts(RESPONSE_BYTES):
+            scaled = (part * weight).to(torch.float32)
+            torch.mm(matrix, scaled.mT, out=result[:, start : start + part.shape[0]])
+            start += part.shape[0]
+        return result
 
     def _zeros(self, rows: int, columns: int) -> Tensor:
-        return torch.zeros(rows, columns, dtype=STATISTICS_DTYPE, device=self.blocks[0].device)
+        return torch.zeros(rows, columns, dtype=STATISTICS_DTYPE, device=self.device)
 
-    def _row_blocks(self) -> Iterator[Tensor]:
-        step = max(1, BLOCK_BYTES // (self.shape[1] * STATISTICS_DTYPE.itemsize))
+    def _parts(self, size: int) -> Iterator[tuple[Tensor, float]]:
+        """The rows in order, as they are stored, each part of about `size` bytes in float64."""
+        step = max(1, size // (self.shape[1] * STATISTICS_DTYPE.itemsize))
         for block, weight in zip(self.blocks, self.weights, strict=True):
             for part in torch.split(block, step):
-                yield part.to(STATISTICS_DTYPE) * weight
+                yield part, weight
+
+    def _row_blocks(self) -> Iterator[Tensor]:
+        for part, weight in self._parts(BLOCK_BYTES):
+            yield part.to(STATISTICS_DTYPE, copy=True).mul_(weight)
 
     def _column_slices(self) -> Iterator[slice]:
         count, width = self.shape
@@ -100,8 +121,14 @@ class FeatureRows:
         return (slice(start, start + step) for start in range(0, width, step))
 
     def _columns(self, columns: slice) -> Tensor:
-        parts = zip(self.blocks, self.weights, strict=True)
-        return torch.cat([b[:, columns].to(STATISTICS_DTYPE) * w for b, w in parts])
+        count, width = self.shape
+        result = self._zeros(count, len(range(width)[columns]))
+        start = 0
+        for block, weight in zip(self.blocks, self.weights, strict=True):
+            part = result[start : start + block.shape[0]]
+            part.copy_(block[:, columns]).mul_(weight)
+            start += block.shape[0]
+        return result
 
 
 def _add_lower(result: Tensor, factor: Tensor) -> None:

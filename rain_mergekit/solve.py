@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rain_mergekit import projection
 from rain_mergekit.errors import RainError
+from rain_mergekit.heap import give_back
 from rain_mergekit.projection import Factors
 from rain_mergekit.rows import FeatureRows
 from rain_mergekit.settings import RainSettings
@@ -54,7 +55,11 @@ def solve_site(
     """
     try:
         found = projection.spectrum(rows)
-        energies = projection.response_energy(found, deltas)
+        give_back()
+        others = [FeatureRows.of(more) for more in read]
+        answers = projection.response_energies([found, *others], deltas)
+        energies = answers[0] * found.total
+        give_back()
         order, wanted = _select(found.values, energies, settings)
         rank = min(wanted, max_rank)
         chosen = order[:rank]
@@ -62,8 +67,10 @@ def solve_site(
             raise RainError(_full_space(found.width))
         basis = found.directions(chosen)
         room = min(max_rank, found.width - 1)
-        for more in read:
-            basis = projection.covered(basis, more, deltas, settings.reading_share, room)
+        for more, answer in zip(others, answers[1:], strict=True):
+            total, share = float(answer.sum()), settings.reading_share
+            basis = projection.covered(basis, more, total, deltas, share, room)
+            give_back()
         factors = _factors(basis, instruction_rows, settings)
     except RainError as error:
         raise RainError(f"{name}: {error}") from None

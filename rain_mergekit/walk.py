@@ -197,6 +197,7 @@ class LayerWalk:
         instruction = weighted_rows(collectors, [Group(INSTRUCTION, 1.0)])
         read = [weighted_rows(collectors, [Group(name, 1.0)]) for name in READ]
         count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
+        give_back()
         return solve_site(
             f"{self.name}.{site}",
             rows,

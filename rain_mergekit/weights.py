@@ -43,6 +43,9 @@ class TrioTensors:
         matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
         for tuned, origin in matrices:
             yield from self._blocks(name, tuned, origin, device)
+        # Else all of a layer's weights that were looked at stay mapped, and so in memory.
+        for model in (self.instruct, self.pretrained):
+            model.checkpoint.release()
 
     def _blocks(
         self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import rain_mergekit.rows
 from rain_mergekit import projection
 from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, spread, weighted_rows
 from rain_mergekit.projection import Factors
+from rain_mergekit.rows import FeatureRows
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.solve import solve_site, unconstrained
 
@@ -354,14 +357,56 @@ def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> Non
         rest = rows - rows @ columns @ columns.mT
         return float((delta @ rest.mT).square().sum() / (delta @ rows.mT).square().sum())
 
-    found = projection.covered(basis, rows, [delta[:4], delta[4:]], 0.9, 12)
+    whole = float((rows @ delta.mT).square().sum())
+    found = projection.covered(basis, rows, whole, [delta[:4], delta[4:]], 0.9, 12)
     rank = found.shape[1]
     torch.testing.assert_close(found[:, :2], basis)
     torch.testing.assert_close(found.mT @ found, torch.eye(rank, dtype=torch.float64))
     assert rank > 2
     assert left(found) <= 0.1 < left(found[:, :-1])
-    assert projection.covered(basis, rows, [delta], 0.9, rank - 1).shape[1] == rank - 1
-    assert projection.covered(found, rows, [delta], 0.9, 12).shape[1] == rank
+    assert projection.covered(basis, rows, whole, [delta], 0.9, rank - 1).shape[1] == rank - 1
+    assert projection.covered(found, rows, whole, [delta], 0.9, 12).shape[1] == rank
+
+
+def test_the_task_vectors_are_read_once_and_once_more_for_each_group_that_is_read() -> None:
+    class Reads:
+        count = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.count += 1
+            return iter([normal(4, 12), normal(3, 12, seed=1)])
+
+    rows, deltas = normal(9, 12, seed=2), Reads()
+    groups = [normal(30, 12, seed=seed) for seed in (3, 4)]
+    solve_site("site", rows, 9, None, deltas, options(), 6)
+    assert deltas.count == 1
+    solve_site("site", rows, 9, None, deltas, options(), 6, groups)
+    assert deltas.count == 1 + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 8 * 7 * 3, 2**20])  # a row, three rows, all rows at once
+def test_rows_are_multiplied_in_parts_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype
+) -> None:
+    for name in ("BLOCK_BYTES", "RESPONSE_BYTES"):
+        monkeypatch.setattr(rain_mergekit.rows, name, size)
+    blocks = tuple(normal(count, 7, seed=count).to(dtype) for count in (5, 1, 8))
+    weights = (0.5, 3.0, 0.1)
+    rows = FeatureRows(blocks, weights)
+    dense = torch.cat([b.double() * w for b, w in zip(blocks, weights, strict=True)])
+    assert torch.equal(rows.dense(), dense)
+    left, right = normal(14, 3), normal(7, 3)
+    for found, expected in (
+        (rows.gram().tril(), (dense.mT @ dense).tril()),
+        (rows.outer().tril(), (dense @ dense.mT).tril()),
+        (rows.times(right), dense @ right),
+        (rows.transposed_times(left), dense.mT @ left),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rows.responses(right.mT), (dense @ right).mT.float(), rtol=1e-5, atol=1e-5
+    )
 
 
 # What none of the comparisons above would notice
