@@ -39,13 +39,17 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One weight: its site (or one for each expert), shape, input axis, and scale vectors."""
+    """One weight: its site (or one for each expert), shape, input axis, and scale vectors.
+
+    tokens: its rows are tokens; a merge that aligns vocabularies may have more of them or fewer.
+    """
 
     site: str | tuple[str, ...] | None
     shape: tuple[int, ...]
     input_axis: int
     rows: str | None
     cols: str | None
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,12 @@ class _Fields:
             limit = f" and at most {most}" if most is not None else ""
             self.fail(name, f"a whole number of at least {least}{limit}", value)
         return value
+
+    def optional_flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.fail(name, "true or false", value)
+        return value is True
 
     def optional_number(self, name: str) -> float | None:
         value = self.get(name)
@@ -187,7 +197,10 @@ def _tensor(fields: _Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
         if name is not None or isinstance(site, tuple):
             _require_width(fields, sites.get(name) if isinstance(name, str) else None, name, d_in)
     rows, cols = fields.key("rows", (d_out,)), fields.key("cols", (d_in,))
-    return TensorPlan(site, tuple(shape), axis, rows, cols)
+    tokens = fields.optional_flag("tokens")
+    if tokens and (len(shape) != 2 or axis != -1):
+        fields.fail("tokens", "true only for a weight with a row for each token", tokens)
+    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens)
 
 
 def _require_width(fields: _Fields, plan: SitePlan | None, name: object, width: int) -> None:

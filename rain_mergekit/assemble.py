@@ -180,9 +180,10 @@ def _warnings(
             f"{len(coarse)} weights of the attention follow no known layout of heads (the first: "
             f"{coarse[0]}): they take the mean coefficient of their layer"
         )
-    if layers and len(layers) < len(parts):
+    depth = sum(bool(part.name) for part in parts)  # the head's part is the model's own
+    if layers and len(layers) < depth:
         yield (
-            f"{len(parts) - len(layers)} of {len(parts)} layers have no attention that can be "
+            f"{depth - len(layers)} of {depth} layers have no attention that can be "
             "observed: their coefficients are 1"
         )
 

@@ -81,7 +81,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
         first, likely = run.walk(work)
         world.wait()
         noted += check_thinking(likely, run.shell, trio, samples.reasoning.samples, accept)
-        parts = [read_part(work.part(index)) for index in run.indices]
+        parts = [read_part(work.part(index)) for index in range(run.parts)]
         header = {
             "models": models,
             "data": record(samples),
@@ -101,7 +101,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
         path=config.calibration,
         seconds=time.monotonic() - start,
         bytes=config.calibration.stat().st_size,
-        layers=len(parts),
+        layers=len(run.indices),
         first_layer=first,
         mean_rank=_mean_rank(parts),
         samples=samples,

@@ -82,3 +82,18 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
 def text_config(config: Any) -> Any:
     """The part of a config that describes the language model; itself if there is nothing else."""
     return config.get_text_config(decoder=True)
+
+
+def output_head(model: Any) -> tuple[str, nn.Module]:
+    """The module that gives next-token logits and its name; RainError if there is none."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and head is not None:
+            return name, module
+    raise RainError(f"{type(model).__name__}: found no head that gives next-token logits")
+
+
+def embedding_weight(model: Any) -> str:
+    """The name of the weight with the embedding of each token."""
+    embedding = model.get_input_embeddings()
+    return next(f"{name}.weight" for name, part in model.named_modules() if part is embedding)

@@ -24,6 +24,7 @@ from rain_mergekit.reading import file_digest
 from rain_mergekit.settings import parse_settings
 from rain_mergekit.stored import Stored, grouped, short_names
 
+_ROWS = 4096
 # What parse_settings needs beside, so that no instruction set is asked for.
 _NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
 
@@ -142,18 +143,24 @@ def moved(
     names, models = short_names(kind for kind, _ in groups), (Stored(reasoning), Stored(merged))
     found: dict[str, dict[int, float]] = {}
     for (kind, layer), members in groups.items():
-        norms, changes = zip(*(_change(*models, name) for name in members), strict=True)
+        pairs = (_change(*models, name, tokens=file.tensors[name].tokens) for name in members)
+        norms, changes = zip(*pairs, strict=True)
         norm = math.hypot(*norms)
         found.setdefault(names[kind], {})[layer] = math.hypot(*changes) / norm if norm else 0.0
     return found
 
 
-def _change(reasoning: Stored, merged: Stored, name: str) -> tuple[float, float]:
-    """||W_R||, and ||W* - W_R||."""
+def _change(reasoning: Stored, merged: Stored, name: str, *, tokens: bool) -> tuple[float, float]:
+    """||W_R||, and ||W* - W_R||; of tokens those that both have. In float32 block by block."""
     before, after = reasoning.get(name), merged.get(name)
+    if tokens:
+        before, after = (weight[: min(len(before), len(after))] for weight in (before, after))
     if before.shape != after.shape:
         raise RainError(
             f"{merged.checkpoint.reference}: tensor {name} has shape {list(after.shape)}, expected "
             f"{list(before.shape)}: it was not merged from {reasoning.checkpoint.reference}"
         )
-    return float(before.float().norm()), float((after.float() - before.float()).norm())
+    parts = list(zip(torch.split(before, _ROWS), torch.split(after, _ROWS), strict=True))
+    norms = [float(old.float().norm()) for old, _ in parts]
+    changes = [float((new.float() - old.float()).norm()) for old, new in parts]
+    return math.hypot(*norms), math.hypot(*changes)

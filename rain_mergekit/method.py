@@ -132,7 +132,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             return reasoning.clone()  # itself would keep its whole mapped shard in memory
         tensors = {entry.id: entry.tensor for entry in group.entries}
         weights = reasoning, tensors[models["instruct"]], tensors[models["pretrained"]]
-        if tuple(reasoning.shape) != plan.shape:  # mergekit has made sure that all are alike
+        shape = tuple(reasoning.shape)  # mergekit has made sure that all are alike
+        if shape[plan.tokens :] != plan.shape[plan.tokens :]:  # of tokens there may be others
             raise RainError(
                 f"{name} has shape {list(reasoning.shape)}, the calibration expects "
                 f"{list(plan.shape)}: it was made for another model"
@@ -142,7 +143,10 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             for role, weight in zip(ROLES, weights, strict=True):
                 _require_finite(weight, name, f"the {role} model {models[role]}")
             _require_finite(merged, name, f"the result in {merged.dtype}")
-        _check_source(base.id, name, reasoning)
+        if plan.tokens:
+            _check_tokens(base.id, name, reasoning, calibration.scale(plan.rows))
+        else:
+            _check_source(base.id, name, reasoning)
         return merged
 
     def merged(
@@ -155,6 +159,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         """One matrix, or each expert of a 3-D tensor with its own basis or the shared one."""
         device = weights[0].device
         rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
+        if plan.tokens and rows is not None:
+            rows = _of_length(rows, weights[0].shape[0])
 
         def factors(site: str | None) -> Factors:
             none = Factors(None, None)
@@ -202,6 +208,19 @@ def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
 
     with torch.device(_HOST):
         check_source(model, name, tensor)
+
+
+def _check_tokens(model: Hashable, name: str, tensor: Tensor, rows: Tensor | None) -> None:
+    from rain_mergekit.model_checks import check_tokens  # noqa: PLC0415 - see register
+
+    if rows is not None:  # else all are treated alike, in whatever order
+        with torch.device(_HOST):
+            check_tokens(model, name, tensor, rows)
+
+
+def _of_length(rows: Tensor, count: int) -> Tensor:
+    """The scales of so many tokens: padding may have gone, and new tokens are left alone."""
+    return torch.cat([rows[:count], rows.new_zeros(max(0, count - len(rows)))])
 
 
 def _require_finite(tensor: Tensor, name: str, who: str) -> None:

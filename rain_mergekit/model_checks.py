@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.errors import RainError
 
-_LISTED = 20
+_LISTED, _TOKENS = 20, 4096
 _LAYER = re.compile(r"\.\d+\.")
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,31 @@ def check_source(model: object, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_tokens(model: object, name: str, tensor: Tensor, rows: Tensor) -> None:
+    """Refuse a vocabulary in another order: a token's row must be where `model` stores it.
+
+    rows: as the calibration has them; those that are not zero are compared, block by block.
+    """
+    if not isinstance(model, ModelReference) or model not in LoaderCache.loaders:
+        return
+    index = LoaderCache().get(model).index
+    shard = index.tensor_paths.get(name)
+    if shard is None or not index.is_safetensors:
+        return
+    with safe_open(Path(index.base_path) / shard, framework="pt") as file:
+        stored = file.get_slice(name)
+        count = min(stored.get_shape()[0], tensor.shape[0], len(rows))
+        for start in range(0, count, _TOKENS):
+            block = slice(start, min(count, start + _TOKENS))
+            merged = rows[block] != 0
+            own = stored[block].to(tensor.dtype)[merged]
+            if not torch.equal(own, tensor[block].to("cpu")[merged]):
+                raise RainError(
+                    f"{name}: its rows are in another order than those of {model}, for which the "
+                    "calibration says which of them are merged; use `tokenizer: {source: base}`"
+                )
+
+
 def _check_fingerprint(calibration: CalibrationFile, model: ModelReference, folder: str) -> None:
     from rain_mergekit.checkpoint import fingerprint  # noqa: PLC0415 - loads transformers
 
@@ -117,7 +142,9 @@ def _check_others(
         names = {role: str(model) for role, model in models.items()}
         accepted = (calibration.header.get("settings") or {}).get("accept")
         accept = accepted if isinstance(accepted, list) else ()
-        check_task_vector(names, found, indices, list(calibration.tensors), accept)
+        # a number may be another token in another model, and sampled rows would not belong together
+        inner = [name for name, plan in calibration.tensors.items() if not plan.tokens]
+        check_task_vector(names, found, indices, inner, accept)
 
 
 def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
@@ -132,13 +159,15 @@ def _shape_problems(calibration: CalibrationFile, who: str, index: Any) -> list[
 
     if not index.is_safetensors:
         return []  # pickled shards have no header to look at: each tensor is checked when merged
-    shapes = header_shapes(index, calibration.tensors)
+    plans = calibration.tensors
+    shapes = header_shapes(index, plans)
     problems = [
-        f"{who}: {name} has shape {list(shape)}, the calibration expects {list(wanted)}"
+        f"{who}: {name} has shape {list(shape)}, the calibration expects {list(plan.shape)}"
         for name, shape in shapes.items()
-        if shape != (wanted := calibration.tensors[name].shape)
+        if shape[(plan := plans[name]).tokens :] != plan.shape[plan.tokens :]
     ]
-    absent = [name for name in calibration.tensors if name not in shapes]
+    # a head that one model lacks is its embedding: mergekit looks there
+    absent = [name for name, plan in plans.items() if name not in shapes and not plan.tokens]
     if absent:
         found = _stored_otherwise(index, absent)
         problems += [f"{who}: {name} is missing" for name in absent if name not in found]

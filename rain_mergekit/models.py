@@ -86,6 +86,8 @@ def read_model_config(checkpoint: Checkpoint) -> Any:
         raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
 
 
+# Without any of them transformers makes an empty tokenizer up.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 # Classes that say nothing but "as tokenizer.json has it".
 _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 

@@ -61,6 +61,11 @@ class SiteMap:
         ]
 
 
+def dotted(*parts: str) -> str:
+    """Names one inside the other; empty ones are left out."""
+    return ".".join(part for part in parts if part)
+
+
 def site_name(parameter: str) -> str:
     """The site of a weight that is the first to see a tensor."""
     return parameter.removesuffix(".weight")

@@ -15,11 +15,12 @@ from torch import Tensor
 from rain_mergekit.atomic import replacing
 from rain_mergekit.coefficients import HeadStatistics
 from rain_mergekit.modules import HeadLayout
-from rain_mergekit.observe import LinearWeight
+from rain_mergekit.observe import LinearWeight, dotted
 from rain_mergekit.solve import SiteResult
 from rain_mergekit.walk import LayerResult
 
 STORED_DTYPE = torch.float32
+TOKENS = "tokens"  # the key of the rows that are merged, where rows are tokens
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,20 @@ class LayerPart:
 
 
 def write_part(path: Path, name: str, result: LayerResult) -> None:
-    """Write the results of layer `name` (e.g. model.layers.3); entries are by module names."""
+    """Write the results of layer `name` (e.g. model.layers.3, or nothing for the model itself).
+
+    Entries are by module names.
+    """
     stored: dict[str, Tensor] = {}
     sites = {
-        f"{name}.{site}": _site(f"{name}.{site}", solved, stored)
+        dotted(name, site): _site(dotted(name, site), solved, stored)
         for site, solved in result.solved.items()
     }
-    tensors = {f"{name}.{w.name}": _tensor(name, w) for w in result.sites.weights.values()}
+    tensors = {dotted(name, w.name): _tensor(name, w) for w in result.sites.weights.values()}
+    if result.tokens is not None:
+        stored[TOKENS] = result.tokens.to("cpu", STORED_DTYPE)
+        for entry in tensors.values():
+            entry |= {"rows": TOKENS, "tokens": True}
     keys = tuple(stored)
     if result.statistics is not None:
         stored["alignment"] = result.statistics.alignment
@@ -80,7 +88,7 @@ def read_part(path: Path) -> LayerPart:
 
 
 def _tensor(layer: str, weight: LinearWeight) -> dict[str, Any]:
-    own = [f"{layer}.{site}" for site in weight.sites]
+    own = [dotted(layer, site) for site in weight.sites]
     return {
         "site": own if len(own) > 1 else own[0],
         "shape": list(weight.shape),

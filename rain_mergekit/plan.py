@@ -30,6 +30,8 @@ class ModelShape:
     # (width, rows of the task vectors) of each input site; by default those of a plain decoder:
     # attention (key and value heads counted as query heads), its output, MLP, its output.
     sites: tuple[tuple[int, int], ...] = ()
+    # Rows of the output head where it is merged too, else 0.
+    vocabulary: int = 0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -93,9 +95,13 @@ class Estimate:
 
 
 def layer_memory(shape: ModelShape, itemsize: int) -> int:
-    """One layer in the forward dtype, and one matrix of each other model, as stored."""
+    """One layer in the forward dtype, and one matrix of each other model, as stored.
+
+    Or, once no layer is needed any more, the output heads of both.
+    """
     converted = shape.layer_parameters * itemsize
-    return converted + 2 * shape.largest_matrix * shape.stored_itemsize
+    layer = converted + 2 * shape.largest_matrix * shape.stored_itemsize
+    return max(layer, 2 * shape.vocabulary * shape.hidden * shape.stored_itemsize)
 
 
 def feature_memory(shape: ModelShape, work: Workload) -> int:
@@ -127,6 +133,13 @@ def file_bytes(shape: ModelShape, elements: int, *, stores_v: bool) -> int:
     return shape.layers * elements * (2 if stores_v else 1) * FLOAT32
 
 
+def head_bytes(shape: ModelShape, rank: int, *, stores_v: bool) -> int:
+    """The factors of the output head, and a number for each of its rows, float32."""
+    if not shape.vocabulary:
+        return 0
+    return (rank * shape.hidden * (2 if stores_v else 1) + shape.vocabulary) * FLOAT32
+
+
 def hidden_bytes(shape: ModelShape, work: Workload) -> int:
     """Hidden states of all streams."""
     return sum(work.lengths) * shape.hidden * work.itemsize
@@ -154,7 +167,9 @@ def estimate(
     kept = min(hidden, hidden_budget(budget, shape, work, rank, oblique=oblique))
     transient = max(working_memory(shape, work), solver_memory(shape, work, rank, oblique=oblique))
     ranks = sum(min(rank, work.protected_rows, width) * width for width in shape.widths)
+    head = min(rank, work.protected_rows, shape.hidden)
     written = file_bytes(shape, ranks, stores_v=stores_v)
+    written += head_bytes(shape, head, stores_v=stores_v)
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
@@ -166,7 +181,8 @@ def estimate(
         file_bytes=written,
         read_bytes=3 * shape.model_bytes,
         forward_flops=shape.layers * forward_flops(shape, work),
-        statistics_flops=shape.layers * statistics_flops(shape, work, oblique=oblique),
+        statistics_flops=shape.layers * statistics_flops(shape, work, oblique=oblique)
+        + 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden),
     )
 
 

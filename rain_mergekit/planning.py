@@ -15,8 +15,11 @@ from rain_mergekit.plan import ModelShape, Workload
 from rain_mergekit.walk import READ
 
 
-def model_shape(shell: Shell) -> ModelShape:
-    """From the modules without weights and the file headers; no tensor is read."""
+def model_shape(shell: Shell, vocabulary: int = 0) -> ModelShape:
+    """From the modules without weights and the file headers; no tensor is read.
+
+    vocabulary: rows of the output head, if it is merged.
+    """
     layer = max(shell.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
     sites = _sites(layer)
     checkpoint = shell.checkpoint
@@ -32,6 +35,7 @@ def model_shape(shell: Shell) -> ModelShape:
         stored_itemsize=max(1, min(8, round(checkpoint.bytes / everything))),
         model_bytes=checkpoint.bytes,
         sites=tuple((width, rows) for (_, width), rows in sites.items()),
+        vocabulary=vocabulary,
     )
 
 

@@ -8,11 +8,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.apply import Factors, merged_weight
+from rain_mergekit.artifact import CalibrationFile, TensorPlan
 from rain_mergekit.artifact_schema import ROLES
 from rain_mergekit.errors import RainError
 from rain_mergekit.method import RainMerge
 from rain_mergekit.names import Names
+from rain_mergekit.rows import TASK_ROWS
 from rain_mergekit.tensors import ModelTensors
 
 
@@ -49,6 +51,9 @@ class Replay:
         targets = self._names(name)
         if all(target.expert is None for target in targets):
             key = targets[0].name if targets else name
+            plan = self._calibration.tensors.get(key)
+            if plan is not None and plan.tokens:
+                return self._of_tokens(name, plan, dtype, place)
             found = {role: tensors.get(name) for role, tensors in self._tensors.items()}
             return self._merged(key, found, dtype, place)
         reasoning = self._tensors["reasoning"]
@@ -60,6 +65,30 @@ class Replay:
             return self._merged(keys[name], found, dtype, place)
 
         return reasoning.assembled(name, part)
+
+    def of_tokens(self, name: str) -> bool:
+        """Whether the merge changes the tensor, and its rows are tokens."""
+        targets = [target.name for target in self._names(name)] or [name]
+        plans = (self._calibration.tensors.get(target) for target in targets)
+        return any(plan is not None and plan.tokens for plan in plans)
+
+    def _of_tokens(
+        self, name: str, plan: TensorPlan, dtype: torch.dtype | None, device: torch.device
+    ) -> Tensor:
+        """In blocks of rows: of a weight of this size only the result is there as a whole."""
+        weights = [self._tensors[role].of_tokens(name) for role in ROLES]
+        count = min(len(weight) for weight in weights)
+        factors = Factors(None, None)
+        if isinstance(plan.site, str):
+            factors = self._calibration.factors(plan.site)
+        rows, cols = self._calibration.scale(plan.rows), self._calibration.scale(plan.cols)
+        result = weights[0].to(device, dtype, copy=True)
+        for start in range(0, count, TASK_ROWS):
+            block = slice(start, min(count, start + TASK_ROWS))
+            base, tuned, origin = (weight[block].to(device, dtype) for weight in weights)
+            own = None if rows is None else rows[block]
+            result[block] = merged_weight(base, tuned, origin, factors, own, cols, self._strength)
+        return result
 
     def _merged(
         self,

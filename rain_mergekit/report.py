@@ -143,11 +143,15 @@ def _name(kind: Kind) -> str:
 def _means(
     sites: Sequence[Site], kind: Kind, value: Callable[[Site], float | None]
 ) -> dict[int, float]:
-    """By layer; several sites of one kind in a layer (experts) are averaged."""
+    """By layer; several sites of one kind in a layer (experts) are averaged.
+
+    What is in no layer comes as one more after the last.
+    """
     found: dict[int, list[float]] = {}
+    end = max((site.layer + 1 for site in sites if site.layer is not None), default=0)
     for site in sites:
         if site.kind == kind.name and (number := value(site)) is not None:
-            found.setdefault(site.layer or 0, []).append(number)
+            found.setdefault(end if site.layer is None else site.layer, []).append(number)
     return {layer: sum(row) / len(row) for layer, row in sorted(found.items())}
 
 

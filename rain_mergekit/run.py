@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rain_mergekit.config import RainConfig
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.distributed import World
 from rain_mergekit.errors import RainError
+from rain_mergekit.head_walk import HeadWalk
 from rain_mergekit.heap import give_back
 from rain_mergekit.memory import CALIBRATION, naming_shortage
 from rain_mergekit.models import LoadOptions, Trio
@@ -30,6 +32,7 @@ from rain_mergekit.plan import (
     Workload,
     estimate,
     file_bytes,
+    head_bytes,
     hidden_budget,
 )
 from rain_mergekit.planning import model_shape, workload
@@ -38,6 +41,7 @@ from rain_mergekit.readahead import Piece, announce, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
 from rain_mergekit.thinks import Likelihood, likelihood, shortest
+from rain_mergekit.vocabulary import HeadWeight, find_head
 from rain_mergekit.walk import LayerResult, LayerWalk, Stream
 from rain_mergekit.weights import TrioTensors
 from rain_mergekit.workdir import WorkDir
@@ -78,6 +82,11 @@ class Run:
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
         self._weights.check_shapes(self.matrices)
+        self._head = (
+            None
+            if config.settings.lm_head == "off"
+            else find_head(self.shell, trio, self._weights, samples, config.settings)
+        )
         self.max_rank = max_rank(self.needs[0], config.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
@@ -111,9 +120,15 @@ class Run:
     def needs(self) -> tuple[ModelShape, Workload]:
         """What the memory of this run follows from."""
         positions = {plan.name: plan.positions for plan in self.plans}
-        return model_shape(self.shell), workload(
+        vocabulary = 0 if self._head is None else self._head.shape[0]
+        return model_shape(self.shell, vocabulary), workload(
             self._samples, positions, len(self.plans) - 1, self.shell.dtype
         )
+
+    @property
+    def parts(self) -> int:
+        """How many parts the calibration file is made of: one a layer, and one for the head."""
+        return len(self.indices) + (self._head is not None)
 
     def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal for an interrupted run to be continued."""
@@ -155,13 +170,25 @@ class Run:
                         if self._world.rank == 0:
                             write_part(work.part(index), self._name(index), result)
                         LOG.info("finished layer %d of %d", index + 1, len(self.indices))
-                        if index + 1 < len(self.indices):
+                        if index + 1 < self.parts:
                             work.save(index, stores)
+            if self._head is not None:
+                with naming_shortage("at the output head", CALIBRATION):
+                    self._solve_head(self._head, streams, work.part(len(self.indices)))
             found = self._likelihood(streams[REASONING])
         finally:
             for store in stores.values():
                 store.close()
         return first, found
+
+    def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
+        original = [stream for name, stream in streams.items() if name != MERGED]
+        walk = HeadWalk(self.shell, self._settings, self._world)
+        result = walk.result(head, self._weights, original, self.max_rank)
+        if self._world.rank == 0:
+            write_part(path, "", result)
+        self._weights.release()
+        LOG.info("finished the output head")
 
     def _likelihood(self, stream: Stream) -> Likelihood:
         states = (stream.store.get(index) for index in range(len(stream)))
@@ -257,8 +284,11 @@ def max_rank(shape: ModelShape, settings: RainSettings) -> int:
         return settings.max_rank
     if settings.rank_by == "full":
         return max(shape.widths)
-    per_rank = file_bytes(shape, sum(shape.widths), stores_v=settings.stores_v)
-    return max(MIN_RANK_CAP, int(settings.size_budget * shape.model_bytes / per_rank))
+    stores_v = settings.stores_v
+    per_rank = file_bytes(shape, sum(shape.widths), stores_v=stores_v)
+    fixed = head_bytes(shape, 0, stores_v=stores_v)
+    per_rank += head_bytes(shape, 1, stores_v=stores_v) - fixed
+    return max(MIN_RANK_CAP, int((settings.size_budget * shape.model_bytes - fixed) / per_rank))
 
 
 def default_dtype(trio: Trio, device: str) -> torch.dtype:

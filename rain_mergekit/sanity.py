@@ -12,14 +12,12 @@ from rain_mergekit.capture import Shell
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.markers import Markers
 from rain_mergekit.memory import CALIBRATION, naming_shortage
-from rain_mergekit.models import Trio, load_tokenizer
+from rain_mergekit.models import TOKENIZER_FILES, Trio, load_tokenizer
 from rain_mergekit.task_vector import check_task_vector
 from rain_mergekit.thinks import Likelihood, likelihood_of
 from rain_mergekit.tokens import disagreements
 
 LOG = logging.getLogger(__name__)
-# Without any of them transformers makes an empty tokenizer up.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def check_trio(
@@ -43,7 +41,7 @@ def _check_tokens(trio: Trio, markers: Markers, accept: Collection[str]) -> list
     found: list[str] = []
     for role in ("instruct", "pretrained"):
         checkpoint = trio.items()[role]
-        if not any(Path(checkpoint.path, name).exists() for name in _TOKENIZERS):
+        if not any(Path(checkpoint.path, name).exists() for name in TOKENIZER_FILES):
             LOG.info("the %s model comes without a tokenizer: not compared", role)
             continue
         other = load_tokenizer(checkpoint)

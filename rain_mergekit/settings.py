@@ -218,6 +218,16 @@ class RainSettings(BaseModel):
         ),
     ] = 2048
 
+    lm_head: Annotated[
+        Literal["off", "all", "unseen"],
+        BeforeValidator(_yaml_off),
+        Field(
+            description="The map to the vocabulary, merged and projected too: not at all, all of "
+            "its rows, or those of tokens that the instruction set's responses have and the "
+            "reasoning set never has (the only choice where it is the embedding)."
+        ),
+    ] = "off"
+
     coefficients: Annotated[
         Literal["off", "normalized", "closed_form"],
         BeforeValidator(_yaml_off),
@@ -254,8 +264,9 @@ class RainSettings(BaseModel):
             raise ValueError("alpha_min must not be above alpha_max")
         if self.needs_instruction_data and self.instruction_data is None:
             raise ValueError(
-                "instruction_data is missing: the oblique projection and the coefficients are "
-                "measured on it (or set projection: orthogonal and coefficients: off)"
+                "instruction_data is missing: the oblique projection, the coefficients and "
+                "lm_head: unseen are measured on it (or set projection: orthogonal, "
+                "coefficients: off and another lm_head)"
             )
         return self
 
@@ -273,7 +284,7 @@ class RainSettings(BaseModel):
     @property
     def keeps_response(self) -> bool:
         """Whether the reasoning set's responses are run through the model."""
-        return self.protect_response > 0 or self.reading_share > 0
+        return self.protect_response > 0 or self.reading_share > 0 or self.lm_head == "unseen"
 
     @property
     def stores_v(self) -> bool:
@@ -283,7 +294,8 @@ class RainSettings(BaseModel):
     @property
     def needs_instruction_data(self) -> bool:
         """Whether anything is measured on the instruction set."""
-        return self.projection == "oblique" or self.coefficients != "off"
+        measured = self.projection == "oblique" or self.coefficients != "off"
+        return measured or self.lm_head == "unseen"
 
 
 _PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -98,8 +99,8 @@ def module_order(module: str) -> tuple[int, str]:
 
 
 def place(site: Site) -> tuple[int, tuple[int, str]]:
-    """A sort key: by layer, then as a layer computes."""
-    return -1 if site.layer is None else site.layer, module_order(site.kind)
+    """A sort key: by layer, then as a layer computes; what is in no layer comes last."""
+    return sys.maxsize if site.layer is None else site.layer, module_order(site.kind)
 
 
 def _kind(name: str, sites: Sequence[Site], modules: tuple[str, ...]) -> Kind:

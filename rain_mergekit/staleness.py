@@ -22,6 +22,8 @@ from rain_mergekit.settings import RainSettings
 
 # Where the data lie does not matter; their digests are compared instead.
 _PATHS = ("reasoning_data", "instruction_data")
+# Settings that came later, and the value with which everything is as it was before.
+_AS_BEFORE = {"lm_head": "off"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
         if name in _PATHS:
             continue
         if recorded and name not in recorded:  # it was made before there was this setting
+            if _AS_BEFORE.get(name) == value:
+                continue
             yield f"rain.{name} is {_short(value)}, and it knows no such setting"
         elif old[name] != value:
             yield f"rain.{name} is {_short(value)}, was {_short(old[name])}"

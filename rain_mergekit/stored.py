@@ -45,11 +45,15 @@ class Stored:
 
 
 def grouped(file: CalibrationFile) -> Groups:
-    """The listed weights by kind and layer; experts of a layer that are stored apart are one."""
+    """The listed weights by kind and layer; experts of a layer that are stored apart are one.
+
+    What is in no layer comes as one more after the last.
+    """
     found: Groups = {}
-    for name in file.tensors:
-        layer, kind = locate(name.removesuffix(".weight"))
-        found.setdefault((kind, layer or 0), []).append(name)
+    places = {name: locate(name.removesuffix(".weight")) for name in file.tensors}
+    end = max((layer + 1 for layer, _ in places.values() if layer is not None), default=0)
+    for name, (layer, kind) in places.items():
+        found.setdefault((kind, end if layer is None else layer), []).append(name)
     return dict(sorted(found.items(), key=lambda item: (module_order(item[0][0]), item[0][1])))
 
 

@@ -103,7 +103,11 @@ def measure(
     matrix of it in float32. RainError if a checkpoint cannot be read.
     """
     weights = _Weights(file, {role: Stored(model) for role, model in models.items()}, device, tick)
-    groups = grouped(file)
+    groups = {
+        place: kept
+        for place, members in grouped(file).items()
+        if (kept := [name for name in members if not file.tensors[name].tokens])
+    }
     names = short_names(kind for kind, _ in groups)
     changes, most = [], 1
     for (kind, layer), members in groups.items():
@@ -118,10 +122,15 @@ def measure(
             changes.append(_mean(names[kind], layer, parts))
     for model in models.values():
         model.release()
-    return TaskVectors(tuple(changes), rank, tuple(_remarks(most, len(weights.left_out))))
+    tokens = [name for name, plan in file.tensors.items() if plan.tokens]
+    tick(len(tokens))
+    remarks = tuple(_remarks(most, len(weights.left_out), tokens))
+    return TaskVectors(tuple(changes), rank, remarks)
 
 
-def _remarks(experts: int, left_out: int) -> Iterator[str]:
+def _remarks(experts: int, left_out: int, tokens: Sequence[str]) -> Iterator[str]:
+    if tokens:
+        yield f"Of {', '.join(tokens)}, with a row for each token, nothing is shown here"
     if experts > 1:
         yield (
             f"Of the {experts} experts of a layer the means are shown; the overlap is that of "
@@ -144,7 +153,9 @@ class _Weights:
         self._file, self._device, self._tick = file, torch.device(device), tick
         self._models = [models[role] for role in ("instruct", "pretrained", "reasoning")]
         self.left_out = {
-            name for name in file.tensors if any(name not in model for model in self._models)
+            name
+            for name, plan in file.tensors.items()
+            if not plan.tokens and any(name not in model for model in self._models)
         }
 
     def count(self, names: Sequence[str]) -> int:

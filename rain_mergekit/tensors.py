@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.decoders import embedding_weight
 from rain_mergekit.errors import RainError
 
 
@@ -69,6 +70,18 @@ class ModelTensors:
         if name not in self._last:
             self._last = self._converted(name, source, self.checkpoint.get)
         return self._last[name]
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding of tokens."""
+        return embedding_weight(self._model)
+
+    def of_tokens(self, name: str) -> Tensor:
+        """A weight with a row for each token, as stored: the embedding where `name` is missing.
+
+        An output head that is not in the checkpoint is the embedding, and mergekit takes it so.
+        """
+        return self.get(name if name in self.sources else self.embedding)
 
     def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """One converted tensor from parts that `read` gives by their names in the checkpoint."""

@@ -18,7 +18,7 @@ def disagreements(
 
     A marker that is an added token of `own` and unknown to `other` is no disagreement where its
     number is free, or another added token's, in `other`: most published pairs are like that, and
-    the merge leaves the embeddings alone.
+    the merge leaves its embedding and its row of the output head alone.
     """
     one, two = own.get_vocab(), other.get_vocab()
     ordinary = one.keys() & two.keys() - own.get_added_vocab().keys()

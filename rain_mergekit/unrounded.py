@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.capture import Shell
@@ -17,11 +17,30 @@ from rain_mergekit.replay import Replay, strength_of
 from rain_mergekit.tensors import ModelTensors
 
 
+class _Merged(ModelTensors):
+    """The reasoning model's tensors; what the merge changes outside of layers is merged.
+
+    That is made once and kept: one float32 matrix of the size of the output head.
+    """
+
+    def __init__(self, shell: Shell, replay: Replay) -> None:
+        super().__init__(shell.checkpoint, shell.model)
+        self._replay, self._made = replay, dict[str, Tensor]()
+
+    def get(self, name: str) -> Tensor:
+        if not self._replay.of_tokens(name):
+            return super().get(name)
+        if name not in self._made:
+            self._made[name] = self._replay.tensor(name, torch.float32)
+        return self._made[name]
+
+
 class Unrounded:
     """W_R + lambda (S_row Delta S_col)(I - U V^T) in float32, layer by layer.
 
     From the configuration that mergekit leaves in a merged model's folder and the calibration file
-    that it names; `shell` is the reasoning model's. RainError says what is missing for it.
+    that it names; `shell` is the reasoning model's, and gives the merged embedding and output head
+    from then on. RainError says what is missing for it.
     """
 
     def __init__(self, folder: str, shell: Shell, options: LoadOptions) -> None:
@@ -37,6 +56,7 @@ class Unrounded:
         names = merge_names(read_model_config(shell.checkpoint), shell.tensors)
         trio = {"reasoning": shell.tensors, **tensors}
         self._replay = Replay(calibration, trio, names, strength)
+        shell.tensors = _Merged(shell, self._replay)
 
     def fill(self, layer: nn.Module, prefix: str) -> None:
         """Put the merged weights in place of a filled layer's; `prefix` is the layer's name."""

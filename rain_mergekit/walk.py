@@ -21,7 +21,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.features import Group, RowCollector, weighted_rows
 from rain_mergekit.heap import give_back
 from rain_mergekit.modules import HeadLayout, reads
-from rain_mergekit.observe import LinearWeight, RowPicker, SiteMap, capture_inputs
+from rain_mergekit.observe import LinearWeight, RowPicker, SiteMap, capture_inputs, dotted
 from rain_mergekit.probe import SpanProbe
 from rain_mergekit.projection import project
 from rain_mergekit.settings import RainSettings
@@ -62,12 +62,16 @@ class _TaskVectors:
 
 @dataclass
 class LayerResult:
-    """All that one layer contributes to the calibration file."""
+    """All that one layer contributes to the calibration file.
+
+    tokens: for weights whose rows are tokens, 1 for each row that is merged and 0 for the others.
+    """
 
     sites: SiteMap
     solved: dict[str, SiteResult] = field(default_factory=dict)
     statistics: HeadStatistics | None = None
     layout: HeadLayout | None = None
+    tokens: Tensor | None = None
 
 
 class LayerWalk:
@@ -87,7 +91,7 @@ class LayerWalk:
         self.index, self.layer, self.name, self._type = index, layer, name, model_type
         self.settings, self._tick, self._chunks = settings, tick, chunks
         self._world = world
-        self._device = next(layer.parameters()).device
+        self._device = world.device
 
     def features(
         self, sites: SiteMap, streams: Sequence[Stream]
@@ -123,7 +127,7 @@ class LayerWalk:
                 rows = inputs.index_select(0, self._inside(index, inputs.shape[0], tokens))
                 if not bool(torch.isfinite(rows).all()):
                     raise RainError(
-                        f"{self.name}.{site}: the features of sample {source} "
+                        f"{dotted(self.name, site)}: the features of sample {source} "
                         "contain NaN or Inf: the reasoning model overflows there; try "
                         "--dtype float32, or remove the sample"
                     )
@@ -199,7 +203,7 @@ class LayerWalk:
         count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
         give_back()
         return solve_site(
-            f"{self.name}.{site}",
+            dotted(self.name, site),
             rows,
             count,
             instruction,

@@ -47,6 +47,19 @@ class TrioTensors:
         for model in (self.instruct, self.pretrained):
             model.checkpoint.release()
 
+    def of_tokens(self, name: str, rows: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """Delta of a weight with a row for each token, in blocks (n, d_in), float32.
+
+        Only those rows that the mask says, (vocabulary) bool, and that both models have. The weight
+        is never in float32 as a whole.
+        """
+        tuned, origin = self.instruct.of_tokens(name), self.pretrained.of_tokens(name)
+        count = min(len(tuned), len(origin), len(rows))
+        deltas = self._blocks(name, tuned[:count], origin[:count], device)
+        for delta, chosen in zip(deltas, torch.split(rows[:count], TASK_ROWS), strict=True):
+            if bool(chosen.any()):
+                yield delta[chosen.to(device)]
+
     def _blocks(
         self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device
     ) -> Iterator[Tensor]:

@@ -106,6 +106,9 @@ class Bench:
     def calibration(self, method: Method) -> Path:
         """The calibration file of a rain method: made once, then an edited copy if it asks."""
         settings = dict(method.settings or {})
+        if method.head:
+            tied = self._reference.config.tie_word_embeddings
+            settings["lm_head"] = "unseen" if tied else "all"
         if settings.get("rank_by") == "full":  # all directions would leave nothing to merge
             settings["max_rank"] = self._reference.config.hidden_size - 1
         source = self._calibrated(settings)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rain_mergekit.artifact import CalibrationFile, write_calibration
 from rain_mergekit.modules import HeadLayout
-from testbed.head import add_head
 
 SEED = 0
 STEEPNESS = 10.0
@@ -119,7 +118,6 @@ EDITS: Mapping[str, Callable[[Header, Tensors, Path], None]] = {
     "shrunk": edit_shrunk,
     "no projection": edit_unprojected,
     "shuffled": edit_shuffled,
-    "head": add_head,
     "sigmoid 0.1": soften_all(0.1),
     "sigmoid 0.01": soften_all(0.01),
 }

@@ -37,6 +37,7 @@ class Method:
     """One row: a model of the trio, a mergekit recipe, or rain with settings and maybe an edit.
 
     edit names a change that testbed.controls makes to a copy of the calibration file.
+    head: with lm_head: all, or unseen where the trio's head is its embedding.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Method:
     edit: str | None = None
     main: bool = False
     dtype: str = "bfloat16"
+    head: bool = False
 
     @property
     def core(self) -> bool:
@@ -164,10 +166,19 @@ def _rain(
     main: bool = False,
     edit: str | None = None,
     dtype: str = "bfloat16",
+    head: bool = False,
     **settings: Any,
 ) -> Method:
-    strengths = RAIN_STRENGTHS
-    return Method(name, group, strengths, settings=settings, edit=edit, main=main, dtype=dtype)
+    return Method(
+        name,
+        group,
+        RAIN_STRENGTHS,
+        settings=settings,
+        edit=edit,
+        main=main,
+        dtype=dtype,
+        head=head,
+    )
 
 
 def projections() -> list[Method]:
@@ -200,7 +211,12 @@ def reading() -> list[Method]:
         found = rain_settings(projection, 0.99, 1, **{"reading_share": 0.9, **more})
         rows.append(_rain(name, "reading", **found))
     found = rain_settings("oblique", 0.99, 1, reading_share=0.9)
-    return [*rows, _rain(HEAD, "reading", edit="head", **found)]
+    unseen = {**found, "lm_head": "unseen"}
+    return [
+        *rows,
+        _rain(HEAD, "reading", head=True, **found),
+        _rain(f"{DEFAULT}, head unseen", "reading", **unseen),
+    ]
 
 
 def coefficients() -> list[Method]:

@@ -252,7 +252,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def make(folder: Path, family: str) -> Tiny:
-    """Three models of the family that differ in every parameter of their layers."""
+    """Three models of the family with own layers; the instruct model's head differs too."""
     torch.manual_seed(11)
     config = family_config(family)
     model = auto_class(config).from_config(config, dtype=torch.float32)
@@ -263,6 +263,9 @@ def make(folder: Path, family: str) -> Tiny:
         model.load_state_dict(start)
         if role != "pretrained":
             _disturb(model.get_submodule(layers_of(model)[0]), 0.03)
+        if role == "instruct":
+            with torch.random.fork_rng():
+                _disturb(model.get_output_embeddings(), 0.03)
         save(model, folder / role, torch.float32)
         tokenizer.save_pretrained(folder / role)
     write_sets(folder)
@@ -363,6 +366,9 @@ class Reference:
         self.settings = tiny.config().settings
         self.reasoning_model = self.model("reasoning")
         self.prefix = layers_of(self.reasoning_model)[0]
+        head = self.reasoning_model.get_output_embeddings()
+        modules = self.reasoning_model.named_modules()
+        self.head = next(f"{name}.weight" for name, module in modules if module is head)
 
     def model(self, role: str) -> Any:
         """As transformers loads it, float64, with its own eager attention and experts."""
@@ -403,8 +409,9 @@ class Reference:
                     self.reasoning_model(
                         input_ids=torch.tensor([sample.input_ids]), use_cache=False
                     )
+                kept = (self.prefix, self.head) if self.settings.lm_head != "off" else self.prefix
                 found.setdefault(kind, []).append(
-                    {key: one for key, one in seen.items() if key[0].startswith(self.prefix)}
+                    {key: one for key, one in seen.items() if key[0].startswith(kept)}
                 )
         return found
 
@@ -472,6 +479,14 @@ class Reference:
             change = self.change(key, *scales.get(name, (None, None)))
             change = change.mT if self.transposed(name) else change
             (state[name] if expert is None else state[name][expert]).add_(change)
+        embedding = self.reasoning_model.get_input_embeddings().weight
+        if embedding is self.reasoning_model.get_output_embeddings().weight:
+            shared = [
+                n
+                for n, w in self.reasoning_model.state_dict(keep_vars=True).items()
+                if w is embedding
+            ]
+            state |= dict.fromkeys(shared, state[self.head])
         return state
 
 
@@ -490,6 +505,14 @@ def recorded_scales(path: Path) -> dict[str, Scales]:
             name: (vector(plan["rows"]), vector(plan["cols"]))
             for name, plan in header["tensors"].items()
         }
+
+
+def recorded_tokens(path: Path) -> Tensor:
+    """Which rows of the head are merged: 0 or 1 for each token."""
+    with safe_open(path, framework="pt") as file:
+        plans = json.loads(file.metadata()["header"])["tensors"].values()
+        (key,) = {plan["rows"] for plan in plans if plan.get("tokens")}
+        return file.get_tensor(key).double()
 
 
 def layer_means(path: Path) -> dict[str, float]:

@@ -586,6 +586,8 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("tensors.z.site", ["a", ["a"]], "name of a site"),
     ("tensors.x.rows", "c", "rows"),
     ("tensors.x.cols", "r", "cols"),
+    ("tensors.x.tokens", 1, "true or false"),
+    ("tensors.z.tokens", True, "a row for each token"),
     ("tensor_sha256", {}, "differ"),
     ("tensor_sha256.r", 5, "tensor_sha256"),
     ("tensor_sha256.more", "00", "differ"),

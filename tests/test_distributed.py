@@ -45,10 +45,13 @@ def projectors(path: Path) -> Mapping[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("coefficients", ["off", "normalized"])
-def test_two_processes_give_the_same_file_as_one(tmp_path: Path, coefficients: str) -> None:
-    settings = {"coefficients": coefficients, "alpha_min": 0.0}
-    one = Tiny.make(tmp_path, "qwen3").using(**settings)
+@pytest.mark.parametrize(("coefficients", "head"), [("off", "all"), ("normalized", "off")])
+def test_two_processes_give_the_same_file_as_one(
+    tmp_path: Path, coefficients: str, head: str
+) -> None:
+    settings = {"coefficients": coefficients, "alpha_min": 0.0, "lm_head": head}
+    one = Tiny.make(tmp_path, "qwen3", tie_word_embeddings=False).with_head("lm_head.weight")
+    one = one.using(**settings)
     summary = one.calibrate()
     two = one.using(calibration="two.rain.safetensors", **settings)
     done = torchrun(two)

@@ -75,7 +75,8 @@ def test_the_longest_text_counts_linearly() -> None:
 
 
 def test_the_file_and_the_passes_are_as_planned(tmp_path: Path) -> None:
-    tiny = Tiny.make(tmp_path, "qwen2").using(rank_by="count", rank_count=5, max_rank=5)
+    tiny = Tiny.make(tmp_path, "qwen2").with_head("model.embed_tokens.weight")
+    tiny = tiny.using(rank_by="count", rank_count=5, max_rank=5, lm_head="unseen")
     planned = plan(tiny.config(), RunOptions())
     written = tiny.calibrate().bytes
     assert not tiny.path.with_name(tiny.path.name + ".work").exists()

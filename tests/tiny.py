@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -184,6 +184,15 @@ class Tiny:
         write_sets(folder)
         return cls(folder)
 
+    def with_head(self, name: str) -> Tiny:
+        """Change the instruct model's output head, or the embedding that is its head."""
+        path = self.folder / "instruct" / "model.safetensors"
+        weights, chance = load_file(path), torch.Generator().manual_seed(5)
+        noise = torch.randn(weights[name].shape, generator=chance) * 0.2
+        weights[name] += noise.to(weights[name].dtype)
+        save_file(weights, path, metadata={"format": "pt"})
+        return self
+
     def using(self, calibration: str = "tiny.rain.safetensors", **settings: Any) -> Tiny:
         """The same models with another `rain:` section."""
         return Tiny(self.folder, settings, calibration)
@@ -324,6 +333,7 @@ class Dense:
         window = self.settings.window
         tokenizer = tiny.tokenizer()
         keep = self.settings.protect_response > 0 or self.settings.reading_share > 0
+        keep = keep or self.settings.lm_head == "unseen"
         self.reasoning: Sequence[ReasoningTokens] = load_reasoning(
             self.settings.reasoning_data, tokenizer, window=window, keep_response=keep
         ).samples
@@ -364,7 +374,11 @@ class Dense:
             for site in SITES
         }
 
-    def _site(self, prefix: str, site: str) -> DenseSite:
+    def head(self, delta: Tensor) -> DenseSite:
+        """Of the map to the vocabulary, for the task vector of the rows that are merged."""
+        return self._site("", "lm_head", delta)
+
+    def _site(self, prefix: str, site: str, deltas: Tensor | None = None) -> DenseSite:
         options, name = self.settings, prefix + site
         think = self.rows(name, "think_positions")
         moment = think.mT @ think / len(think)
@@ -380,7 +394,8 @@ class Dense:
         instruction = rows.mT @ rows / len(rows)
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0), vectors.flip(1)
-        deltas = torch.cat([self.delta(f"{prefix}{m}.weight") for m in SITES[site]])
+        if deltas is None:
+            deltas = torch.cat([self.delta(f"{prefix}{m}.weight") for m in SITES[site]])
         basis = vectors[:, self._chosen(values, vectors, deltas)]
         if site == "self_attn.q_proj" and options.reading_share > 0:
             for positions in ("prompt_positions", "response_positions"):
