@@ -16,7 +16,8 @@ from rain_mergekit.atomic import replacing
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.front_matter import with_tags
-from rain_mergekit.inputs import read_regular
+from rain_mergekit.inputs import read_regular, within
+from rain_mergekit.printable import clean
 from rain_mergekit.recorded import Recorded, load
 from rain_mergekit.summary import Data, Summary, summarise
 
@@ -59,7 +60,7 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
         summary = summarise(file)
     finally:
         file.close()
-    path = Path(folder, "README.md")
+    path = within(folder, "README.md")
     old = _read(path)
     try:
         new = with_section(with_tags(old, TAGS), section(config, summary, load(folder)))
@@ -79,7 +80,7 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
     mergekit prints it, the new one takes its place.
     """
     try:
-        text = read_regular(Path(folder, "README.md"))
+        text = read_regular(within(folder, "README.md"))
         was, now = (f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new))
     except FileNotFoundError:
         return
@@ -170,7 +171,7 @@ def _model(reference: str) -> str:
 
 def _code(value: object) -> str:
     """A value as code on one line; nothing in it can end the code, the table or our part."""
-    text = " ".join(str(value).split())[:_LONGEST]
+    text = clean(" ".join(str(value).split()))[:_LONGEST]
     for char, shown in (("`", "'"), ("|", "/"), ("<", "‹"), (">", "›")):  # noqa: RUF001
         text = text.replace(char, shown)
     return f"`{text}`" if text else "`?`"

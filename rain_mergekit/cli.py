@@ -13,9 +13,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
-from rain_mergekit.commands.console import clean_lines
 from rain_mergekit.errors import RainError
 from rain_mergekit.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
+from rain_mergekit.printable import clean_lines
 
 # Name -> (module:object, one line of help); the modules are heavy.
 _COMMANDS = {
@@ -88,7 +88,7 @@ class RainGroup(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             detail = f": {error}" if str(error) else ""
-            click.echo(f"Interrupted{detail}", err=True)
+            click.echo(clean_lines(f"Interrupted{detail}"), err=True)
             ctx.exit(_INTERRUPTED)
         except Exception as error:
             if _received:  # compiled code may turn the interruption into an error of its own

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
 import yaml
+
+from rain_mergekit.errors import RainError
 
 MIB = 1024**2
 TEXT_LIMIT = 64 * MIB  # configurations, cards and the like are thousands of bytes
@@ -29,6 +32,18 @@ def read_regular(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit // MIB} MiB")
     return data
+
+
+def within(folder: str | os.PathLike[str], name: str) -> Path:
+    """The path of a file that lies in the folder, or may be made there.
+
+    RainError where it is a link that leads outside: a folder that somebody else made must not name
+    what is read into it or overwritten, and a cache shares the files to which its links lead.
+    """
+    path = Path(folder, name)
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise RainError(f"{path}: is a link to outside of its folder; put a copy in its place")
+    return path
 
 
 def load_yaml(text: str) -> Any:

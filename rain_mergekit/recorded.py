@@ -11,7 +11,7 @@ from typing import Any
 from rain_mergekit.atomic import replacing
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.evaluation import Drift
-from rain_mergekit.inputs import read_regular
+from rain_mergekit.inputs import read_regular, within
 
 NAME = "rain_verification.json"
 
@@ -44,7 +44,7 @@ def save(folder: str | os.PathLike[str], drift: Drift, data: str, sha256: str) -
         "data_sha256": sha256,
         "verdict": drift.verdict,
     }
-    with replacing(Path(folder, NAME)) as out:
+    with replacing(within(folder, NAME)) as out:
         out.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
@@ -65,7 +65,7 @@ def load(folder: str | os.PathLike[str]) -> Recorded | None:
             verdict=str(content["verdict"]),
         )
         weights = content["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
         return None
     # Else it is of an earlier merge.
     return found if weights == fingerprint(os.fspath(folder))["weights"] else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from rain_mergekit.atomic import replacing
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift
@@ -78,8 +79,9 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     text = json.dumps({"created_by": AUTHOR, "rows": content}, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RainError(
             f"{folder}: cannot be written ({error.strerror or error}); name another output folder"
         ) from None
+    with replacing(folder / REPORT) as out:
+        out.write(f"{text}\n".encode())

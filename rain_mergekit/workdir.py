@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from rain_mergekit.store import ActivationStore
 
 LOG = logging.getLogger(__name__)
 # What a work folder may hold: anything else in it is not ours to delete.
-_OURS = ("lock", "job.json", "snapshot.json", "layer-", "hidden-", "process-", ".")
+_OURS = re.compile(r"lock|(job|snapshot)\.json|(layer|hidden|process)-.*|\..*\.tmp", re.DOTALL)
 
 
 class WorkDir:
@@ -94,10 +95,14 @@ class WorkDir:
             self._lock = None
 
     def _refuse_foreign(self) -> None:
-        """A folder that happens to have our name may hold somebody's files: leave it alone."""
+        """A folder that happens to have our name may hold somebody's files: leave it alone.
+
+        Nothing of ours is a link: what is written would replace the file to which one leads.
+        """
         if not self.path.is_dir():
             return
-        foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(_OURS)]
+        foreign = [p.name for p in self.path.iterdir() if not _OURS.fullmatch(p.name)]
+        foreign += [p.name for p in self.path.rglob("*") if p.is_symlink()]
         if foreign:
             raise RainError(
                 f"{self.path}: holds files that are not of a calibration ({min(foreign)}); "

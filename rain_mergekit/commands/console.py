@@ -7,19 +7,9 @@ import sys
 
 import click
 
+from rain_mergekit.printable import clean_lines
+
 KIB = 1024
-
-
-def clean(text: str) -> str:
-    """The text with every character that could steer a terminal made visible."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def clean_lines(text: str) -> str:
-    """The same line by line: names from files and models stand in what is said."""
-    return "\n".join(map(clean, text.split("\n")))
 
 
 class Console:
@@ -36,13 +26,17 @@ class Console:
         return not self.quiet and sys.stderr.isatty()
 
     def say(self, text: str = "") -> None:
-        """A line of the result."""
-        if not self.quiet:
-            click.echo(text)
+        """A line of the result; what could steer a terminal is shown, not sent."""
+        self.draw(clean_lines(text))
 
     def head(self, text: str) -> None:
         """A line that begins a part."""
-        self.say(click.style(text, bold=True))
+        self.draw(click.style(clean_lines(text), bold=True))
+
+    def draw(self, text: str) -> None:
+        """A line with colours, of which the caller has cleaned the rest."""
+        if not self.quiet:
+            click.echo(text)
 
     def warn(self, text: str) -> None:
         """A remark that must not be missed; each one once."""

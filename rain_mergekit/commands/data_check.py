@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.console import clean
 from rain_mergekit.commands.options import (
     given_markers,
     loading_options,
@@ -17,6 +16,7 @@ from rain_mergekit.commands.options import (
     output_options,
     template_option,
 )
+from rain_mergekit.printable import clean
 
 if TYPE_CHECKING:
     from rain_mergekit.building.checking import Checked
@@ -104,11 +104,11 @@ def _show(checked: Checked, number: int, console: Console) -> None:
     runs = segments(checked, number)
     console.say(f"\nSample {number}, as the model sees it:\n")
     parts = (("\n".join(clean(line) for line in _short(run).split("\n")), s) for run, s in runs)
-    console.say("".join(click.style(text, **_COLOURS[style]) for text, style in parts) + "\n")
+    console.draw("".join(click.style(text, **_COLOURS[style]) for text, style in parts) + "\n")
     for style in sorted({style for _, style in runs if style != PLAIN}):
         found = dict.fromkeys(clean(" ".join(run.split())) for run, s in runs if s == style)
         name = click.style(_NAMES[style], **_COLOURS[style])
-        console.say(f"{name}: " + " | ".join(run for run in found if run))
+        console.draw(f"{name}: " + " | ".join(run for run in found if run))
     console.say()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.console import clean
+from rain_mergekit.printable import clean
 
 if TYPE_CHECKING:
     from rain_mergekit.sites import Kind, Spread
