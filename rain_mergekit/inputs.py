@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 from reprlib import Repr
@@ -16,6 +17,7 @@ from rain_mergekit.errors import RainError
 MIB = 1024**2
 TEXT_LIMIT = 64 * MIB  # configurations, cards and the like are thousands of bytes
 NODES = 100_000
+_HALF = re.compile("[\ud800-\udfff]")
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
@@ -47,10 +49,11 @@ def within(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def load_yaml(text: str) -> Any:
-    """`yaml.safe_load`, but ValueError where aliases repeat more than a file could hold.
+    """`yaml.safe_load`, but ValueError for half characters, and for aliases that repeat too much.
 
-    A few lines of them can stand for any number of values, which the first that looks at all of
-    them, such as an error message, would then have to hold.
+    A few lines of these can stand for any number of values, which the first that looks at all of
+    them, such as an error message, would then have to hold. Half a character is no name of a file
+    and cannot be printed.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -67,6 +70,8 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """How many nodes there are with every alias written out; each node is looked at once."""
     known = sizes.get(id(node))
     if known is None:
+        if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
+            raise ValueError("it holds half a character, such as \\ud800; write it as UTF-8")
         sizes[id(node)] = NODES  # met again before it is known, it contains itself
         known = 1 + sum(_size(part, sizes) for part in _parts(node))
         if known > NODES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -28,7 +29,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, Place
 from rain_mergekit.front_matter import with_tags
 from rain_mergekit.layerwise import SiteDrift
-from rain_mergekit.sites import Spread
+from rain_mergekit.sites import Site, Spread
 from rain_mergekit.summary import Data, Summary
 from rain_mergekit.task_vectors import Change, TaskVectors
 from rain_mergekit.verification import Measured
@@ -92,16 +93,10 @@ def summary(text: str) -> Summary:
         changed={},
         tensors=0,
         kinds=(),
-        sites=(calibrations_site(),),
+        sites=(Site("s", "s", 0, 4, 2, 0.5, 0.5, capped=False),),
         layers=(),
         warnings=(text,),
     )
-
-
-def calibrations_site() -> object:
-    from rain_mergekit.sites import Site
-
-    return Site("s", "s", 0, 4, 2, 0.5, 0.5, capped=False)
 
 
 def config(tmp_path: Path, strength: object = 1.0) -> RainConfig:
@@ -122,7 +117,9 @@ def config(tmp_path: Path, strength: object = 1.0) -> RainConfig:
 
 @settings(max_examples=150)
 @given(text=hostile)
-def test_nothing_breaks_out_of_the_card(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_nothing_breaks_out_of_the_card(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     """Whatever it is, the card has the elements and links that it has with plain names."""
     place = config(tmp_path_factory.getbasetemp())
     plain, odd = (
@@ -145,7 +142,16 @@ def test_only_names_of_the_hub_become_links(tmp_path: Path) -> None:
         "https://arxiv.org/abs/2602.22538",
         "https://huggingface.co/org/name-1.5_b",
     }
-    for name in ("org/na me", "//evil.example", "org/x/y", "a:b/c", "org/x\n", "-x/y", "/a/b", "../a"):
+    for name in (
+        "org/na me",
+        "//evil.example",
+        "org/x/y",
+        "a:b/c",
+        "org/x\n",
+        "-x/y",
+        "/a/b",
+        "../a",
+    ):
         page = rendered(card.section(place, summary(name), None))
         assert page.links == ["https://arxiv.org/abs/2602.22538"], name
 
@@ -191,10 +197,8 @@ def test_a_measurement_that_is_broken_is_none(
     folder = tmp_path_factory.getbasetemp()
     text = json.dumps(changed(MEASURED, chance, float("inf"), 10**400, "1e999", "[" * 99))
     (folder / recorded.NAME).write_text(text)
-    try:
-        assert recorded.load(folder) is None  # of other weights
-    except RainError as error:  # complete, so the weights are looked at
-        assert "cannot read the checkpoint" in str(error)
+    with suppress(RainError):  # where it is whole, the weights are looked at: there are none
+        assert recorded.load(folder) is None
 
 
 def test_a_measurement_without_end_is_none(tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_a_measurement_without_end_is_none(tmp_path: Path) -> None:
         assert recorded.load(tmp_path) is None
 
 
-def everywhere(text: str) -> str:
+def everywhere(folder: Path, text: str) -> str:
     """The page with the text wherever one of somebody else can stand."""
     place = Place(0.02, 5)
     drift = Drift(place, place, place, 3, text, 0.5)
@@ -212,22 +216,15 @@ def everywhere(text: str) -> str:
     measured = Measured(layers, drift, Around(spread, spread), None, text)
     merged = report.Merged(text, {text: {0: 0.5}}, measured, text)
     vectors = TaskVectors((Change(text, 0, 1.0, 0.5, None),), 2, (text,))
-    path = calibrations_file(text)
+    remarks = {"created_by": text, "warnings": [text], "settings": {text: text, "window": text}}
+    path = calibrations.write(folder / "c", 1, **remarks)
     return report.render(CalibrationFile.open(path), merged, vectors)
 
 
-def calibrations_file(text: str) -> Path:
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp())
-    return calibrations.write(
-        folder / "c", 1, created_by=text, warnings=[text], settings={text: text, "window": text}
-    )
-
-
-def test_nothing_breaks_out_of_the_page() -> None:
+def test_nothing_breaks_out_of_the_page(tmp_path: Path) -> None:
     text = " ".join(WORDS) + SPECIAL
-    plain, odd = (browser.Page(everywhere(t).encode(errors="replace").decode()) for t in ("x", text))
+    pages = (everywhere(tmp_path, t).encode(errors="replace").decode() for t in ("x", text))
+    plain, odd = map(browser.Page, pages)
     assert odd.tags == plain.tags
     assert [name for name, _ in odd.attributes] == [name for name, _ in plain.attributes]
     assert "<script>alert(1)</script>" in odd.text

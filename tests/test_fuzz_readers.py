@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -103,7 +106,8 @@ def test_published_coefficients(tmp_path: Path, chance: Random) -> None:
 @given(chance=chances)
 def test_bytes_of_configurations(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "fuzzed.yml"
-    path.write_bytes(edited_text(YAML, chance))
+    # The time that PyYAML takes grows with the square of the depth; it ends at a third of this one.
+    path.write_bytes(edited_text(YAML, chance).replace(b"[" * 800, b""))
     check(message(path, read_config), path, 6000)  # ten settings at once
 
 
@@ -125,3 +129,51 @@ def test_a_template_that_reaches_for_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RainError, match=r"the chat template of .* refuses this sample"):
         load_reasoning(path, hostile)
     assert not touched.exists()
+
+
+# The long run's watch, first over what it must notice, each in a child, then over some inputs.
+WATCHED = """
+import os, pickle, socket, subprocess, sys, tempfile
+from pathlib import Path
+import fuzz
+
+def noticed(act):
+    if os.fork():
+        return os.waitstatus_to_exitcode(os.wait()[1])
+    folder = Path(tempfile.gettempdir(), "watched")
+    alone = fuzz.Alone(folder)
+    sys.addaudithook(alone)
+    alone.armed = True
+    try:
+        act()
+    finally:
+        os._exit(0)
+
+acts = [
+    lambda: open("/etc/passwd"),
+    lambda: open(tempfile.gettempdir() + "/watched/../other", "w"),
+    lambda: os.system("true"),
+    lambda: subprocess.run(["true"]),
+    lambda: socket.create_connection(("127.0.0.1", 9)),
+    lambda: pickle.loads(pickle.dumps(os.system)),
+    lambda: os.rename("a", "b"),
+    lambda: None,
+]
+print([noticed(act) for act in acts], flush=True)
+fuzz.main(60)
+"""
+
+
+def test_reading_a_file_does_nothing_else() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found, *targets = done.stdout.splitlines()
+    assert found == "[1, 1, 1, 1, 1, 1, 1, 0]"
+    assert len(targets) == 9

@@ -72,6 +72,17 @@ def test_aliases_that_multiply_are_refused(tmp_path: Path, bomb: str) -> None:
         with_tags(f"---\n{bomb}---\n", ["rain"])
 
 
+def test_half_characters_are_refused(tmp_path: Path) -> None:
+    """YAML does not join the two halves that JSON writes for one character, as in a name."""
+    path = tmp_path / "config.yml"
+    for name in ('"\\ud83d\\ude00"', '"x\\udfff"', '["\\ud800"]'):
+        path.write_text(YAML.replace("./reasoning", name))
+        with pytest.raises(RainError, match="not valid YAML: it holds half a character"):
+            read_config(path)
+    path.write_text(YAML.replace("./reasoning", '"\\U0001f600"'), encoding="utf-8")
+    assert str(read_config(path).reasoning) == "\U0001f600"
+
+
 def test_ordinary_aliases_work(tmp_path: Path) -> None:
     content = yaml.safe_load(YAML)
     path = tmp_path / "config.yml"
