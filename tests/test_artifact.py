@@ -702,3 +702,83 @@ def test_the_document_names_every_field() -> None:
     fields |= {name for site in HEADER["sites"].values() for name in site}
     fields |= {"header", "header_sha256", "format", "format_version"}
     assert not [name for name in fields if f"`{name}`" not in text]
+
+
+# Messages in full: what they name, and what they say to do
+
+
+def said_of(path: Path) -> str:
+    with pytest.raises(RainError) as caught:
+        use(path)
+    return str(caught.value)
+
+
+def by_hand(path: Path, **metadata: str) -> Path:
+    """A file of metadata alone, which stock safetensors would not write."""
+    text = json.dumps({"__metadata__": metadata}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+def test_messages_of_files_that_cannot_be_used(tmp_path: Path) -> None:
+    path, name = tmp_path / "c", repr(str(tmp_path / "c"))
+    known = {"format": "rain-calibration", "format_version": "1"}
+    broken = hashlib.sha256(b"{").hexdigest()
+    for metadata, said in (
+        ({**known}, "its metadata has no text named header"),
+        (
+            {**known, "header": "{}", "header_sha256": "ab"},
+            "its header was altered: the content does not match header_sha256",
+        ),
+        # Half a character: there is no digest of it, but that of a file that shows it as "?".
+        (
+            {**known, "header": "\ud800", "header_sha256": "ab"},
+            "its header was altered: the content does not match header_sha256",
+        ),
+    ):
+        found = said_of(by_hand(path, **metadata))
+        assert found == f"calibration file {name} cannot be used: {said}"
+    found = said_of(by_hand(path, **known, header="{", header_sha256=broken))
+    assert found.startswith(f"calibration file {name} cannot be used: the header is not valid JSON")
+
+
+def test_messages_of_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    assert said_of(tmp_path) == (
+        f"calibration file {str(tmp_path)!r} cannot be used: it is not a regular file"
+    )
+    (tmp_path / "file").write_bytes(b"")
+    below = tmp_path / "file" / "c"
+    assert said_of(below) == f"cannot open calibration file {str(below)!r}: Not a directory"
+    missing = tmp_path / "missing"
+    assert said_of(missing) == (
+        f"calibration file {str(missing)!r} does not exist: write it with "
+        "`mergekit-rain calibrate CONFIG`, or correct `parameters.calibration`"
+    )
+
+
+def test_messages_of_tensors(tmp_path: Path, path: Path) -> None:
+    tensors = stored()
+    tensors["r"][0] = float("nan")
+    forged = forge(tmp_path / "forged", HEADER, tensors)
+    assert said_of(forged) == (
+        f"calibration file {str(forged)!r}: tensor 'r' holds NaN or infinite values; "
+        "calibrate again"
+    )
+    file = CalibrationFile.open(path)
+    assert file.path == str(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(file.tensor("a.u").numpy().tobytes()))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RainError) as caught:
+        CalibrationFile.open(path).tensor("a.u")
+    assert str(caught.value) == (
+        f"calibration file {str(path)!r} was altered: the content of tensor 'a.u' does "
+        "not match its digest; calibrate again, or fetch the file again"
+    )
+
+
+def test_every_read_is_counted(path: Path) -> None:
+    file = CalibrationFile.open(path)
+    for _ in range(3):
+        file.tensor("r")
+    assert dict(file.reads) == {"r": 3}

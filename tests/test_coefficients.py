@@ -167,3 +167,22 @@ def test_a_mask_of_any_type_chooses_the_instruction() -> None:
     rows = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
     for mask in (torch.tensor([0, 1, 1, 0]), torch.tensor([False, True, True, False])):
         assert float(coefficients.span_masses(rows, mask)) == pytest.approx(0.5)
+
+
+def test_messages_in_full() -> None:
+    with pytest.raises(RainError) as caught:
+        HeadAccumulator(1).result()
+    assert str(caught.value) == "no instruction sample gave an attention statistic"
+    with pytest.raises(RainError) as caught:
+        coefficients.normalised([vector(-1.0)], 0.5, 1.5)
+    assert str(caught.value) == (
+        "no head follows the instructions more than it leaks to unrelated text; check the "
+        "spans of the instruction data, lower `rho`, or set `coefficients: off`"
+    )
+
+
+def test_sums_of_several_processes_count_any_number_of_samples() -> None:
+    """More than float32 counts to."""
+    found = HeadAccumulator(1)
+    found.samples = 2**24 + 1
+    assert found.summed(lambda part: part).samples == 2**24 + 1

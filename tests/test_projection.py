@@ -439,13 +439,15 @@ def test_the_empty_spectrum_is_a_spectrum() -> None:
     assert (found.total, found.width) == (0.0, 6)
     assert found.values.dtype == found.vectors.dtype == torch.float64
     assert (found.values.shape, found.vectors.shape) == ((0,), (6, 0))
+    assert projection.spectrum(torch.zeros(4, 1)).values.shape == (0,)
 
 
+@pytest.mark.parametrize("scale", [0.5, 3.0])
 @pytest.mark.parametrize("count", [1, 3])
-def test_orthonormal_keeps_order_and_signs(count: int) -> None:
+def test_orthonormal_keeps_order_and_signs(count: int, scale: float) -> None:
     wanted = torch.linalg.qr(normal(9, count))[0]
     wanted *= torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)[:count]
-    found = projection.orthonormal(wanted * 3 + 1e-9 * normal(9, count, seed=1))
+    found = projection.orthonormal(wanted * scale + 1e-9 * normal(9, count, seed=1))
     torch.testing.assert_close(found, wanted, atol=1e-8, rtol=0)
     eye = torch.eye(count, dtype=torch.float64)
     torch.testing.assert_close(found.mT @ found, eye, atol=1e-14, rtol=0)
@@ -503,3 +505,19 @@ def test_without_rows_nothing_is_projected() -> None:
     assert (site.rank, site.capped) == (0, False)
     delta = normal(2, 5, seed=1).double()
     assert torch.equal(projection.project(delta, site.factors), delta)
+
+
+def test_messages_in_full() -> None:
+    basis, bad = projection.spectrum(normal(3, 10)).vectors, torch.full((2, 10), torch.inf)
+    with pytest.raises(RainError) as caught:
+        projection.spectrum(bad)
+    assert str(caught.value) == "features contain NaN or Inf"
+    with pytest.raises(RainError) as caught:
+        projection.oblique_factors(basis, bad, 0.1)
+    assert str(caught.value) == "instruction features contain NaN or Inf"
+    with pytest.raises(RainError) as caught:
+        projection.oblique_factors(basis, normal(1, 10, seed=1).expand(20, 10), 1e-300)
+    assert str(caught.value) == (
+        "epsilon = 1e-300 is lost in rounding, so C_I + gamma I cannot be inverted; "
+        "use a larger `epsilon` (0.1 is the default)"
+    )
