@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,11 @@ def _local_path(
             cache_dir=lora_dir, trust_remote_code=trust, lora_merge_dtype=lora_dtype
         )
         return str(merged.local_path(cache_dir=cache_dir))
+    except pickle.UnpicklingError:  # peft and transformers load weights alone
+        raise RainError(
+            f"{reference}: a pickle file there holds more than weights, and could run code; take "
+            "safetensors files from where you trust them"
+        ) from None
     except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:
         raise RainError(
             f"{reference}: model not found: expected a local folder or a hub name that can be "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import unicodedata
 from contextlib import suppress
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import calibrations
 import markdown
 import pytest
 import yaml
-from commands import Workplace, make_models, make_workplace, run, succeed
+from commands import Workplace, make_models, make_workplace, refused, run, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import changed
@@ -313,3 +314,25 @@ def test_links_that_lead_outside_are_not_followed(
     assert outcome.code == 1
     assert f"{name}: is a link to outside of its folder" in outcome.output
     assert mine.read_text() == "my own\n"
+
+
+@pytest.mark.parametrize("name", ["layer-00000.safetensors", "process-0/reasoning", ".bashrc"])
+def test_a_work_folder_of_somebody_else_is_refused(
+    tmp_path: Path, place: Workplace, name: str
+) -> None:
+    """Links, to which a layer's numbers would be written, and files that are not ours to remove."""
+    mine = tmp_path / "mine"
+    mine.write_text("my own\n")
+    work = place.calibration.with_name(f"{place.calibration.name}.work")
+    item = work / name
+    item.parent.mkdir(parents=True)
+    if name.startswith("."):
+        item.write_text("my own\n")
+    else:
+        item.symlink_to(mine)
+    try:
+        said = refused(work, "calibrate", place.yaml)
+        assert f"holds files that are not of a calibration ({item.name})" in said
+        assert mine.read_text() == item.read_text() == "my own\n"
+    finally:
+        shutil.rmtree(work)

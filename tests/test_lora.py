@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,26 @@ def test_an_adapter_without_a_cache_folder_is_refused(place: Workplace) -> None:
     reference = f"{place.model('pretrained')}+{place.folder / 'adapter'}"
     place.write(models=_models(place, reference))
     assert "--lora-merge-cache" in refused(place.folder, "calibrate", place.yaml)
+
+
+class Hostile:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
+
+
+def test_an_adapter_that_is_a_program_does_not_run(place: Workplace) -> None:
+    _add_adapter(place)
+    touched = place.folder / "touched"
+    (place.folder / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Hostile(f"touch '{touched}'")}, place.folder / "adapter" / "adapter_model.bin")
+    reference = f"{place.model('pretrained')}+{place.folder / 'adapter'}"
+    place.write(models=_models(place, reference))
+    outcome = run("calibrate", place.yaml, "--lora-merge-cache", place.folder / "cache")
+    assert outcome.code == 1
+    assert "a pickle file there holds more than weights, and could run code" in outcome.output
+    assert not touched.exists()

@@ -368,6 +368,28 @@ def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> Non
     assert projection.covered(found, rows, whole, [delta], 0.9, 12).shape[1] == rank
 
 
+def test_covered_takes_the_directions_of_the_largest_response() -> None:
+    """Not those of the largest features: here these are answered least."""
+    scales = torch.logspace(0, -2, 12, dtype=torch.float64)
+    rows, basis = normal(40, 12, seed=1) * scales, torch.eye(12, dtype=torch.float64)[:, :2]
+    delta = normal(9, 12, seed=2) / scales**1.5
+    rest = (rows - rows @ basis @ basis.mT).numpy()
+    _, sigma, right = np.linalg.svd(rest, full_matrices=False)
+    energies = -np.sort(-(sigma**2) * np.square(delta.numpy() @ right.T).sum(0))
+    whole = float((rows @ delta.mT).square().sum())
+    for share in (0.3, 0.6, 0.9, 0.99):
+        left = energies.sum() - np.concatenate([[0], np.cumsum(energies)])
+        fewest = int(np.argmax(left <= (1 - share) * whole))
+        found = projection.covered(basis, rows, whole, [delta], share, 12)
+        assert found.shape[1] == 2 + fewest
+
+
+def test_nothing_is_covered_that_no_task_vector_answers() -> None:
+    basis = torch.eye(12, dtype=torch.float64)[:, :2]
+    found = projection.covered(basis, normal(9, 12), 0.0, [torch.zeros(3, 12)], 0.9, 12)
+    assert torch.equal(found, basis)
+
+
 def test_the_task_vectors_are_read_once_and_once_more_for_each_group_that_is_read() -> None:
     class Reads:
         count = 0
