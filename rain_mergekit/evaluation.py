@@ -115,8 +115,8 @@ def drift(
 ) -> Drift:
     """Mean KL(reference || model) over all positions of each place, teacher-forced.
 
-    The distribution at position t is that of token t + 1. `tick` is told of every sample's tokens.
-    Raises RainError without samples, or if the vocabularies differ.
+    The distribution at position t is that of token t + 1, over the tokens that both models have.
+    `tick` is told of every sample's tokens. Raises RainError without samples.
     """
     tally = Tally()
     for sample in samples:
@@ -131,10 +131,10 @@ def token_drift(reference: Any, model: Any, ids: Sequence[int]) -> Tensor:
     Runs through the text in chunks with the models' own caches, so that logits of T x vocabulary
     never exist.
     """
-    width = same_vocabulary(reference, model)
+    width = common_tokens(reference, model)
     chunk = max(16, CHUNK_LOGITS // width)
     parts = [
-        kl_divergence(wanted, found).double().cpu()
+        kl_divergence(wanted[..., :width], found[..., :width]).double().cpu()
         for wanted, found in zip(
             _logits(reference, ids, chunk), _logits(model, ids, chunk), strict=True
         )
@@ -168,12 +168,6 @@ def _places(sample: ReasoningTokens) -> dict[str, Sequence[int]]:
     return {"think": sample.think_positions, "content": sample.content_positions, "rest": rest}
 
 
-def same_vocabulary(reference: Any, model: Any) -> int:
-    """The number of tokens that both models know; RainError if they differ."""
-    sizes = [int(m.get_output_embeddings().weight.shape[0]) for m in (reference, model)]
-    if sizes[0] != sizes[1]:
-        raise RainError(
-            f"the vocabularies differ ({sizes[0]} tokens in the reasoning model, {sizes[1]} in the "
-            "merged one), so their distributions cannot be compared"
-        )
-    return sizes[0]
+def common_tokens(*models: Any) -> int:
+    """How many tokens all of the models have logits for, counted from the first."""
+    return min(int(m.get_output_embeddings().weight.shape[0]) for m in models)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rain_mergekit.around import Around, Distances
 from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.data import ReasoningTokens
-from rain_mergekit.evaluation import CHUNK_LOGITS, Drift, Tally, kl_divergence, same_vocabulary
+from rain_mergekit.evaluation import CHUNK_LOGITS, Drift, Tally, kl_divergence
 from rain_mergekit.head import finishing
 from rain_mergekit.observe import SiteMap, capture_inputs
 from rain_mergekit.streams import REASONING, StreamPlan, build_streams
@@ -123,16 +123,22 @@ def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
 
 
 def token_drift(
-    reference: Side, model: Side, samples: Sequence[ReasoningTokens]
+    reference: Side, model: Side, samples: Sequence[ReasoningTokens], tokens: int
 ) -> tuple[Drift, Around]:
-    """`evaluation.drift` of two models at the end of their layers, and by distance from markers."""
-    chunk = max(16, CHUNK_LOGITS // same_vocabulary(reference.shell.model, model.shell.model))
+    """`evaluation.drift` of two models at the end of their layers, and by distance from markers.
+
+    tokens: over how many, counted from the first.
+    """
+    chunk = max(16, CHUNK_LOGITS // tokens)
     tally, distances = Tally(), Distances()
     with finishing(reference.shell) as wanted, finishing(model.shell) as found:
         for number, sample in enumerate(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
             pairs = zip(*blocks, strict=True)
-            parts = [kl_divergence(wanted(left), found(right)) for left, right in pairs]
+            parts = [
+                kl_divergence(wanted(left)[:, :tokens], found(right)[:, :tokens])
+                for left, right in pairs
+            ]
             apart = torch.cat(parts).double().cpu()
             tally.add(sample, apart)
             distances.add(sample, apart)

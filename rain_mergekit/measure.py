@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.checkpoint import Checkpoint, fingerprint
 from rain_mergekit.data import DataSet, Markers, ReasoningTokens, load_reasoning
+from rain_mergekit.decoders import text_config
 from rain_mergekit.detection import find_markers
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import Drift, drift, load_model
 from rain_mergekit.features import spread
-from rain_mergekit.models import LoadOptions, load_tokenizer, open_model
+from rain_mergekit.models import LoadOptions, load_tokenizer, open_model, read_model_config
 from rain_mergekit.reading import file_digest
 from rain_mergekit.settings import parse_settings
 from rain_mergekit.stored import Stored, grouped, short_names
@@ -86,12 +87,13 @@ class Ruler:
     def __init__(
         self, reasoning: Checkpoint, texts: Texts, device: str, dtype: torch.dtype | None
     ) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._reasoning = device, dtype, reasoning
         self._samples = read_texts(reasoning, texts)[0]
         self._reference = load_model(reasoning, device, dtype)
 
     def drift(self, merged: Checkpoint) -> Drift:
         """The merged model's drift; it is loaded as a whole and let go."""
+        check_same_tokens(self._reasoning, merged)
         model = load_model(merged, self._device, self._dtype)
         return drift(self._reference, model, self._samples)
 
@@ -117,6 +119,23 @@ def read_texts(
 def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:
     """The markers of the texts, or those that the model of this tokenizer writes."""
     return texts.markers or find_markers(texts.path, tokenizer, texts.chat_template_kwargs)
+
+
+def check_same_tokens(reasoning: Checkpoint, merged: Checkpoint) -> None:
+    """RainError unless the vocabularies agree but for padding, which mergekit may leave out."""
+    models = (reasoning, merged)
+    sizes = [int(text_config(read_model_config(model)).vocab_size) for model in models]
+    if sizes[0] == sizes[1]:
+        return
+    both = (
+        {t: i for t, i in load_tokenizer(m).get_vocab().items() if i < min(sizes)} for m in models
+    )
+    if next(both) != next(both):
+        raise RainError(
+            f"the vocabularies differ ({sizes[0]} tokens in {reasoning.reference}, {sizes[1]} in "
+            f"{merged.reference}) and not in padding alone, so that the distributions of the next "
+            "token cannot be compared"
+        )
 
 
 def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:

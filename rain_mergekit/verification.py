@@ -16,11 +16,11 @@ from rain_mergekit.capture import Shell
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import Drift, load_model
+from rain_mergekit.evaluation import Drift, common_tokens, load_model
 from rain_mergekit.generation import generate
 from rain_mergekit.instructions.prompts import Asked
 from rain_mergekit.layerwise import LayerDrift, Side, Tick, feature_drift, token_drift
-from rain_mergekit.measure import Texts, markers_of
+from rain_mergekit.measure import Texts, check_same_tokens, markers_of
 from rain_mergekit.models import LoadOptions, load_tokenizer, read_model_config
 from rain_mergekit.unrounded import Unrounded
 
@@ -63,7 +63,9 @@ def measure(
 
     `tick` is told of the tokens that passed a layer.
     """
+    check_same_tokens(reasoning, merged)
     sides = [_side(reasoning, how), _side(merged, how)]
+    tokens = common_tokens(*(side.shell.model for side in sides))
     unknown = None
     try:
         sides.append(_unrounded(reasoning, merged, sides[0], how))
@@ -74,7 +76,7 @@ def measure(
             for number, side in enumerate(sides):
                 side.embed(samples, how.budget // len(sides), Path(folder, str(number)))
             layers = tuple(feature_drift(sides, samples, tick))
-            found = [token_drift(sides[0], side, samples) for side in sides[1:]]
+            found = [token_drift(sides[0], side, samples, tokens) for side in sides[1:]]
         finally:
             for side in sides:
                 side.close()

@@ -120,6 +120,33 @@ def test_next_tokens_equal_those_of_whole_models(
         assert one.worst_source == expected.worst_source
 
 
+def test_a_merge_without_the_padding_of_the_vocabulary(tmp_path: Path) -> None:
+    """As mergekit writes it with `tokenizer: {source: base}`: 330 of 400 rows have a token."""
+    tiny = Tiny.make(tmp_path / "trio", "llama")
+    tiny.calibrate()
+    content = tiny.content(tokenizer={"source": "base"})
+    places = tiny.folder / "reasoning", merge(tmp_path / "run", content).folder
+    samples, models = samples_of(tiny), [checkpoint(place) for place in places]
+    found = measure(*models, samples, HOW)
+    expected, count = 0.0, 0
+    for sample in samples:
+        with torch.no_grad():
+            own, other = (
+                whole(place)(torch.tensor([sample.input_ids])).logits[0].double()
+                for place in places
+            )
+        assert (own.shape[1], other.shape[1]) == (400, 330)
+        p, q = own[:, :330].softmax(-1), other.softmax(-1)
+        apart = (p * (p / q).log()).sum(-1)[list(sample.think_positions)]
+        expected, count = expected + float(apart.sum()), count + len(apart)
+    assert found.drift.think.mean == pytest.approx(expected / count, rel=1e-3)
+    assert found.unrounded is not None
+    path = places[1] / "tokenizer.json"
+    path.write_text(path.read_text().replace('": 100,', '": 101,', 1))
+    with pytest.raises(RainError, match=r"vocabularies differ .400 tokens in .* not in padding"):
+        measure(*models, samples, HOW)
+
+
 def test_drift_by_distance_from_the_markers(tiny: Tiny) -> None:
     """Against the logits of whole models, at the places where the markers' own tokens stand."""
     samples, folder = samples_of(tiny), tiny.folder
