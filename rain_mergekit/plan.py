@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from rain_mergekit.chunks import TOKENS
-from rain_mergekit.rows import BLOCK_BYTES, TASK_ROWS
+from rain_mergekit.site_memory import FLOAT32, Site, SiteNeeds
 
-FLOAT32, FLOAT64 = 4, 8
-EIGEN_COPIES = 5  # the matrix, its eigenvectors, LAPACK's work space of two, one selection
+# Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
+LIBRARIES = 40 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -27,31 +28,26 @@ class ModelShape:
     ffn: int
     stored_itemsize: int
     model_bytes: int
-    # (width, rows of the task vectors) of each input site; by default those of a plain decoder:
-    # attention (key and value heads counted as query heads), its output, MLP, its output.
-    sites: tuple[tuple[int, int], ...] = ()
+    # In the order in which they are solved; by default those of a plain decoder: attention (key and
+    # value heads counted as query heads), its output, MLP, its output.
+    sites: tuple[Site, ...] = ()
     # Rows of the output head where it is merged too, else 0.
     vocabulary: int = 0
 
     @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """As given, or a plain decoder's."""
+        return self.sites or (
+            Site(self.hidden, 3 * self.heads_width, reads=True),
+            Site(self.heads_width, self.hidden),
+            Site(self.hidden, 2 * self.ffn),
+            Site(self.ffn, self.hidden),
+        )
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Widths of the input sites."""
-        return tuple(width for width, _ in self._sites)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """Rows of the task vectors at each site."""
-        return tuple(rows for _, rows in self._sites)
-
-    @property
-    def _sites(self) -> tuple[tuple[int, int], ...]:
-        plain = (
-            (self.hidden, 3 * self.heads_width),
-            (self.heads_width, self.hidden),
-            (self.hidden, 2 * self.ffn),
-            (self.ffn, self.hidden),
-        )
-        return self.sites or plain
+        return tuple(site.width for site in self.all_sites)
 
 
 @dataclass(frozen=True)
@@ -104,22 +100,37 @@ def layer_memory(shape: ModelShape, itemsize: int) -> int:
     return max(layer, 2 * shape.vocabulary * shape.hidden * shape.stored_itemsize)
 
 
-def feature_memory(shape: ModelShape, work: Workload) -> int:
-    """Rows of all sites, float32, until the sites are solved."""
-    everywhere = (work.protected_rows + work.instruction_rows) * sum(shape.widths)
-    return (everywhere + work.reading_rows * shape.hidden) * FLOAT32
+def site_needs(shape: ModelShape, work: Workload, rank: int, *, oblique: bool) -> list[SiteNeeds]:
+    """The sites with the rows that reach them; experts are thought to be used alike."""
+    return [
+        SiteNeeds(
+            site,
+            ceil(work.protected_rows * site.share),
+            ceil(work.instruction_rows * site.share),
+            work.reading_rows if site.reads else 0,
+            rank,
+            oblique,
+        )
+        for site in shape.all_sites
+    ]
 
 
-def solver_memory(shape: ModelShape, work: Workload, rank: int, *, oblique: bool) -> int:
-    """Eigenvectors and factors of the widest site, float64, and blocks of task vectors."""
-    width = max(shape.widths)
-    sides = [EIGEN_COPIES * min(work.protected_rows, width) ** 2]
-    if oblique:
-        sides.append(2 * min(work.instruction_rows, width) ** 2)
-    kept = min(rank, work.protected_rows)
-    blocks = 3 * TASK_ROWS * width * FLOAT32 + 3 * BLOCK_BYTES
-    read = work.reading_rows * shape.hidden  # prompts or responses: half of them, and what is left
-    return (max(sides) + read + 5 * width * kept) * FLOAT64 + blocks
+def feature_memory(sites: Sequence[SiteNeeds]) -> int:
+    """Rows of all sites, float32, as the passes leave them."""
+    return sum(site.rows for site in sites)
+
+
+def solver_memory(sites: Sequence[SiteNeeds]) -> int:
+    """What solving one site after the other takes besides `feature_memory`.
+
+    A site's rows are freed when it is solved, so a later one may take more without a higher peak.
+    """
+    freed = kept = most = 0
+    for site in sites:
+        most = max(most, site.solution + kept - freed)
+        freed += site.rows
+        kept += site.result
+    return most
 
 
 def working_memory(shape: ModelShape, work: Workload) -> int:
@@ -149,8 +160,12 @@ def hidden_budget(
     budget: int, shape: ModelShape, work: Workload, rank: int, *, oblique: bool
 ) -> int:
     """What the activation budget leaves for hidden states; the rest of them goes to disk."""
-    transient = max(working_memory(shape, work), solver_memory(shape, work, rank, oblique=oblique))
-    return max(0, budget - feature_memory(shape, work) - transient)
+    sites = site_needs(shape, work, rank, oblique=oblique)
+    return max(0, budget - feature_memory(sites) - _transient(shape, work, sites))
+
+
+def _transient(shape: ModelShape, work: Workload, sites: Sequence[SiteNeeds]) -> int:
+    return max(working_memory(shape, work), solver_memory(sites))
 
 
 def estimate(
@@ -163,9 +178,9 @@ def estimate(
     stores_v: bool,
 ) -> Estimate:
     """Memory, disk and operations of a calibration with at most `rank` directions a site."""
+    sites = site_needs(shape, work, rank, oblique=oblique)
     hidden = hidden_bytes(shape, work)
     kept = min(hidden, hidden_budget(budget, shape, work, rank, oblique=oblique))
-    transient = max(working_memory(shape, work), solver_memory(shape, work, rank, oblique=oblique))
     ranks = sum(min(rank, work.protected_rows, width) * width for width in shape.widths)
     head = min(rank, work.protected_rows, shape.hidden)
     written = file_bytes(shape, ranks, stores_v=stores_v)
@@ -173,15 +188,16 @@ def estimate(
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
-            "features": feature_memory(shape, work),
+            "features": feature_memory(sites),
             "hidden states": kept,
-            "working space": transient,
+            "working space": _transient(shape, work, sites),
+            "libraries": LIBRARIES,
         },
         work_disk=hidden - kept + 2 * hidden + written,
         file_bytes=written,
         read_bytes=3 * shape.model_bytes,
         forward_flops=shape.layers * forward_flops(shape, work),
-        statistics_flops=shape.layers * statistics_flops(shape, work, oblique=oblique)
+        statistics_flops=shape.layers * statistics_flops(shape, sites)
         + 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden),
     )
 
@@ -192,16 +208,18 @@ def forward_flops(shape: ModelShape, work: Workload) -> float:
     return matrices + 2.0 * shape.heads_width * sum(length**2 for length in work.lengths)
 
 
-def statistics_flops(shape: ModelShape, work: Workload, *, oblique: bool) -> float:
+def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
     """Gram matrices, eigenvectors, responses and oblique solves of one layer's sites."""
     total = 0.0
-    for width, outputs in zip(shape.widths, shape.outputs, strict=True):
-        rows, small = work.protected_rows, min(work.protected_rows, width)
+    for needs in sites:
+        width, outputs, rows = needs.site.width, needs.site.outputs, needs.protected
+        small = min(rows, width)
         total += 1.2 * small * rows * width + 9.0 * small**3 + 2.0 * outputs * width * small
-        if oblique:
-            side = min(work.instruction_rows, width)
-            total += 1.2 * side * work.instruction_rows * width + side**3 / 3
-    return total + 2 * reading_flops(shape, work.reading_rows // 2)
+        if needs.oblique:
+            side = min(needs.instruction, width)
+            total += 1.2 * side * needs.instruction * width + side**3 / 3
+        total += 2 * reading_flops(shape, needs.reading // 2)
+    return total
 
 
 def reading_flops(shape: ModelShape, rows: int) -> float:
