@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rain_mergekit.checkpoint import Checkpoint
 from rain_mergekit.decoders import decoder_layers, empty_model, text_config
 from rain_mergekit.errors import RainError
+from rain_mergekit.finite import finite
 from rain_mergekit.tensors import ModelTensors
 
 TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]"
@@ -196,7 +197,7 @@ class Shell:
 
     def _read(self, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         stored = self._stored(name, expected)
-        tensor = stored.to(self.device, dtype)
+        tensor = self.numbers(name, stored.to(self.device, dtype))
         if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
             self.tensors.release()  # else the stored form stays in memory beside the converted
         return tensor
@@ -207,8 +208,16 @@ class Shell:
         """Only the rows that are used; pages of the table that nobody touches take no memory."""
         stored = self._stored(name, expected)
         table = torch.empty(expected, dtype=dtype, device=self.device)
-        table[rows.to(self.device)] = stored[rows].to(self.device, dtype)
+        table[rows.to(self.device)] = self.numbers(name, stored[rows].to(self.device, dtype))
         return table
+
+    def numbers(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if it holds nothing but numbers in the type of the forward pass."""
+        if finite(tensor):
+            return tensor
+        raise RainError(
+            f"{self.checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}"
+        )
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.get(name)

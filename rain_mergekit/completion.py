@@ -18,6 +18,7 @@ from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.config import RainConfig
 from rain_mergekit.decoders import empty_model
 from rain_mergekit.errors import RainError
+from rain_mergekit.finite import finite
 from rain_mergekit.host import left_out
 from rain_mergekit.models import LoadOptions, open_model, read_model_config
 from rain_mergekit.names import merge_names
@@ -78,6 +79,8 @@ class Completion:
             tensor = replay.tensor(name, dtype if changed else None)
             if changed and stored is not None:
                 tensor = tensor.to(stored)
+            if not finite(tensor):
+                raise RainError(f"{name} holds NaN or infinite values in the result")
             yield name, parts, tensor.contiguous()
             replay.release()
 

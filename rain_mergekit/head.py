@@ -113,7 +113,8 @@ class _BlockHead(_Head):
 
     def __init__(self, shell: Shell, name: str, head: nn.Module) -> None:
         super().__init__(shell)
-        self._read, self._dtype, self._device = shell.tensors.get, shell.dtype, shell.device
+        self._read, self._numbers = shell.tensors.get, shell.numbers
+        self._dtype, self._device = shell.dtype, shell.device
         names, own = shell.tensors.sources, f"{name}.weight"
         self._weight = own if own in names else embedding_weight(shell.model)
         has_bias = getattr(head, "bias", None) is not None
@@ -121,9 +122,12 @@ class _BlockHead(_Head):
 
     def forward(self, hidden: Tensor) -> Tensor:
         blocks = torch.split(self._read(self._weight), _HEAD_ROWS)
-        parts = [hidden @ block.to(self._device, self._dtype).mT for block in blocks]
+        parts = [hidden @ self._weights(block).mT for block in blocks]
         logits = torch.cat(parts, dim=-1)
         return logits if self._bias is None else logits + self._read(self._bias).to(logits)
+
+    def _weights(self, block: Tensor) -> Tensor:
+        return self._numbers(self._weight, block.to(self._device, self._dtype))
 
 
 def _run(shell: Shell, given: list[_Given], rows: Tensor) -> Any:

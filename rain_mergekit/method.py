@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike, fspath
@@ -17,6 +18,7 @@ from rain_mergekit.artifact import CalibrationFile, TensorPlan
 from rain_mergekit.artifact_schema import ROLES
 from rain_mergekit.basis_cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.errors import RainError
+from rain_mergekit.finite import finite
 from rain_mergekit.method_spec import NAME, Planned, RainMergeError, rain_spec, reported, role_name
 from rain_mergekit.roles import assign_roles, is_proxy, proxy_roles
 
@@ -24,6 +26,7 @@ __all__ = ["RainMerge", "RainMergeError", "register"]
 _SLICE = re.compile(r"\.slices\[\d+\]$")
 # Threads of `--multi-gpu` make a GPU the default device, and parts of files would be read to it.
 _HOST = "cpu"
+_log = logging.getLogger(__name__)
 
 
 class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
@@ -129,6 +132,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         reasoning: Tensor = base.tensor
         if plan is None or parameters["lambda"] == 0:
             _require_finite(reasoning, name, f"the reasoning model {base.id}")
+            if parameters["lambda"] != 0:
+                _warn_of_unused(group, name)
             return reasoning.clone()  # itself would keep its whole mapped shard in memory
         tensors = {entry.id: entry.tensor for entry in group.entries}
         weights = reasoning, tensors[models["instruct"]], tensors[models["pretrained"]]
@@ -139,7 +144,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
                 f"{list(plan.shape)}: it was made for another model"
             )
         merged = self.merged(calibration, plan, weights, parameters["lambda"])
-        if not _finite(merged):  # as it is whenever an input is not: no pass over those is needed
+        if not finite(merged):  # as it is whenever an input is not: no pass over those is needed
             for role, weight in zip(ROLES, weights, strict=True):
                 _require_finite(weight, name, f"the {role} model {models[role]}")
             _require_finite(merged, name, f"the result in {merged.dtype}")
@@ -224,13 +229,19 @@ def _of_length(rows: Tensor, count: int) -> Tensor:
 
 
 def _require_finite(tensor: Tensor, name: str, who: str) -> None:
-    if not _finite(tensor):
+    if not finite(tensor):
         raise RainError(f"{name} holds NaN or infinite values in {who}")
 
 
-def _finite(tensor: Tensor) -> bool:
-    # Extremes carry NaN and infinity with them and need no temporary of the tensor's size.
-    return not tensor.numel() or all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor))
+def _warn_of_unused(group: TensorGroup, name: str) -> None:
+    """What the merge leaves out may be damaged: then the rest of that model may be, too."""
+    for entry in group.non_base:
+        if not finite(entry.tensor):
+            _log.warning(
+                "%s holds NaN or infinite values in %s; the result takes the base model's",
+                name,
+                entry.id,
+            )
 
 
 def register() -> None:

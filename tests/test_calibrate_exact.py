@@ -423,10 +423,13 @@ def _reshape(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _poison(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def _poison(name: str = "model.layers.1.mlp.up_proj.weight") -> Any:
+    def fault(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights[name].view(-1)[-1] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return fault
 
 
 def _other_family(folder: Path) -> None:
@@ -458,7 +461,10 @@ FAULTS = [
     ("pretrained", _truncate, r"pretrained: cannot read"),
     ("instruct", _drop, r"instruct: model\.layers\.1\.mlp\.up_proj\.weight is missing"),
     ("pretrained", _reshape, r"pretrained: .*up_proj.weight is \[3, 4\], expected \[64, 48\]"),
-    ("instruct", _poison, r"instruct: tensor model\.layers\.1\.mlp\.up_proj.*NaN or Inf"),
+    ("reasoning", _poison("model.layers.1.mlp.down_proj.weight"), r"tensor .*1\.mlp\.down.*NaN"),
+    ("reasoning", _poison("model.norm.weight"), r"reasoning: tensor model\.norm\.weight.*NaN"),
+    ("reasoning", _poison("lm_head.weight"), r"reasoning: tensor lm_head\.weight contains NaN"),
+    ("instruct", _poison(), r"instruct: tensor model\.layers\.1\.mlp\.up_proj.*NaN or Inf"),
     ("reasoning", _other_family, r"gpt2"),
     ("instruct", _other_family, r"instruct.* is a 'gpt2' model.*'llama'"),
     ("reasoning", _no_config, r"reasoning: cannot read its config"),

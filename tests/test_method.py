@@ -373,6 +373,32 @@ def test_not_a_number_in_a_model(tmp_path: Path, role: str) -> None:
     assert f"{role} model {getattr(trio, role)}" in message
 
 
+NORM = "model.norm.weight"  # which no calibration lists
+
+
+def poisoned(folder: Path, role: str) -> dict[str, Any]:
+    """A merge in which that model's norm, which no projection changes, holds an infinite value."""
+    trio = Trio.make(folder / "models")
+    weights = trio.weights(role)
+    weights[NORM][-1] = float("inf")
+    save_file(weights, getattr(trio, role) / "model.safetensors", metadata={"format": "pt"})
+    return config(trio, make_calibration(trio).write(folder / "c.safetensors"))
+
+
+def test_not_a_number_in_what_the_merge_copies(tmp_path: Path) -> None:
+    message = merge(tmp_path / "run", poisoned(tmp_path, "reasoning")).error()
+    assert f"{NORM} holds NaN or infinite values in the reasoning model" in message
+
+
+def test_not_a_number_in_what_the_merge_leaves_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = poisoned(tmp_path, "instruct")
+    assert merge(tmp_path / "run", content).code == 0
+    said = f"{NORM} holds NaN or infinite values in {content['models'][0]['model']}"
+    assert any(said in text for text in caplog.messages)
+
+
 @pytest.mark.parametrize("role", ["reasoning", "instruct"])
 def test_shard_that_cannot_be_read(trio: Trio, file: Path, tmp_path: Path, role: str) -> None:
     folder = tmp_path / "sharded"
