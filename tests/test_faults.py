@@ -248,6 +248,11 @@ def short_of_memory(forks: Forks, what: tuple[object, ...], stop_at: str) -> End
     """From that change of the file system on, memory for small things only."""
     pid = forks.start(*what, stop_at=stop_at)
     assert wait_for_stop(pid)
+    return with_little_memory(forks, pid)
+
+
+def with_little_memory(forks: Forks, pid: int) -> Ended:
+    """The stopped process goes on, with `ROOM` more than it has."""
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     _, most = resource.prlimit(pid, resource.RLIMIT_AS)
     resource.prlimit(pid, resource.RLIMIT_AS, (used + ROOM, most))
@@ -283,8 +288,27 @@ def test_no_memory_in_the_merge(wide: Tiny, forks: Forks) -> None:
     error = failed(wide, short_of_memory(forks, merge(wide), "out"))
     assert re.match(r"Error: out of memory in (the )?merge \(", error)
     assert "smaller --out-shard-size" in error
+    error = failed(wide, short_of_memory_after(8, wide, forks))
+    assert re.match(r"Error: out of memory in (the )?merge \(", error)
     assert forks.run(*merge(wide)).code == 0
     assert model(wide) == whole
+
+
+def short_of_memory_after(shards: int, wide: Tiny, forks: Forks) -> Ended:
+    """A merge that has written so many shards when there is no more memory for large things."""
+    for _ in range(20):
+        pid = forks.start(*merge(wide))
+        limit = time.monotonic() + 60
+        while len(list(wide.folder.glob("out/**/model*.safetensors"))) < shards:
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        if wait_for_stop(pid):
+            return with_little_memory(forks, pid)
+        assert forks.wait().code == 0  # it was faster
+        shutil.rmtree(wide.folder / "out")
+    pytest.fail("every merge was faster")
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
