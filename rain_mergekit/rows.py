@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,6 +51,16 @@ class FeatureRows:
     def scaled(self, factor: float) -> FeatureRows:
         """Factor times X; shares the blocks."""
         return FeatureRows(self.blocks, tuple(weight * factor for weight in self.weights))
+
+    def near_unit(self) -> FeatureRows:
+        """X times the power of two, so exactly, that brings its energy to 1/4 to 1; zero stays.
+
+        Products in float32 then have room above and below.
+        """
+        energy = self.energy()
+        if energy == 0.0 or not math.isfinite(energy):
+            return self
+        return self.scaled(math.ldexp(1.0, -math.frexp(math.sqrt(energy))[1]))
 
     def dense(self) -> Tensor:
         """X as one float64 matrix; for small ones."""

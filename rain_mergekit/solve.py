@@ -56,7 +56,7 @@ def solve_site(
     try:
         found = projection.spectrum(rows)
         give_back()
-        others = [FeatureRows.of(more) for more in read]
+        others = [FeatureRows.of(more).near_unit() for more in read]
         answers = projection.response_energies([found, *others], deltas)
         energies = answers[0] * found.total
         give_back()

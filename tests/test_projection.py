@@ -390,6 +390,74 @@ def test_nothing_is_covered_that_no_task_vector_answers() -> None:
     assert torch.equal(found, basis)
 
 
+SCALES = st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30])
+
+
+@FEW
+@given(shapes, seeds, SCALES, SCALES, st.integers(1, 8), st.floats(0.5, 0.999))
+def test_covered_of_any_rank_and_scale(
+    shape: tuple[int, int], seed: int, scale: float, strength: float, rank: int, share: float
+) -> None:
+    """Single rows, rank-deficient ones, tiny and huge ones: as much stays uncovered as allowed."""
+    count, width = shape
+    rank = min(rank, count, width)
+    rows = normal(count, rank, seed=seed) @ normal(rank, width, seed=seed + 1)
+    delta = normal(5, width, seed=seed + 2)
+    result = solve_site(
+        "site",
+        normal(1, width, seed=seed + 3),
+        1,
+        None,
+        [delta * strength],
+        options(rank_by="count", rank_count=1, reading_share=share),
+        width,
+        [rows * scale],
+    )
+    u = result.factors.u
+    torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[1], dtype=torch.float64))
+    left = float((delta @ (rows - rows @ u @ u.mT).mT).square().sum())
+    if u.shape[1] < width - 1:  # there was room
+        assert left <= (1 - share + 1e-6) * float((delta @ rows.mT).square().sum())
+        assert u.shape[1] <= 1 + rank
+
+
+def test_nothing_to_read_adds_nothing() -> None:
+    basis = projection.spectrum(normal(2, 6)).vectors
+    delta = normal(4, 6)
+    for rows in (torch.zeros(3, 6).double(), torch.zeros(0, 6).double(), basis.mT * 1e30):
+        whole = float((delta @ rows.mT).square().sum())
+        found = projection.covered(basis, rows, whole, [delta], 0.9, 5)
+        assert found.shape == (6, 2)
+        torch.testing.assert_close(found, basis)
+
+
+@FEW
+@given(st.integers(2, 20), seeds, st.floats(1e-15, 1e-6))
+def test_nearly_parallel_rows_are_covered_by_their_line(
+    count: int, seed: int, distance: float
+) -> None:
+    line = normal(1, 10, seed=seed)
+    rows = line + distance * normal(count, 10, seed=seed + 1)
+    delta = normal(7, 10, seed=seed + 2)
+    whole = float((delta @ rows.mT).square().sum())
+    basis = torch.zeros(10, 0, dtype=torch.float64)
+    found = projection.covered(basis, rows, whole, [delta], 0.9, 9)
+    assert found.shape[1] == 1
+    assert float((found.mT @ line.mT).abs()) == pytest.approx(float(line.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_extremes_of_half_precision_are_covered(dtype: torch.dtype) -> None:
+    """The largest numbers of the type: their response is beyond float32."""
+    rows = torch.zeros(2, 6, dtype=dtype)
+    rows[0, 1] = rows[1, 2] = torch.finfo(dtype).max
+    chosen = options(rank_by="count", rank_count=1, reading_share=0.9)
+    other = torch.eye(6)[:1]
+    result = solve_site("site", other, 1, None, [torch.eye(6) * 9], chosen, 5, [rows])
+    space = result.factors.u @ result.factors.u.mT
+    torch.testing.assert_close(space, torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])).double())
+
+
 def test_the_task_vectors_are_read_once_and_once_more_for_each_group_that_is_read() -> None:
     class Reads:
         count = 0
