@@ -40,8 +40,10 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
         for role, model in models.items()
         if isinstance(model, ModelReference) and model in LoaderCache.loaders
     }
+    other: str | None = None
     if "reasoning" in opened:
-        _check_fingerprint(calibration, models["reasoning"], opened["reasoning"].base_path)
+        folder = opened["reasoning"].base_path
+        other = _other_reasoning_model(calibration, models["reasoning"], folder)
     problems: list[str] = []
     for role, index in opened.items():
         problems += _shape_problems(calibration, f"{role} model {models[role]}", index)
@@ -50,8 +52,13 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
         lines = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
         raise RainError(
             f"calibration file {calibration.path!r} does not fit these models:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join([other, *lines] if other else lines)
             + "\nMerge the models that it was made for, or calibrate again with these."
+        )
+    if other:
+        raise RainError(
+            f"calibration file {calibration.path!r} {other}; set base_model to the recorded "
+            "model, or calibrate again"
         )
     if len(opened) == len(models) and all(index.is_safetensors for index in opened.values()):
         _check_others(calibration, models, opened)
@@ -103,7 +110,9 @@ def check_tokens(model: object, name: str, tensor: Tensor, rows: Tensor) -> None
                 )
 
 
-def _check_fingerprint(calibration: CalibrationFile, model: ModelReference, folder: str) -> None:
+def _other_reasoning_model(
+    calibration: CalibrationFile, model: ModelReference, folder: str
+) -> str | None:
     from rain_mergekit.checkpoint import fingerprint  # noqa: PLC0415 - loads transformers
 
     record = calibration.models["reasoning"]
@@ -113,16 +122,15 @@ def _check_fingerprint(calibration: CalibrationFile, model: ModelReference, fold
             calibration.path,
             model,
         )
-        return
+        return None
     found = fingerprint(folder)
     different = [part for part, hexa in record.fingerprint.items() if found.get(part) != hexa]
-    if different:
-        raise RainError(
-            f"calibration file {calibration.path!r} was made for another reasoning model: it "
-            f"records {record.reference}, and the base_model {model} differs in "
-            f"{', '.join(different)}{_hint(calibration, found)}; set base_model to the recorded "
-            "model, or calibrate again"
-        )
+    if not different:
+        return None
+    return (
+        f"was made for another reasoning model: it records {record.reference}, and the base_model "
+        f"{model} differs in {', '.join(different)}{_hint(calibration, found)}"
+    )
 
 
 def _check_others(
@@ -130,6 +138,7 @@ def _check_others(
 ) -> None:
     """Other models than the recorded ones may be meant; not if nothing can come of them."""
     from rain_mergekit.checkpoint import fingerprint  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.sanity import check_tokenizers  # noqa: PLC0415 - likewise
     from rain_mergekit.task_vector import check_task_vector  # noqa: PLC0415 - likewise
 
     found = {role: fingerprint(index.base_path) for role, index in indices.items()}
@@ -144,7 +153,19 @@ def _check_others(
         accept = accepted if isinstance(accepted, list) else ()
         # a number may be another token in another model, and sampled rows would not belong together
         inner = [name for name, plan in calibration.tensors.items() if not plan.tokens]
-        check_task_vector(names, found, indices, inner, accept)
+        noted = check_task_vector(names, found, indices, inner, accept)
+        folders = {role: indices[role].base_path for role in ("reasoning", *other)}
+        noted += check_tokenizers(folders, names, _markers(calibration), accept)
+        for text in noted:
+            _log.warning("%s", text)
+
+
+def _markers(calibration: CalibrationFile) -> list[str]:
+    """The texts around thinking that the file names; that part of a header is free in form."""
+    data = calibration.header.get("data")
+    pairs = data.get("markers") if isinstance(data, Mapping) else None
+    lists = [pair for pair in pairs if isinstance(pair, list)] if isinstance(pairs, list) else []
+    return [text for pair in lists for text in pair if isinstance(text, str)]
 
 
 def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rain_mergekit.accepting import judge
 from rain_mergekit.capture import Shell
 from rain_mergekit.data import ReasoningTokens
+from rain_mergekit.errors import RainError
 from rain_mergekit.markers import Markers
 from rain_mergekit.memory import CALIBRATION, naming_shortage
-from rain_mergekit.models import TOKENIZER_FILES, Trio, load_tokenizer
+from rain_mergekit.models import TOKENIZER_FILES, Trio, tokenizer_in
 from rain_mergekit.task_vector import check_task_vector
 from rain_mergekit.thinks import Likelihood, likelihood_of
 from rain_mergekit.tokens import disagreements
@@ -33,22 +35,51 @@ def check_trio(
     fingerprints = {role: record["fingerprint"] for role, record in records.items()}
     indices = {role: checkpoint.index for role, checkpoint in checkpoints.items()}
     found = check_task_vector(models, fingerprints, indices, names, accept)
-    return found + _check_tokens(trio, markers, accept)
+    folders = {role: checkpoint.path for role, checkpoint in checkpoints.items()}
+    trust = trio.reasoning.trust_remote_code
+    return found + check_tokenizers(folders, models, markers.words, accept, trust_remote_code=trust)
 
 
-def _check_tokens(trio: Trio, markers: Markers, accept: Collection[str]) -> list[str]:
-    own = load_tokenizer(trio.reasoning)
+def check_tokenizers(
+    folders: Mapping[str, str],
+    names: Mapping[str, str],
+    markers: Sequence[str],
+    accept: Collection[str],
+    *,
+    trust_remote_code: bool | None = None,
+) -> list[str]:
+    """Refuse tokenizers that read the markers, or tokens at all, in another way.
+
+    Args:
+        folders: of the models, by role; those without a tokenizer are not compared.
+        names: what to call the models, by role.
+        markers: texts or tokens around thinking.
+        accept: checks whose outcome is only a warning.
+        trust_remote_code: whether tokenizers may be programs; if nobody knows, those that are
+            are not compared.
+    """
+    load = partial(tokenizer_in, trust_remote_code=bool(trust_remote_code))
+    with_one = {role for role, folder in folders.items() if _has_tokenizer(folder)}
+    for role in folders.keys() - with_one:
+        LOG.info("the %s model comes without a tokenizer: not compared", role)
+    if "reasoning" not in with_one or len(with_one) == 1:
+        return []
+    try:
+        loaded = {role: load(folders[role], names[role]) for role in sorted(with_one)}
+    except RainError as error:
+        if trust_remote_code is not None:
+            raise
+        return [f"{error}: the tokenizers are not compared"]
+    own = loaded.pop("reasoning")
     found: list[str] = []
-    for role in ("instruct", "pretrained"):
-        checkpoint = trio.items()[role]
-        if not any(Path(checkpoint.path, name).exists() for name in TOKENIZER_FILES):
-            LOG.info("the %s model comes without a tokenizer: not compared", role)
-            continue
-        other = load_tokenizer(checkpoint)
-        who = f"the {role} model {checkpoint.reference}"
-        problems = disagreements(own, other, who, markers.words)
+    for role, other in loaded.items():
+        problems = disagreements(own, other, f"the {role} model {names[role]}", markers)
         found += [judge("other_tokens", problem, accept) for problem in problems]
     return found
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any(Path(folder, name).exists() for name in TOKENIZER_FILES)
 
 
 def check_thinking(

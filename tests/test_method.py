@@ -292,6 +292,15 @@ def test_calibration_of_another_model(trio: Trio, file: Path, tmp_path: Path) ->
     assert "weights" in message
 
 
+def test_another_model_of_another_size_is_told_all_at_once(
+    trio: Trio, file: Path, tmp_path: Path
+) -> None:
+    wide = make_model(tmp_path / "wide", "qwen2", torch.float32, width=64)
+    message = merge(tmp_path / "run", config(trio, file, base_model=str(wide))).error()
+    assert f"base_model {wide} differs in config, index, weights" in message
+    assert f"reasoning model {wide}: {Q0} has shape [64, 64]" in message
+
+
 def test_reasoning_and_instruct_model_swapped(trio: Trio, file: Path, tmp_path: Path) -> None:
     models = [
         {"model": str(trio.reasoning), "parameters": {"role": "instruct"}},

@@ -156,6 +156,15 @@ def test_the_merge_looks_at_models_that_were_not_calibrated(
     assert "made with another instruct model" in caplog.text
     assert "`accept: [large_task_vector]`" in merged("other", "pretrained").error()
     assert "given twice" in merged("copy", "pretrained").error()
+    for name, edit, words in (
+        ("numbers", other_numbers, "that both have different numbers"),
+        ("marked", other_marker, "the marker '<think>' is [4]"),
+    ):
+        shutil.copytree(tiny.folder / "tuned", tiny.folder / name)
+        edit_tokens(tiny, name, edit)
+        error = merged(name, "instruct").error()
+        assert words in error
+        assert "`accept: [other_tokens]`" in error
 
 
 @pytest.fixture(scope="module", name="cut")
