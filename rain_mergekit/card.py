@@ -131,6 +131,8 @@ def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
         yield f"calibration, {name} data", _data(data)
     yield "projection", _projection(summary)
     yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
+    if (head := summary.settings.get("lm_head", "off")) != "off":
+        yield "output head, merged and projected too", _code(head)
     yield "calibrated with", _code(summary.created_by)
 
 

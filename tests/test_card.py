@@ -55,6 +55,15 @@ def test_card_says_how_the_model_was_made(merged: Path) -> None:
     assert yaml.safe_load(text.split("---")[1])["tags"] == list(TAGS)
 
 
+def test_card_says_that_the_head_was_merged(merged: Path) -> None:
+    succeed("card", merged)
+    assert "output head" not in card(merged)
+    file = merged.parent / "some.rain.safetensors"
+    calibrations.write(file, 2, settings={"reasoning_data": "r", "lm_head": "all"})
+    succeed("card", merged)
+    assert "| output head, merged and projected too | `all` |" in card(merged)
+
+
 def test_second_time_changes_nothing(merged: Path) -> None:
     succeed("card", merged)
     before = (merged / "README.md").stat().st_mtime_ns, card(merged)
