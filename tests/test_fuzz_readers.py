@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis import given
 from mutations import FUZZ, chances, changed, edited, edited_text
 from tiny import INSTRUCTION, REASONING, make_tokenizer
 
+import rain_mergekit
 from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning, read_instruction, read_reasoning
 from rain_mergekit.errors import RainError
@@ -129,6 +131,42 @@ def test_a_template_that_reaches_for_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RainError, match=r"the chat template of .* refuses this sample"):
         load_reasoning(path, hostile)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{% include '/etc/passwd' %}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1/0 }}{{ messages[7].content }}",
+    ],
+)
+def test_what_a_template_must_not_do_is_one_message(tmp_path: Path, program: str) -> None:
+    path = tmp_path / "reasoning.jsonl"
+    path.write_text(SETS["reasoning"])
+    hostile = make_tokenizer(program + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(RainError, match=r"the chat template of .* refuses this sample"):
+        load_reasoning(path, hostile)
+
+
+def test_templates_are_rendered_by_transformers_alone() -> None:
+    """Of jinja2 the package uses the errors, and for its own page an environment that escapes."""
+    used = {
+        (path.name, node.attr)
+        for path in Path(rain_mergekit.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "jinja2"
+    }
+    assert used == {
+        ("template.py", "TemplateError"),
+        ("report.py", "Environment"),
+        ("report.py", "StrictUndefined"),
+    }
 
 
 # The long run's watch, first over what it must notice, each in a child, then over some inputs.
