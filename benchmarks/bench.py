@@ -64,11 +64,8 @@ class Bench:
 
     def calibrate(self, home: Path, budget: int = BUDGET, **settings: Any) -> dict[str, Any]:
         """One calibration in a child process."""
-        return self.calibrated(write_config(home, **settings), budget=budget)
-
-    def calibrated(self, config: Path, **how: Any) -> dict[str, Any]:
-        """The same with a configuration that is there."""
-        return in_child("calibration", config=config, device=self.device, **how)
+        config = write_config(home, **settings)
+        return in_child("calibration", config=config, device=self.device, budget=budget)
 
     @property
     def flops(self) -> float:

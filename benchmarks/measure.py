@@ -17,7 +17,6 @@ import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before memory counts
 from transformers import AutoModelForCausalLM
 
-import rain_mergekit.run
 from rain_mergekit.calibrate import RunOptions, calibrate, plan
 from rain_mergekit.calibration_data import load_samples
 from rain_mergekit.config import read_config
@@ -57,14 +56,11 @@ def peak_memory(result: dict[str, Any]) -> Iterator[None]:
 def calibration(options: dict[str, Any]) -> dict[str, Any]:
     """One calibration: seconds, peak memory above the imports, passes, and the plan's numbers."""
     config = read_config(options["config"])
+    device = options.get("device", "cpu")
     run = RunOptions(
-        activation_budget=int(options["budget"]), device=options.get("device", "cpu"), quiet=True
+        activation_budget=int(options["budget"]), device=device, keep_on_device=True, quiet=True
     )
     planned = plan(config, run)
-    if not options.get("announce", True):
-        rain_mergekit.run.announce = lambda pieces: None  # noqa: ARG005 - as it is, but for that
-    if options.get("cold"):
-        _forget(Path(options["config"]).parent)
     result: dict[str, Any] = {}
     start, used = time.perf_counter(), time.process_time()
     with peak_memory(result):
@@ -90,14 +86,6 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
         "statistics_flops": planned.statistics_flops,
         "read_bytes": planned.read_bytes,
     }
-
-
-def _forget(folder: Path) -> None:
-    """Drop the models' files from the page cache."""
-    for path in folder.glob("*/*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def forward(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.bench import BUDGET, MIB, Bench, Row
 from benchmarks.memory import SHORT, memory_by_depth, memory_by_length
 from benchmarks.merging import merging_alone, merging_cost
-from benchmarks.speed import announced, few_samples, paper_sized
+from benchmarks.speed import few_samples, paper_sized
 
 
 def on_gpu(bench: Bench) -> list[Row]:
@@ -70,9 +70,8 @@ ROWS: Sequence[Callable[[Bench], list[Row]]] = (
     memory_by_length,
     paper_sized,
     few_samples,
-    announced,
     merging_cost,
     merging_alone,
 )
 # Left out of a quick run.
-FULL = (few_samples, announced)
+FULL = (few_samples,)

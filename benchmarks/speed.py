@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.bench import BUDGET, Bench, Row
+from benchmarks.bench import Bench, Row
 from benchmarks.measure import in_child
 from benchmarks.shapes import TextSet, write_config
 
@@ -54,25 +54,6 @@ def few_samples(bench: Bench) -> list[Row]:
     run = _side_by_side(bench, home, _scaled(scale), 0)
     value, name = run[1]["seconds"] / run[0]["seconds"], "calibrate / plain forward, 30 + 30 texts"
     return [Row(name, value, None, _detail(bench, run), _floor(bench, run), _numbers(run))]
-
-
-def announced(bench: Bench) -> list[Row]:
-    """Is announcing the next weights worth it? Cold files and few tokens: reading weighs."""
-    home = bench.trio(bench.shape.deep(bench.depths[0]), TextSet(256, 2))
-    config = write_config(home, projection="orthogonal", protect_thinking=0.0)
-
-    def run(announce: bool) -> dict[str, Any]:
-        return bench.calibrated(config, budget=BUDGET, cold=True, announce=announce)
-
-    orders = [(True, False), (False, True)]
-    runs = [{how: run(how) for how in orders[turn % 2]} for turn in range(3 * bench.repeats)]
-    name = "calibrate from cold files / without announcing weights"
-    rows = []
-    for what, key in (("", "seconds"), (", processor time", "processor_seconds")):
-        ratios = sorted(pair[True][key] / pair[False][key] for pair in runs)
-        detail = f"median of {len(ratios)}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
-        rows.append(Row(name + what, median(ratios), None, detail))
-    return rows
 
 
 Pair = tuple[dict[str, Any], dict[str, Any]]

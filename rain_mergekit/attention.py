@@ -142,12 +142,28 @@ def _attention(
         observer(call)
     if softcap is not None or s_aux is not None:
         return _explicit_blocks(call, value), None
-    if attention_mask is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, None, dropout=0.0, scaling=scale, is_causal=True
+    if attention_mask is not None:
+        return _masked_blocks(call, value), None
+    if _needs_own_heads(query):
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale
         )
-        return output, None
-    return _masked_blocks(call, value), None
+        return output.transpose(1, 2).contiguous(), None
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, None, dropout=0.0, scaling=scale, is_causal=True
+    )
+    return output, None
+
+
+def _needs_own_heads(query: Tensor) -> bool:
+    """Whether key and value heads must be repeated, one for each query head.
+
+    On a GPU torch shares them in its flash kernel, which knows no float32, and else in the plain
+    one, which holds T x T scores.
+    """
+    return query.device.type != "cpu" and query.dtype == torch.float32
 
 
 def _masked_blocks(call: AttentionCall, value: Tensor) -> Tensor:

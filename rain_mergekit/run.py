@@ -37,7 +37,6 @@ from rain_mergekit.plan import (
 )
 from rain_mergekit.planning import model_shape, workload
 from rain_mergekit.progress import Progress
-from rain_mergekit.readahead import Piece, announce, tensor_pieces
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.streams import MERGED, REASONING, StreamPlan, build_streams, plan_streams
 from rain_mergekit.thinks import Likelihood, likelihood, shortest
@@ -165,7 +164,6 @@ class Run:
                     progress.layer(index)
                     where = f"in layer {index + 1} of {len(self.indices)}"
                     with naming_shortage(where, CALIBRATION):
-                        announce(self._needed_next(index))
                         result = self._layer(index, streams, progress.sample)
                         if self._world.rank == 0:
                             write_part(work.part(index), self._name(index), result)
@@ -250,17 +248,6 @@ class Run:
         self._weights.release()
         give_back()
         return result
-
-    def _needed_next(self, index: int) -> Iterator[Piece]:
-        """The weights in the order of their use, once layer `index` itself is there."""
-        trio = self._trio
-        for checkpoint, layer in (
-            (trio.instruct, index),
-            (trio.pretrained, index),
-            (trio.reasoning, index + 1),
-        ):
-            places, prefix = checkpoint.index.tensor_paths, f"{self._name(layer)}."
-            yield from tensor_pieces(checkpoint.path, places, prefix)
 
     def _task_vector(
         self, layer: str, weight: LinearWeight, expert: int | None

@@ -88,6 +88,20 @@ def test_observed_rows_and_outputs_equal_eager_attention(
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])  # 2, 1 and all heads of their own
+def test_repeated_heads_give_the_same_outputs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 on a GPU takes, which torch would else give T x T scores."""
+    query = torch.empty(1, 4, 8, 12, device="meta")
+    assert attention._needs_own_heads(query)
+    assert not attention._needs_own_heads(query.bfloat16())
+    assert not attention._needs_own_heads(torch.empty_like(query, device="cpu"))
+    monkeypatch.setattr(attention, "_needs_own_heads", lambda _: True)
+    eager, ours = build(family, "eager"), build(family, attention.NAME)
+    with torch.no_grad():
+        expected, found = eager(input_ids=tokens()), ours(input_ids=tokens())
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_window_changes_the_rows() -> None:
     """Not vacuous: with the window, what lies before it has no weight."""
     rows: list[Tensor] = []

@@ -18,8 +18,14 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation_budget": 0}, {"activation_budget": 20_000}, {"snapshot_seconds": 0}],
-    ids=["again", "all on disk", "some on disk", "snapshots"],
+    [
+        {},
+        {"activation_budget": 0},
+        {"activation_budget": 20_000},
+        {"snapshot_seconds": 0},
+        {"keep_on_device": True},
+    ],
+    ids=["again", "all on disk", "some on disk", "snapshots", "kept on the device"],
 )
 def test_same_bytes(tiny: Tiny, options: dict[str, int]) -> None:
     tiny.calibrate()

@@ -72,6 +72,21 @@ def test_samples_may_be_written_in_any_order(
     assert not path.exists()
 
 
+def test_what_the_budget_has_room_for_stays_on_the_device_and_the_rest_goes_to_disk(
+    tmp_path: Path,
+) -> None:
+    """A device without numbers stands for a GPU: what is there cannot have come from a file."""
+    elsewhere, path = torch.device("meta"), tmp_path / "spilled"
+    expected = states([3, 3], torch.bfloat16)
+    store = ActivationStore([3, 3], WIDTH, torch.bfloat16, expected[0].nbytes, path, elsewhere)
+    for index, hidden in enumerate(expected):
+        store.put(index, hidden)
+    assert store.get(0).device == elsewhere
+    assert torch.equal(store.get(1), expected[1])
+    assert path.stat().st_size == expected[1].nbytes
+    store.close()
+
+
 def test_states_are_converted_and_freed_from_what_they_were_cut_from(tmp_path: Path) -> None:
     store = ActivationStore([2], WIDTH, torch.float32, 10**6, tmp_path / "spilled")
     big = torch.randn(100, WIDTH)
