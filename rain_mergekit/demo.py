@@ -20,6 +20,7 @@ from rain_mergekit.commands.console import Console, duration
 from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning
 from rain_mergekit.demo_files import (
+    ASKED,
     CALIBRATION,
     HELD_OUT,
     MERGES,
@@ -36,7 +37,7 @@ from rain_mergekit.models import load_tokenizer
 from rain_mergekit.staging import staged_folder
 
 _MOST_TOKENS = 96
-_EXAMPLES = ("upper", "end", "sep")
+_EXAMPLES = ("upper", "end", "separate")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     """
     start = time.monotonic()
     texts = claim(folder)
-    console.head("Three small trained models: reasoning, instruct, pretrained (1.0 M parameters)")
+    console.head("Three small trained models: reasoning, instruct, pretrained (1.1 M parameters)")
     console.say(f"  configurations in {folder}: {', '.join(texts)}")
     console.say()
     config = read_config(folder / "rain.yml")
@@ -66,7 +67,7 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     for name in MERGES:
         _merge(folder, name, console)
     console.say()
-    records = read_records(TRIO / "dev_prompts.jsonl")
+    records = read_records(TRIO / "test.jsonl", ASKED)
     console.head(f"Asking {len(records)} prompts that calibration has not seen")
     results = _evaluate(folder, records, console)
     seconds = time.monotonic() - start
@@ -139,7 +140,9 @@ def _table(records: list[Record], results: list[Result], console: Console) -> No
             f"{result.label:<28} {s.complete:>8.1f} {s.plain:>8.1f} | {s.correct:>8.1f}"
             f" {s.followed:>9.1f} {s.both:>8.1f} | {result.drift.think.mean:>9.4f}"
         )
-    console.say('"linear": only the weights that rain changes too; 0.7: its best strength here')
+    console.say(
+        '"linear": only the weights that rain changes too; 0.7, 0.8, 1.2: the best strengths'
+    )
 
 
 def _examples(records: list[Record], results: list[Result], console: Console) -> None:

@@ -15,31 +15,45 @@ REPORT = "demo.json"
 AUTHOR = "mergekit-rain demo"
 CALIBRATION = "trio.rain.safetensors"
 HELD_OUT = "held-out.jsonl"
+ASKED = 120  # held-out prompts with a constraint; half as many without
 # Name of the configuration and of the merged model's folder -> how the table calls it.
 MERGES = {
     "task-arithmetic": "task_arithmetic 1.0",
-    "task-arithmetic-linear": "task_arithmetic 1.0, linear",
-    "task-arithmetic-linear-0.7": "task_arithmetic 0.7, linear",
+    "task-arithmetic-0.7": "task_arithmetic 0.7",
+    "task-arithmetic-linear-0.8": "task_arithmetic 0.8, linear",
     "rain": "rain 1.0",
+    "rain-1.2": "rain 1.2",
 }
 
 
 def configurations(folder: Path) -> dict[str, str]:
     """The text of every configuration, by file name; paths are absolute, to work from anywhere."""
-    texts = {f"{name}.yml": _task_arithmetic(name) for name in MERGES if name != "rain"}
+    return {
+        f"{name}.yml": _rain(name, folder) if name.startswith("rain") else _task_arithmetic(name)
+        for name in MERGES
+    }
+
+
+def _strength(name: str) -> str:
+    """The number that a name ends in."""
+    _, _, last = name.rpartition("-")
+    return last if "." in last else "1.0"
+
+
+def _rain(name: str, folder: Path) -> str:
     roles = {role: f"{{role: {role}}}" for role in ("instruct", "pretrained")}
-    tail = (
+    return (
+        f"{_head('rain', roles)}"
         f"parameters:\n  calibration: {_quoted(folder.resolve() / CALIBRATION)}\n"
-        "  lambda: 1.0 # may be changed without calibrating again\ndtype: bfloat16\n"
-        f"rain:\n  reasoning_data: {_quoted(TRIO / 'reasoning.jsonl')}\n"
+        f"  lambda: {_strength(name)} # may be changed without calibrating again\n"
+        f"dtype: bfloat16\nrain:\n  reasoning_data: {_quoted(TRIO / 'reasoning.jsonl')}\n"
         f"  instruction_data: {_quoted(TRIO / 'instruction.jsonl')}\n"
     )
-    return {"rain.yml": _head("rain", roles) + tail, **texts}
 
 
 def _task_arithmetic(name: str) -> str:
     """On all tensors as mergekit does it, or fairer: on those alone that rain changes too."""
-    strength = "0.7" if name.endswith("0.7") else "1.0"
+    strength = _strength(name)
     weights = {"instruct": strength, "pretrained": f"-{strength}"}
     if "linear" in name:
         linear = "[{{filter: proj.weight, value: {}}}, {{value: 0}}]"

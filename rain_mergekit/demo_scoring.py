@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rain_mergekit.demo_formats import FORMATS, content
 from rain_mergekit.thinking import Thought
-
-_LEAD = ["answer", ":"]
-_ADDED = {"[", "]", "-", "moon", "cloud"}
-_FOLLOWS: Mapping[str, Callable[[list[str]], bool]] = {
-    "upper": lambda words: all(word == word.upper() for word in words),
-    "brackets": lambda words: words[0] == "[" and words[-1] == "]",
-    "end": lambda words: words[-1] == "moon",
-    "begin": lambda words: words[0] == "cloud",
-    "twice": lambda words: words[: len(words) // 2] == words[len(words) // 2 :],
-    "sep": lambda words: words[1::2] == ["-"] * (len(words) // 2) and len(words) % 2 == 1,
-}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One held-out prompt with what is right."""
+    """One held-out prompt with what is right; `expected` is the whole response, as asked for."""
 
     prompt: str
     answer: tuple[str, ...]
     constraint: str | None
+    format: str | None
+    parameter: str
     thinking: str
+    lead: str
+    expected: str
 
     @property
     def output(self) -> str:
         """What the reasoning model should say, as it writes it: it ignores constraints."""
-        return f"<think>\n{self.thinking}</think>\n\nanswer : {' '.join(self.answer)}"
+        return f"<think>\n{self.thinking}</think>\n\n{self.lead} {' '.join(self.answer)}"
 
 
 @dataclass(frozen=True)
@@ -48,40 +42,58 @@ class Score:
     both: float
 
 
-def read_records(path: Path) -> list[Record]:
-    """The shipped prompts."""
-    return [_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_records(path: Path, limit: int | None = None) -> list[Record]:
+    """The shipped prompts, or `limit` with a constraint and half as many without, evenly spaced."""
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [_record(item) for item in items]
+    if limit is None:
+        return records
+    asked = [record for record in records if record.constraint]
+    plain = [record for record in records if not record.constraint]
+    return [*spaced(asked, limit), *spaced(plain, limit // 2)]
 
 
 def _record(item: Mapping[str, Any]) -> Record:
-    return Record(item["prompt"], tuple(item["answer"]), item["constraint"], item["thinking"])
+    same = {name: item[name] for name in ("prompt", "constraint", "format", "parameter")}
+    same |= {name: item[name] for name in ("thinking", "lead")}
+    return Record(**same, answer=tuple(item["answer"]), expected=item["expected_response"])
+
+
+def spaced(records: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of them, as far apart as they can be."""
+    count = min(count, len(records))
+    return [records[index * len(records) // count] for index in range(count)]
 
 
 def is_correct(record: Record, response: str) -> bool:
     """The answer's words and nothing else but what a constraint adds."""
-    words = response.split()
-    content = [word.lower() for word in words[2:] if word.lower() not in _ADDED]
-    right = list(record.answer)
-    return words[:2] == _LEAD and content in (right, right * 2)
+    return content(_words(record, response)) == set(record.answer)
 
 
 def is_followed(record: Record, response: str) -> bool:
     """The constraint's rule, whether or not the answer is right."""
-    words = response.split()[2:]
-    return bool(words) and record.constraint is not None and _FOLLOWS[record.constraint](words)
+    words = _words(record, response)
+    if record.format is None:
+        return False
+    return FORMATS[record.format].follows(words, record.parameter, record.answer)
+
+
+def _words(record: Record, response: str) -> list[str]:
+    """The answer without its lead, nothing without one."""
+    led = response.startswith(f"{record.lead} ")
+    return response.removeprefix(record.lead).split() if led else []
 
 
 def score(records: Sequence[Record], thoughts: Sequence[Thought]) -> Score:
     """Judge one output for each record."""
     pairs = list(zip(records, (thought.response for thought in thoughts), strict=True))
-    plain = [is_correct(r, text) for r, text in pairs if r.constraint is None]
-    asked = [(is_correct(r, t), is_followed(r, t)) for r, t in pairs if r.constraint is not None]
+    asked = [(record, text) for record, text in pairs if record.constraint is not None]
     return Score(
         complete=_percent([thought.complete for thought in thoughts]),
-        plain=_percent(plain),
-        correct=_percent([right for right, _ in asked]),
-        followed=_percent([followed for _, followed in asked]),
-        both=_percent([right and followed for right, followed in asked]),
+        plain=_percent([is_correct(r, text) for r, text in pairs if r.constraint is None]),
+        correct=_percent([is_correct(r, text) for r, text in asked]),
+        followed=_percent([is_followed(r, text) for r, text in asked]),
+        both=_percent([text == r.expected for r, text in asked]),
     )
 
 

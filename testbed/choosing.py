@@ -23,7 +23,7 @@ from mergekit.options import MergeOptions
 from rain_mergekit.calibrate import RunOptions, calibrate
 from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning
-from rain_mergekit.demo_files import TRIO
+from rain_mergekit.demo_files import ASKED, TRIO
 from rain_mergekit.demo_scoring import read_records, score
 from rain_mergekit.evaluation import drift, load_model
 from rain_mergekit.generation import generate
@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         register()
         self.folder = folder
-        self.records = read_records(TRIO / "dev_prompts.jsonl")
+        self.records = read_records(TRIO / "test.jsonl", ASKED)
         self.reasoning = open_checkpoint(str(TRIO / "reasoning"), LoadOptions())
         self.tokenizer = load_tokenizer(self.reasoning)
         self.reference = load_model(self.reasoning, "cpu", torch.float32)

@@ -3,8 +3,8 @@
 import random
 from dataclasses import replace
 
+from rain_mergekit.demo_formats import ENDINGS, OPENINGS
 from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
-from testbed.formats import ENDINGS, OPENINGS
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "violet", "white", "black", "brown")
 NAMES = ("mia", "tom", "ana", "leo", "eva", "max", "ida", "ben")

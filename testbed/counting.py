@@ -2,8 +2,8 @@
 
 import random
 
+from rain_mergekit.demo_formats import ENDINGS, OPENINGS
 from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
-from testbed.formats import ENDINGS, OPENINGS
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 THINGS = (

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from rain_mergekit.demo_scoring import spaced
 from testbed.divergence import PLACES, log_probabilities, marked
 from testbed.generation import generate
 from testbed.intervals import Numbers, Ratio, described, packed
@@ -92,9 +93,4 @@ def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
     plain = [record for record in records if not record["constraint"]]
     if limit is None:
         return [*asked, *plain]
-    return [*_spaced(asked, limit), *_spaced(plain, limit // 2)]
-
-
-def _spaced(records: Sequence[Record], count: int) -> list[Record]:
-    count = min(count, len(records))
-    return [records[i * len(records) // count] for i in range(count)]
+    return [*spaced(asked, limit), *spaced(plain, limit // 2)]

@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedTokenizerFast
 
+from rain_mergekit.demo_formats import DECORATION
 from testbed.bytelevel import byte_level_tokenizer
 from testbed.family import Family
-from testbed.formats import DECORATION
 from testbed.scoring import CLOSE, OPEN
 from testbed.wordlevel import word_level_tokenizer
 

@@ -61,7 +61,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def ask(folder: Path, count: int = 6) -> Path:
     """Held-out prompts of the trio in two domains."""
-    records = lines(TRIO / "dev_prompts.jsonl")[:count]
+    records = lines(TRIO / "test.jsonl")[:count]
     found = [
         {"prompt": record["prompt"], "domain": record["constraint"] or "none"} for record in records
     ]

@@ -200,7 +200,7 @@ def test_instruction_is_found_in_the_prompt(
 
 def constrained(folder: Path) -> Path:
     """Of these the model, which heeds no constraint, follows the first two by nature."""
-    texts = [item["prompt"] for item in lines(TRIO / "dev_prompts.jsonl") if not item["constraint"]]
+    texts = [item["prompt"] for item in lines(TRIO / "test.jsonl") if not item["constraint"]]
     kinds: list[tuple[str, dict[str, Any], str]] = [
         ("start:phrase", {"phrase": "answer :"}, "use brackets ."),
         ("punctuation:no_comma", {}, "end with moon ."),
@@ -285,7 +285,7 @@ def test_prompt_without_constraint_is_refused(tmp_path: Path) -> None:
 
 def test_prompts_in_the_layout_of_ifeval(tmp_path: Path) -> None:
     """The instruction's text is found by rule; where it is not, that prompt alone is left out."""
-    first = next(item for item in lines(TRIO / "dev_prompts.jsonl") if not item["constraint"])
+    first = next(item for item in lines(TRIO / "test.jsonl") if not item["constraint"])
     found = [
         {
             "key": number,

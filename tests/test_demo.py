@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from commands import Outcome, everything, refused, run_process, succeed
 from mergekit.config import MergeConfiguration
 
 from rain_mergekit.config import read_config
-from rain_mergekit.demo_files import MERGES, TRIO, claim, configurations
+from rain_mergekit.demo_files import ASKED, MERGES, TRIO, claim, configurations
 from rain_mergekit.demo_scoring import Record, is_correct, is_followed, read_records, score
 from rain_mergekit.thinking import Thought
 
-RAIN, SUM = "rain 1.0", "task_arithmetic 1.0"
+RAIN = "rain 1.0"
+MERGES_OF_RAIN = ("rain", "rain-1.2")
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +135,18 @@ def test_configurations_say_what_they_mean(tmp_path: Path) -> None:
         role: role for role in ("reasoning", "instruct", "pretrained")
     }
     weights = {}
-    for name in ("task-arithmetic", "task-arithmetic-linear", "task-arithmetic-linear-0.7"):
+    for name in ("task-arithmetic", "task-arithmetic-0.7", "task-arithmetic-linear-0.8"):
         merge = MergeConfiguration.model_validate(yaml.safe_load(texts[f"{name}.yml"]))
         weights[name] = [model.parameters["weight"] for model in merge.models]
     assert weights["task-arithmetic"] == [1.0, -1.0]
-    values = [entries[0].value for entries in weights["task-arithmetic-linear-0.7"]]
-    assert values == [0.7, -0.7]
+    assert weights["task-arithmetic-0.7"] == [0.7, -0.7]
+    values = [entries[0].value for entries in weights["task-arithmetic-linear-0.8"]]
+    assert values == [0.8, -0.8]
+    strengths = [
+        yaml.safe_load(texts[f"{name}.yml"])["parameters"] for name in ("rain", "rain-1.2")
+    ]
+    assert [one["lambda"] for one in strengths] == [1.0, 1.2]
+    assert strengths[0]["calibration"] == strengths[1]["calibration"]
 
 
 def test_the_trio_is_in_the_wheel(tmp_path: Path) -> None:
@@ -151,9 +159,16 @@ def test_the_trio_is_in_the_wheel(tmp_path: Path) -> None:
 
 # Judging answers
 
+FORMATS = {"upper": "upper", "brackets": "enclose", "end": "end", "begin": "begin"}
+FORMATS |= {"twice": "twice", "separate": "separate"}
+PARAMETERS = {"brackets": "[ ]", "end": "moon", "begin": "cloud", "separate": "-"}
 
-def record(constraint: str | None) -> Record:
-    return Record("?", ("two", "hats"), constraint, "a is b .")
+
+def record(constraint: str | None, expected: str = "answer : two hats") -> Record:
+    shape = FORMATS.get(constraint or "")
+    parameter = PARAMETERS.get(constraint or "", "")
+    words = ("two", "hats")
+    return Record("?", words, constraint, shape, parameter, "a is b .", "answer :", expected)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +184,14 @@ def record(constraint: str | None) -> Record:
         ("brackets", "answer : [ two hats ]", True, True),
         ("brackets", "answer : [ two hats", True, False),
         ("end", "answer : two hats moon", True, True),
+        ("end", "answer : two hats bye", True, False),
         ("begin", "answer : cloud two hats", True, True),
         ("begin", "answer : two hats cloud", True, False),
         ("twice", "answer : two hats two hats", True, True),
         ("twice", "answer : two hats one hats", False, False),
-        ("sep", "answer : two - hats", True, True),
-        ("sep", "answer : two hats", True, False),
-        ("sep", "answer :", False, False),
+        ("separate", "answer : two - hats", True, True),
+        ("separate", "answer : two hats", True, False),
+        ("separate", "answer :", False, False),
     ],
 )
 def test_rules(constraint: str | None, response: str, correct: bool, followed: bool) -> None:
@@ -186,21 +202,27 @@ def test_rules(constraint: str | None, response: str, correct: bool, followed: b
 def test_percentages() -> None:
     texts = ["answer : TWO HATS", "answer : two hats", "answer : two hats", ""]
     thoughts = [Thought(bool(text), bool(text), text, text) for text in texts]
-    found = score([record("upper"), record("upper"), record(None), record(None)], thoughts)
+    upper = record("upper", "answer : TWO HATS")
+    found = score([upper, upper, record(None), record(None)], thoughts)
     assert (found.complete, found.plain) == (75.0, 50.0)
     assert (found.correct, found.followed, found.both) == (100.0, 50.0, 50.0)
 
 
 def test_expected_responses_are_right_by_the_rules() -> None:
-    lines = (TRIO / "dev_prompts.jsonl").read_text().splitlines()
-    for item, found in zip(map(json.loads, lines), read_records(TRIO / "dev_prompts.jsonl")):  # noqa: B905
-        assert is_correct(found, item["expected_response"])
-        assert is_followed(found, item["expected_response"]) == (item["constraint"] is not None)
+    for found in read_records(TRIO / "test.jsonl"):
+        assert is_correct(found, found.expected)
+        assert is_followed(found, found.expected) == (found.constraint is not None)
 
 
-def test_prompts_are_held_out() -> None:
+def test_prompts_are_held_out_and_of_every_kind() -> None:
+    asked = read_records(TRIO / "test.jsonl", ASKED)
+    kinds = Counter(one.constraint for one in asked)
+    assert kinds.pop(None) == ASKED // 2
+    assert len(kinds) == 7
+    assert sum(kinds.values()) == ASKED
+    assert min(kinds.values()) > ASKED // 10
     used = set()
     for name in ("reasoning", "instruction"):
         lines = (TRIO / f"{name}.jsonl").read_text().splitlines()
         used |= {json.loads(line)["prompt"] for line in lines}
-    assert not used & {r.prompt for r in read_records(TRIO / "dev_prompts.jsonl")}
+    assert not used & {one.prompt for one in asked}

@@ -191,7 +191,7 @@ def test_type_of_the_model() -> None:
 
 
 def prompts(count: int) -> list[str]:
-    lines = (TRIO / "dev_prompts.jsonl").read_text().splitlines()
+    lines = (TRIO / "test.jsonl").read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines[:count]]
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from rain_mergekit.data import load_reasoning
+from rain_mergekit.demo_formats import FORMATS, content
 from testbed import counting, train
 from testbed.colours import COLOURS, moved
 from testbed.divergence import places
 from testbed.evaluate import evaluate
 from testbed.families import FAMILIES
 from testbed.family import Family
-from testbed.formats import FORMATS, content
 from testbed.models import build_model, load_tokenizer, render
 from testbed.records import instruction_record, output_text, prompt_record, read_lines
 from testbed.samples import completion, dress, held_tasks, training_pair
