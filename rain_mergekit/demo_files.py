@@ -28,10 +28,12 @@ MERGES = {
 
 def configurations(folder: Path) -> dict[str, str]:
     """The text of every configuration, by file name; paths are absolute, to work from anywhere."""
-    return {
-        f"{name}.yml": _rain(name, folder) if name.startswith("rain") else _task_arithmetic(name)
-        for name in MERGES
-    }
+    return {f"{name}.yml": configuration(name, folder) for name in MERGES}
+
+
+def configuration(name: str, folder: Path) -> str:
+    """The text of one: `rain` or `task-arithmetic`, maybe `-linear`, and a strength if not 1."""
+    return _rain(name, folder) if name.startswith("rain") else _task_arithmetic(name)
 
 
 def _strength(name: str) -> str:

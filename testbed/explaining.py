@@ -11,11 +11,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 
 from rain_mergekit import spectra
 from rain_mergekit.around import Around
 from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.demo_files import configuration
 from rain_mergekit.figures import COLOURS
 from rain_mergekit.measure import Texts, open_checkpoint, read_texts
 from rain_mergekit.models import LoadOptions
@@ -25,12 +30,16 @@ from rain_mergekit.verification import Streaming, measure
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
 REASONING = ROOT / "rain_mergekit" / "trio" / "reasoning"
-MODELS = {"task-arithmetic-linear": "without a projection", "rain": "with it"}
+WITHOUT = "task-arithmetic-linear"
+MODELS = {WITHOUT: "without a projection", "rain": "with it"}
 KINDS = {"self_attn.q_proj": "attention (q, k, v)", "mlp.down_proj": "down"}
 
 
 def drift_of(folder: Path) -> dict[str, Around]:
-    """Of both merges, on the held-out texts, at strength 1."""
+    """Of both merges, on the held-out texts, at strength 1; the demo makes one of them only."""
+    config = yaml.safe_load(configuration(WITHOUT, folder))
+    merge = MergeConfiguration.model_validate(config)
+    run_merge(merge, str(folder / WITHOUT), options=MergeOptions(quiet=True))
     load = LoadOptions()
     reasoning = open_checkpoint(str(REASONING), load)
     samples, _ = read_texts(reasoning, Texts(str(folder / "held-out.jsonl"), 64))

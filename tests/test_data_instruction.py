@@ -314,8 +314,8 @@ def test_check_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     assert "instruction set, 5 of 5 samples usable" in said
     assert "tokens, half of them below" in said
     assert "\nmarker: <think> | </think>\n" in said
-    assert "\ninstruction: use uppercase .\n" in said
-    assert "\nfollows: SIX CARDS\n" in said
+    assert "\ninstruction: capitals only .\n" in said
+    assert "\nfollows: NINE LEAVES\n" in said
     assert "\nunrelated: answer :\n" in said
     assert "\x1b[" not in said
     assert "Sample" not in succeed("data", "check", path, "--show", 0)
@@ -324,8 +324,8 @@ def test_check_with_the_models_own_tokenizer(tmp_path: Path) -> None:
 def test_check_shows_colours_where_they_are_wanted(tmp_path: Path) -> None:
     path = write(tmp_path / "set.jsonl", lines(TRIO / "instruction.jsonl")[:2])
     said = succeed("data", "check", path, color=True)
-    assert "\x1b[32m\x1b[1mSIX CARDS\x1b[0m" in said
-    assert "\x1b[36m\x1b[1muse uppercase .\x1b[0m" in said
+    assert "\x1b[32m\x1b[1mNINE LEAVES\x1b[0m" in said
+    assert "\x1b[36m\x1b[1mcapitals only .\x1b[0m" in said
     assert "\x1b[" not in succeed("data", "check", path, color=True, env={"NO_COLOR": "1"})
 
 

@@ -84,7 +84,7 @@ def test_kl_divergence_is_not_negative_and_zero_for_equals(seed: int) -> None:
     assert kl_divergence(wanted, wanted + 3).abs().max().item() < 1e-5
 
 
-@pytest.mark.parametrize("numbers", [153 * 1000, 153 * 16, 1])
+@pytest.mark.parametrize("numbers", [739 * 1000, 739 * 16, 1])
 def test_chunks_equal_one_dense_forward_pass(
     reasoning: Qwen2ForCausalLM,
     instruct: Qwen2ForCausalLM,
@@ -97,7 +97,7 @@ def test_chunks_equal_one_dense_forward_pass(
     assert len(ids) > 48  # at the smallest size several chunks
     found = token_drift(reasoning, instruct, ids)
     expected = rel_entr(dense(reasoning, ids), dense(instruct, ids)).sum(-1)
-    assert found.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert found.numpy() == pytest.approx(expected, rel=1e-3, abs=3e-6)
 
 
 def test_places_are_means_over_their_positions(
@@ -164,7 +164,7 @@ def test_tokens_that_one_model_lacks_do_not_count(
     reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
 ) -> None:
     other = load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
-    other.resize_token_embeddings(160)
+    other.resize_token_embeddings(760)
     for pair in ((reasoning, other), (other, reasoning)):
         assert drift(*pair, samples).think.mean == pytest.approx(0.0, abs=1e-6)
 
@@ -199,7 +199,7 @@ def greedy(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int
 ) -> str:
     """One prompt, one token at a time, no cache, no padding."""
-    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    text = f"<|im_start|>user\n {prompt}<|im_end|>\n<|im_start|>assistant\n"
     start = tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = list(start)
     with torch.no_grad():
