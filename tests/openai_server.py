@@ -13,7 +13,7 @@ What it does beside answering is chosen by the name of the model in a request:
     NAME:strange    sends JSON of another form
     NAME:hang       never answers
     NAME:cut        closes the connection in the middle of an answer
-    NAME:picky      refuses prompts that hold the word "hats" with 400
+    NAME:picky      refuses prompts that hold the word "books" with 400
     NAME:held       answers some, and the others only when GET /go has been asked for
 """
 
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_text(200, "<html>It works!</html>")
         elif way == "strange":
             self.send(200, {"choices": [{"text": "an older API"}]})
-        elif way == "picky" and "hats" in prompt:
+        elif way == "picky" and "books" in prompt:
             self.send(400, {"error": "the prompt is too long"})
         elif way == "cut":
             self.send_response(200)

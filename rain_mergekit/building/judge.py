@@ -50,12 +50,14 @@ def _together(written: Written, markers: Markers) -> str:
     """The output again, from the parts into which a server has taken it.
 
     Only if the server has kept the white space around the close marker (vLLM does), which belongs
-    to the format. A template that writes the open marker is not asked: readers drop one that
-    stands there twice.
+    to the format. Thinking that still begins with white space has not been stripped: its model
+    writes none at the end. A template that writes the open marker is not asked: readers drop one
+    that stands there twice.
     """
     reasoning, text = written.reasoning or "", written.text
-    seams = (markers.gaps[1], reasoning[-1:]), (markers.gaps[2], text[:1])
-    if any(gap and beside.strip() for gap, beside in seams):
+    thinking_stripped = bool(reasoning) and reasoning == reasoning.strip()
+    rest_stripped = bool(text) and text == text.lstrip()
+    if (markers.gaps[1] and thinking_stripped) or (markers.gaps[2] and rest_stripped):
         raise DroppedError("taken apart by the server, without the white space around the marker")
     return f"{markers.open}{reasoning}{markers.close}{text}"
 
