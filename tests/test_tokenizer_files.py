@@ -11,7 +11,7 @@ from commands import Workplace, make_models, make_workplace, succeed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-TEXT = "five cups . a minus 6 .\n\n<think> b </think>"
+TEXT = "five cups . a -6 .\n\n<think> b </think>"
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,10 @@ def test_larger_vocabulary_is_said_to_split_differently(place: Workplace) -> Non
     """A union with a word more: the files cannot be the reasoning model's, the template can."""
     path = place.model("instruct") / "tokenizer.json"
     content, before = json.loads(path.read_text()), path.read_text()
-    words = content["model"]["vocab"]
+    words, merges = content["model"]["vocab"], content["model"]["merges"]
     last = max(words, key=lambda word: words[word])
     words["another"] = words.pop(last)
+    content["model"]["merges"] = [m for m in merges if last not in (*m, "".join(m))]
     path.write_text(json.dumps(content))
     rain = {"accept": ["other_tokens", "no_thinking"]}
     out, said = merged(place, "union", tokenizer={"source": "union"}, rain=rain)
