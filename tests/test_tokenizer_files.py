@@ -58,12 +58,12 @@ def test_template_of_the_configuration_stays(place: Workplace) -> None:
 
 
 def test_larger_vocabulary_is_said_to_split_differently(place: Workplace) -> None:
-    """A union with a word more: the files cannot be the reasoning model's, the template can."""
+    """A union with one token more, added as a text of its own: the files cannot be the reasoning model's, the template can."""
     path = place.model("instruct") / "tokenizer.json"
     content, before = json.loads(path.read_text()), path.read_text()
     words, merges = content["model"]["vocab"], content["model"]["merges"]
     last = max(words, key=lambda word: words[word])
-    words["another"] = words.pop(last)
+    words["pples"] = words.pop(last)
     content["model"]["merges"] = [m for m in merges if last not in (*m, "".join(m))]
     path.write_text(json.dumps(content))
     rain = {"accept": ["other_tokens", "no_thinking"]}
