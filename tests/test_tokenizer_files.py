@@ -58,7 +58,7 @@ def test_template_of_the_configuration_stays(place: Workplace) -> None:
 
 
 def test_larger_vocabulary_is_said_to_split_differently(place: Workplace) -> None:
-    """A union with one token more, added as a text of its own: the files cannot be the reasoning model's, the template can."""
+    """One token more: the files cannot be the reasoning model's, the template can."""
     path = place.model("instruct") / "tokenizer.json"
     content, before = json.loads(path.read_text()), path.read_text()
     words, merges = content["model"]["vocab"], content["model"]["merges"]
