@@ -13,7 +13,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-TOKENIZER = Path(__file__).parents[1] / "rain_mergekit" / "trio" / "reasoning"
+import rain_mergekit
+
+TOKENIZER = Path(rain_mergekit.__file__).parent / "trio" / "reasoning"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ROLES = ("reasoning", "instruct", "pretrained")
 PHRASE = "a minus 4 is six . "
