@@ -81,7 +81,7 @@ def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Te
         if observer is not None:
             observer.inner(call, expert, tokens, inner)
         out = _product(module, "down_proj", expert, inner)
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):  # older transformers know no such norm
             out = module.post_expert_norm(out)
         weighted = out * top_k_weights[tokens, place, None]
         total.index_add_(0, tokens, weighted.to(total.dtype))

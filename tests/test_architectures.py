@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import architecture_table
@@ -27,6 +28,7 @@ from tiny import Tiny, read_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rain_mergekit import experts
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.cli import cli
 
@@ -316,3 +318,16 @@ def test_attention_of_no_known_layout_is_scaled_by_layer_and_said(tmp_path: Path
     assert rows is not None
     mean = layer_means(tiny.path)["model.layers.0"]
     assert torch.allclose(rows, torch.full_like(rows, mean))
+
+
+def test_experts_of_a_transformers_that_knows_no_norm_after_them() -> None:
+    """As before 5.20; two tokens, two experts, by hand."""
+    weights = {"up_proj": torch.randn(2, 3, 4), "down_proj": torch.randn(2, 4, 3)}
+    about = {"has_gate": False, "has_bias": False, "is_transposed": True, "num_experts": 2}
+    module = SimpleNamespace(act_fn=torch.relu, **about, **weights)
+    hidden, share = torch.randn(2, 3), torch.tensor([[0.5], [2.0]])
+    found = experts._experts(module, hidden, torch.tensor([[1], [0]]), share)
+    for token, expert in enumerate((1, 0)):
+        inner = torch.relu(hidden[token] @ weights["up_proj"][expert])
+        expected = share[token] * (inner @ weights["down_proj"][expert])
+        torch.testing.assert_close(found[token], expected)
