@@ -49,6 +49,10 @@ def test_what_has_no_end_is_not_read(tmp_path: Path, name: str, kind: str) -> No
 
 def test_a_card_that_has_no_end_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "README.md").symlink_to("/dev/zero")
+    with pytest.raises(RainError, match="is a link to outside of its folder"):
+        carry_over(tmp_path, tmp_path / "new")
+    (tmp_path / "README.md").unlink()
+    os.mkfifo(tmp_path / "README.md")
     with pytest.raises(OSError, match="not a regular file"):
         carry_over(tmp_path, tmp_path / "new")
 
