@@ -37,13 +37,15 @@ def merging_cost(bench: Bench) -> list[Row]:
     )
     processor = f"{rain['processor_seconds']:.1f} and {other['processor_seconds']:.1f} s"
     peaks = f"{rain['peak_bytes'] / MIB:.0f} and {other['peak_bytes'] / MIB:.0f} MiB"
+    weight = 2 * bench.shape.hidden * bench.shape.ffn  # of three models, and the merged one
+    least = rain["peak_bytes"] / (_imports() + 4 * weight)
     value = {key: rain[key] / other[key] for key in rain}
     name, far = "task_arithmetic" + where, rain["seconds"] / floor
     numbers = {"rain": rain, "task_arithmetic": other}
     return [
         Row(f"merge time / {name}", value["seconds"], TARGET, detail, far, numbers),
         Row(f"merge processor time / {name}", value["processor_seconds"], TARGET, processor),
-        Row(f"merge memory / {name}", value["peak_bytes"], TARGET, peaks),
+        Row(f"merge memory / {name}", value["peak_bytes"], TARGET, peaks, least),
     ]
 
 
@@ -108,6 +110,15 @@ def _command(home: Path, name: str, options: Sequence[str]) -> Cost:
         process.returncode = 0
     shutil.rmtree(out, ignore_errors=True)
     return cost
+
+
+def _imports() -> float:
+    """Peak resident bytes of a process that imports what a merge needs, and does nothing."""
+    command = [sys.executable, "-c", "import mergekit.scripts.run_yaml, rain_mergekit.run"]
+    with subprocess.Popen(command) as process:
+        cost = _waited(process.pid, time.perf_counter())
+        process.returncode = 0
+    return cost["peak_bytes"]
 
 
 def _waited(process: int, start: float, complaint: str = "a merge failed") -> Cost:

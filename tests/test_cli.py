@@ -86,7 +86,7 @@ def test_version() -> None:
 
 def test_unknown_command_and_wrong_option_are_usage_errors(place: Workplace) -> None:
     assert run("calibrat", place.yaml).code == 2
-    for option in (("--activation-budget", "lots"), ("--device", "tpu"), ("--dtype", "int8")):
+    for option in (("--activation-budget", "lots"), ("--device", "mps"), ("--dtype", "int8")):
         outcome = run("calibrate", place.yaml, *option)
         assert outcome.code == 2
         assert option[0] in outcome.output

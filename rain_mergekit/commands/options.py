@@ -71,7 +71,7 @@ def given_markers(options: dict[str, Any]) -> Markers | None:
 
 def parse_device(value: str) -> str:
     """`cpu`, `cuda`, `cuda:1` or `auto` as it is; a usage error names what is allowed."""
-    if not re.fullmatch(r"cpu|auto|(cuda|xpu)(:\d+)?|mps", str(value)):
+    if not re.fullmatch(r"cpu|auto|(cuda|xpu)(:\d+)?", str(value)):  # mps knows no float64
         raise click.BadParameter(f"{value!r} is not one of cpu, cuda, cuda:N, auto")
     return str(value)
 
@@ -134,7 +134,7 @@ def pick_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return name
-    backend: Any = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+    backend: Any = getattr(torch, kind, None)
     if backend is None or not backend.is_available():
         raise RainError(f"--device {name}: this torch sees no such device; use --device cpu")
     if index and int(index) >= backend.device_count():
