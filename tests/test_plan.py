@@ -138,7 +138,8 @@ def test_the_planned_memory_is_near_what_a_process_takes(tmp_path: Path) -> None
     write_samples(tmp_path, TextSet(tokens=1500, samples=2))
     config = write_config(tmp_path, content_rows=1500, instruction_rows=1500)
     found = in_child("calibration", config=config, budget=64 * 1024**2)
-    assert 0.75 < found["peak_bytes"] / found["planned_peak"] < 1.25, found
+    # Here 1.05 to 1.11; what an allocator keeps differs by machine and by version.
+    assert 2 / 3 < found["peak_bytes"] / found["planned_peak"] < 3 / 2, found
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gpt2", "mixtral", "qwen3_moe"])
