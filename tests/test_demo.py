@@ -55,7 +55,7 @@ def test_demo_reaches_what_it_promises(done: tuple[Path, Outcome, float]) -> Non
     assert found[STRONGER]["plain"] >= 97
     assert found[STRONGER]["both"] >= 63
     assert found[RAIN]["drift"]["think"]["mean"] < 0.01
-    assert seconds < 180  # of one core; so below three minutes on two
+    assert seconds < 600  # of one core; 120 where it was written
 
 
 def test_demo_shows_why(done: tuple[Path, Outcome, float]) -> None:
