@@ -115,7 +115,9 @@ def _mask(
 ) -> BlockMask | None:
     if q_length is None and cache_position is not None:
         q_length = len(cache_position)
-    if batch_size != 1 or q_length != kv_length or attention_mask is not None:
+    # OPT makes a mask itself, before transformers 5.20 or so, of nothing but ones.
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if batch_size != 1 or q_length != kv_length or padded:
         raise ValueError("calibration runs one unpadded, uncached sample at a time")
     if allow_is_causal_skip and (local_size is None or kv_length <= local_size):
         return None

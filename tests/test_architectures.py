@@ -80,6 +80,8 @@ def store_as_modules(folder: Path) -> None:
     """The checkpoint as transformers' modules have it, experts in one tensor."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = {n: w.clone().contiguous() for n, w in model.state_dict().items() if n != "lm_head"}
+    # Written anew: mergekit still maps the other file, in this process.
+    (folder / "model.safetensors").unlink()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -176,7 +176,7 @@ def no_chat_template(place: Workplace) -> tuple[str, ...]:
 
 def features_not_finite(place: Workplace) -> tuple[str, ...]:
     name = "model.layers.0.post_attention_layernorm.weight"
-    place.change_weights("reasoning", lambda weights: weights[name].fill_(torch.nan))
+    place.change_weights("reasoning", lambda weights: weights[name].fill_(3e38))
     return "model.layers.0.mlp.gate_proj", "reasoning.jsonl:1", "NaN or Inf"
 
 
