@@ -106,16 +106,13 @@ def _mask(
     batch_size: int,
     kv_length: int,
     mask_function: Callable[..., Any],
-    q_length: int | None = None,
-    cache_position: Tensor | None = None,  # in place of q_length before transformers 5.4
+    q_length: int,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **_kwargs: Any,
 ) -> BlockMask | None:
-    if q_length is None and cache_position is not None:
-        q_length = len(cache_position)
-    # OPT makes a mask itself, before transformers 5.20 or so, of nothing but ones.
+    # Older versions of OPT make a mask themselves, of nothing but ones.
     padded = attention_mask is not None and not bool(attention_mask.all())
     if batch_size != 1 or q_length != kv_length or padded:
         raise ValueError("calibration runs one unpadded, uncached sample at a time")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from architectures import family_config, layers_of
 from tiny import model_config
 from torch import Tensor, nn
@@ -75,8 +74,6 @@ OTHERS = [
     "jamba",
     "falcon_h1",
 ]
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 13):
-    OTHERS.remove("nemotron")  # its attention is chosen from a table of its own: as in Falcon
 
 
 class Probe:
