@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 NAME = "rain_mergekit"
 BLOCK_BYTES = 64 * 1024 * 1024
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,11 @@ def _needs_own_heads(query: Tensor) -> bool:
     """Whether key and value heads must be repeated, one for each query head.
 
     On a GPU torch shares them in its flash kernel, which knows no float32, and else in the plain
-    one, which holds T x T scores.
+    one, which holds T x T scores. On a CPU older releases share them in the plain one alone.
     """
-    return query.device.type != "cpu" and query.dtype == torch.float32
+    if query.device.type == "cpu":
+        return _TORCH < (2, 13)  # the oldest that was seen to do it in its flash kernel
+    return query.dtype == torch.float32
 
 
 def _masked_blocks(call: AttentionCall, value: Tensor) -> Tensor:

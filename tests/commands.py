@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,9 @@ from rain_mergekit.cli import cli
 
 TRIO = Path(rain_mergekit.__file__).parent / "trio"
 ROLES = ("reasoning", "instruct", "pretrained")
+needs_rules = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="if-verifiable needs Python 3.11"
+)
 # As the console script, but with Ctrl-C as in a terminal, however the tests were started.
 MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "

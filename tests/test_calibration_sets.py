@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import needs_rules
 
 from rain_mergekit.instructions import own
 from rain_mergekit.instructions.prompts import Asked, Instruction
@@ -166,6 +167,7 @@ def check(kind: str, kwargs: dict[str, Any], response: str) -> bool:
     return found
 
 
+@needs_rules
 def test_instruction_rules_hold(instruction: list[dict[str, Any]]) -> None:
     report(
         [

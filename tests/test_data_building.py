@@ -179,7 +179,7 @@ def test_interrupted_run_goes_on_the_same(tmp_path: Path) -> None:
     """Drawn at random: what is missing is made as it would have been, in its own batch."""
     prompts = ask(tmp_path, 6)
     command = ("data", "reasoning", "--model", REASONING, "--prompts", prompts, *SHORT)
-    command = (*command, "--temperature", 1.0, "--seed", 7, "--batch-size", 3, "--attempts", 2)
+    command = (*command, "--temperature", 2.0, "--seed", 7, "--batch-size", 3, "--attempts", 2)
     whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
     succeed(*command, "-o", whole)
     journal = Path(f"{whole}{SUFFIX}").read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TRIO, refused, run, succeed
+from commands import TRIO, needs_rules, refused, run, succeed
 
 from rain_mergekit.building.marking import _CUES, prompt_spans, response_spans
 from rain_mergekit.data import load_instruction
@@ -150,6 +150,7 @@ def characters(text: str, spans: list[str]) -> set[int]:
     }
 
 
+@needs_rules
 def test_the_page_lists_every_rule_with_its_arguments() -> None:
     page = (Path(__file__).parents[1] / "docs" / "building-data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+:\w+)` \| (.*?) \|", page, re.MULTILINE)
@@ -159,6 +160,7 @@ def test_the_page_lists_every_rule_with_its_arguments() -> None:
     assert listed == {**known, **{kind: set(names) for kind, names in own.ARGUMENTS.items()}}
 
 
+@needs_rules
 def test_every_rule_can_be_marked() -> None:
     assert set(_CUES) == {*own.RULES, *ifeval.load("here")}
     assert set(own.ARGUMENTS) == set(own.RULES)
@@ -218,6 +220,7 @@ def constrained(folder: Path) -> Path:
     return write(folder / "constraints.jsonl", found)
 
 
+@needs_rules
 def test_only_answers_that_follow_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "set.jsonl"
     prompts = constrained(tmp_path)
@@ -239,6 +242,7 @@ def test_only_answers_that_follow_are_kept(tmp_path: Path) -> None:
     assert spans.unrelated
 
 
+@needs_rules
 @pytest.mark.parametrize(
     ("item", "words"),
     [
@@ -283,6 +287,7 @@ def test_prompt_without_constraint_is_refused(tmp_path: Path) -> None:
     assert "it names no instruction" in refused(tmp_path, *command)
 
 
+@needs_rules
 def test_prompts_in_the_layout_of_ifeval(tmp_path: Path) -> None:
     """The instruction's text is found by rule; where it is not, that prompt alone is left out."""
     first = next(item for item in lines(TRIO / "test.jsonl") if not item["constraint"])

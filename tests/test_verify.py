@@ -13,7 +13,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from commands import TRIO, refused, run, succeed
+from commands import TRIO, needs_rules, refused, run, succeed
 from mergekit.common import ModelReference
 from merging import merge
 from tiny import Tiny, linear_inputs
@@ -38,9 +38,6 @@ from rain_mergekit.verification import Streaming, measure, verdict
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 HOW = Streaming(LoadOptions())
-needs_rules = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="if-verifiable needs Python 3.11"
-)
 
 
 def checkpoint(path: Path) -> Checkpoint:
