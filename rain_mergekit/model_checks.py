@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,10 @@ def check_source(model: object, name: str, tensor: Tensor) -> None:
     The bases belong to a layer's own inputs, and mergekit tells a method only the name that the
     tensor will have in the result. One row of the checkpoint is compared.
     """
-    if not isinstance(model, ModelReference) or model not in LoaderCache.loaders:
-        return
-    index = LoaderCache().get(model).index
-    shard = index.tensor_paths.get(name)
-    if shard is None or not index.is_safetensors:
-        return
-    with safe_open(Path(index.base_path) / shard, framework="pt") as file:
-        row = file.get_slice(name)[:1]
+    with _stored_slice(model, name) as stored:
+        if stored is None:
+            return
+        row = stored[:1]
     if not torch.equal(row.to(tensor.dtype), tensor[:1].to("cpu")):
         raise RainError(
             f"{name} of the result is made from another tensor of {model}: the slices move layers, "
@@ -90,14 +87,9 @@ def check_tokens(model: object, name: str, tensor: Tensor, rows: Tensor) -> None
 
     rows: as the calibration has them; those that are not zero are compared, block by block.
     """
-    if not isinstance(model, ModelReference) or model not in LoaderCache.loaders:
-        return
-    index = LoaderCache().get(model).index
-    shard = index.tensor_paths.get(name)
-    if shard is None or not index.is_safetensors:
-        return
-    with safe_open(Path(index.base_path) / shard, framework="pt") as file:
-        stored = file.get_slice(name)
+    with _stored_slice(model, name) as stored:
+        if stored is None:
+            return
         count = min(stored.get_shape()[0], tensor.shape[0], len(rows))
         for start in range(0, count, _TOKENS):
             block = slice(start, min(count, start + _TOKENS))
@@ -108,6 +100,19 @@ def check_tokens(model: object, name: str, tensor: Tensor, rows: Tensor) -> None
                     f"{name}: its rows are in another order than those of {model}, for which the "
                     "calibration says which of them are merged; use `tokenizer: {source: base}`"
                 )
+
+
+@contextmanager
+def _stored_slice(model: object, name: str) -> Iterator[Any]:
+    """The tensor as `model` stores it, to read parts of; None where mergekit has no such file."""
+    index = None
+    if isinstance(model, ModelReference) and model in LoaderCache.loaders:
+        index = LoaderCache().get(model).index
+    if index is None or not index.is_safetensors or name not in index.tensor_paths:
+        yield None
+        return
+    with safe_open(Path(index.base_path) / index.tensor_paths[name], framework="pt") as file:
+        yield file.get_slice(name)
 
 
 def _other_reasoning_model(

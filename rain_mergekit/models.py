@@ -87,9 +87,14 @@ def read_model_config(checkpoint: Checkpoint) -> Any:
 
 
 # Without any of them transformers makes an empty tokenizer up.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 # Classes that say nothing but "as tokenizer.json has it".
 _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a model comes with a tokenizer of its own."""
+    return any(Path(folder, name).exists() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rain_mergekit.accepting import judge
@@ -14,7 +13,7 @@ from rain_mergekit.data import ReasoningTokens
 from rain_mergekit.errors import RainError
 from rain_mergekit.markers import Markers
 from rain_mergekit.memory import CALIBRATION, naming_shortage
-from rain_mergekit.models import TOKENIZER_FILES, Trio, tokenizer_in
+from rain_mergekit.models import Trio, has_tokenizer, tokenizer_in
 from rain_mergekit.task_vector import check_task_vector
 from rain_mergekit.thinks import Likelihood, likelihood_of
 from rain_mergekit.tokens import disagreements
@@ -59,7 +58,7 @@ def check_tokenizers(
             are not compared.
     """
     load = partial(tokenizer_in, trust_remote_code=bool(trust_remote_code))
-    with_one = {role for role, folder in folders.items() if _has_tokenizer(folder)}
+    with_one = {role for role, folder in folders.items() if has_tokenizer(folder)}
     for role in folders.keys() - with_one:
         LOG.info("the %s model comes without a tokenizer: not compared", role)
     if "reasoning" not in with_one or len(with_one) == 1:
@@ -76,10 +75,6 @@ def check_tokenizers(
         problems = disagreements(own, other, f"the {role} model {names[role]}", markers)
         found += [judge("other_tokens", problem, accept) for problem in problems]
     return found
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return any(Path(folder, name).exists() for name in TOKENIZER_FILES)
 
 
 def check_thinking(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from rain_mergekit.calibration_data import Samples
 from rain_mergekit.capture import Shell
 from rain_mergekit.decoders import embedding_weight, output_head
 from rain_mergekit.errors import RainError
-from rain_mergekit.models import TOKENIZER_FILES, Trio, load_tokenizer
+from rain_mergekit.models import Trio, has_tokenizer, load_tokenizer
 from rain_mergekit.observe import LinearWeight, SiteMap
 from rain_mergekit.settings import RainSettings
 from rain_mergekit.tensors import ModelTensors
@@ -93,7 +92,7 @@ def _rows(trio: Trio, samples: Samples, settings: RainSettings, count: int) -> T
     others = [
         load_tokenizer(model)
         for model in (trio.instruct, trio.pretrained)
-        if any(Path(model.path, name).exists() for name in TOKENIZER_FILES)
+        if has_tokenizer(model.path)
     ]
     chosen = shared_tokens(own, others, count)
     if settings.lm_head == "unseen":

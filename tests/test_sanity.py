@@ -172,13 +172,19 @@ def _cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return commands.make_models(tmp_path_factory.mktemp("cut"))
 
 
-def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None:
-    place = commands.make_workplace(tmp_path, cut)
+def swapped(place: commands.Workplace) -> tuple[str, str, list[dict[str, Any]]]:
+    """The instruct and the reasoning model's folders, and the configuration's other models."""
     instruct, reasoning = str(place.model("instruct")), str(place.model("reasoning"))
-    models = [
+    models: list[dict[str, Any]] = [
         {"model": reasoning, "parameters": {"role": "instruct"}},
         {"model": str(place.model("pretrained")), "parameters": {"role": "pretrained"}},
     ]
+    return instruct, reasoning, models
+
+
+def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None:
+    place = commands.make_workplace(tmp_path, cut)
+    instruct, reasoning, models = swapped(place)
     place.write(base_model=instruct, models=models)
     outcome = commands.run("calibrate", place.yaml)
     assert outcome.code == 1
@@ -204,11 +210,7 @@ def test_swapped_where_the_template_opens_the_block(cut: Path, tmp_path: Path) -
     assert "are swapped" not in commands.succeed("calibrate", place.yaml)
     right = CalibrationFile.open(place.calibration).header["run"]["likelihood"]
     place.calibration.unlink()
-    instruct, reasoning = str(place.model("instruct")), str(place.model("reasoning"))
-    models = [
-        {"model": reasoning, "parameters": {"role": "instruct"}},
-        {"model": str(place.model("pretrained")), "parameters": {"role": "pretrained"}},
-    ]
+    instruct, reasoning, models = swapped(place)
     place.write(base_model=instruct, models=models)
     outcome = commands.run("calibrate", place.yaml)
     assert outcome.code == 1
