@@ -122,6 +122,7 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     try:
         index = ShardedTensorIndex.from_disk(path)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        _require_permission(reference, [Path(path), *Path(path).glob("*.safetensors")])
         raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
     if not index.is_safetensors:
         raise RainError(
@@ -141,7 +142,17 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
         raise RainError(
             f"{reference}: shard(s) named by the index are missing: {', '.join(missing)}"
         )
+    _require_permission(reference, [Path(path, shard.filename) for shard in index.shards])
     return index
+
+
+def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:
+    """Of what they may not read the loaders say that it is not there."""
+    closed = [str(path) for path in paths if path.exists() and not os.access(path, os.R_OK)]
+    if closed:
+        raise RainError(
+            f"{reference}: cannot read the checkpoint: permission denied for {', '.join(closed)}"
+        )
 
 
 def _leaves_folder(filename: str) -> bool:

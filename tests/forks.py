@@ -10,6 +10,7 @@ Run as a program this is the server: one JSON object a line on stdin, answers on
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -20,11 +21,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 600  # for what hangs: machines differ in speed
 NOT_PERMITTED = 77
+NO_MOUNTS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOSPC)  # the last: no namespace left
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # of unshare(2)
 READ_ONLY, REMOUNT, BIND, PRIVATE = 1, 32, 4096, 0x44000  # of mount(2), PRIVATE with MS_REC
 # What changes a folder; Python tells of each of these just before it happens.
@@ -39,15 +42,18 @@ class Child:
     `limits`: by the names of the resource module.
     `small`: folders that are file systems of their own with so many bytes; `read_only`: folders
     that the system lets nobody write. Where it does not permit such mounts the exit code is 77.
+    `plain`: permissions hold, even if the tests are root's. `program`: of the console scripts.
     """
 
     argv: list[str]
     log: str
+    program: str = "mergekit-rain"
     die_at: int | None = None
     stop_at: str | None = None
     limits: dict[str, int] = field(default_factory=dict)
     small: dict[str, int] = field(default_factory=dict)
     read_only: list[str] = field(default_factory=list)
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,6 @@ def wait_for_stop(pid: int) -> bool:
 
 def serve() -> None:
     """Import all that a run needs, then fork for each line."""
-    import mergekit.merge  # noqa: F401, PLC0415
     import transformers.models.llama.modeling_llama  # noqa: PLC0415
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401, PLC0415
 
@@ -171,11 +176,16 @@ def run_child(request: Child, report: int) -> None:
         kind = getattr(resource, name)
         resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
     if request.small or request.read_only:
-        private_mounts(request)
+        try:
+            private_mounts(request)
+        except OSError as error:
+            os._exit(NOT_PERMITTED if error.errno in NO_MOUNTS else 1)
+    if request.plain and os.geteuid() == 0:
+        without_privileges()
+    (script,) = entry_points(group="console_scripts", name=request.program)
+    main = script.load()
     sys.addaudithook(Watch(request, report))
-    sys.argv = ["mergekit-rain", *request.argv]
-    from rain_mergekit.cli import main  # noqa: PLC0415
-
+    sys.argv = [request.program, *request.argv]
     code = 1
     try:
         main()
@@ -189,12 +199,20 @@ def run_child(request: Child, report: int) -> None:
         os._exit(code)
 
 
+def without_privileges() -> None:
+    """Still root by name, but what root may do to everybody's files is no longer allowed."""
+    version_3, this_thread, no_sets = 0x20080522, 0, (ctypes.c_uint32 * 6)()
+    header = (ctypes.c_uint32 * 2)(version_3, this_thread)
+    if ctypes.CDLL(None, use_errno=True).capset(header, no_sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def private_mounts(request: Child) -> None:
     """Mounts that only this process sees."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(NEW_MOUNTS | (NEW_USER if user else 0)):
-        os._exit(NOT_PERMITTED)
+        raise OSError(ctypes.get_errno(), "unshare")
     if user:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
@@ -203,7 +221,7 @@ def private_mounts(request: Child) -> None:
     def mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
         parts = [part.encode() for part in (source, target, kind)]
         if libc.mount(*parts, ctypes.c_ulong(flags), options.encode()):
-            os._exit(NOT_PERMITTED)
+            raise OSError(ctypes.get_errno(), "mount")
 
     mount("none", "/", "", PRIVATE, "")
     for path, size in request.small.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from rain_mergekit import atomic
 from rain_mergekit.artifact import CalibrationFile, write_calibration
+from rain_mergekit.artifact_schema import ModelRecord, SitePlan, TensorPlan
 from rain_mergekit.errors import RainError
 
 DOC = Path(__file__).parents[1] / "docs" / "calibration-file.md"
@@ -44,6 +46,7 @@ HEADER: dict[str, Any] = {
     },
     "tensors": {
         "x": {"site": "a", "shape": [4, 6], "input_axis": -1, "rows": "r", "cols": "c"},
+        "w": {"site": "b", "shape": [9, 6], "input_axis": -1, "tokens": True},
         "y": {"site": None, "shape": [6, 4], "input_axis": -2, "rows": None, "cols": None},
         "z": {"site": ["a", "c"], "shape": [2, 4, 6], "input_axis": -1, "rows": "r", "cols": None},
     },
@@ -465,9 +468,9 @@ def test_altered_bytes_of_the_header_change_nothing_or_are_refused(
     data = path.read_bytes()
     whole = CalibrationFile.open(path)
     end = 8 + int.from_bytes(data[:8], "little")
-    for position in range(0, end, 3):
+    for position in range(end):
         changed = bytearray(data)
-        changed[position] ^= 0x01
+        changed[position] ^= 1 << position % 8
         (tmp_path / "changed").write_bytes(changed)
         try:
             file = CalibrationFile.open(tmp_path / "changed")
@@ -475,7 +478,10 @@ def test_altered_bytes_of_the_header_change_nothing_or_are_refused(
         except RainError:
             continue
         assert file.header == whole.header, position
-        assert all(torch.equal(file.tensor(k), whole.tensor(k)) for k in HEADER_KEYS)
+        for key in HEADER_KEYS:
+            found, expected = file.tensor(key), whole.tensor(key)
+            # One without numbers may have another shape: no digest tells, and nothing uses it.
+            assert torch.equal(found, expected) or found.numel() == expected.numel() == 0
 
 
 def test_a_file_that_becomes_shorter_while_open(tmp_path: Path) -> None:
@@ -696,11 +702,20 @@ def test_the_example_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.equal(file.scale(plan.rows), torch.full((6,), 0.5))
 
 
+def names_in(section: str) -> set[str]:
+    return {name for item in HEADER[section].values() for name in item}
+
+
+def test_the_header_here_has_every_field() -> None:
+    """Those that are fuzzed and looked for in the document."""
+    for section, kind in (("models", ModelRecord), ("sites", SitePlan), ("tensors", TensorPlan)):
+        assert names_in(section) == {field.name for field in dataclasses.fields(kind)}
+
+
 def test_the_document_names_every_field() -> None:
     text = DOC.read_text(encoding="utf-8")
-    fields = {*HEADER, "tensor_sha256", *HEADER["models"]["reasoning"], *HEADER["tensors"]["x"]}
-    fields |= {name for site in HEADER["sites"].values() for name in site}
-    fields |= {"header", "header_sha256", "format", "format_version"}
+    fields = {*HEADER, "tensor_sha256", "header", "header_sha256", "format", "format_version"}
+    fields |= names_in("models") | names_in("sites") | names_in("tensors")
     assert not [name for name in fields if f"`{name}`" not in text]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from commands import MAIN, TRIO, refused, run, succeed
+from watching import untouched
 
 from rain_mergekit.building.balance import Candidate, choose
 from rain_mergekit.building.journal import SUFFIX
@@ -147,7 +148,8 @@ def test_local_model_builds_a_set(tmp_path: Path, tokenizer: Any) -> None:
     prompts = ask(tmp_path, 9)
     out = tmp_path / "set.jsonl"
     command = ("data", "reasoning", "--model", REASONING, "--prompts", prompts, "-o", out, *SHORT)
-    said = succeed(*command, "--count", 6, "--batch-size", 4)
+    with untouched(TRIO, prompts):
+        said = succeed(*command, "--count", 6, "--batch-size", 4)
     assert "Wrote" in said
     assert f"Next: mergekit-rain data check {out} --model {REASONING}" in said
     found = lines(out)

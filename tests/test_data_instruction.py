@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from commands import TRIO, needs_rules, refused, run, succeed
+from watching import untouched
 
 from rain_mergekit.building.marking import _CUES, prompt_spans, response_spans
 from rain_mergekit.data import load_instruction
@@ -225,7 +226,8 @@ def test_only_answers_that_follow_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "set.jsonl"
     prompts = constrained(tmp_path)
     command = ("data", "instruction", "--model", REASONING, "--prompts", prompts, "-o", out)
-    said = succeed(*command, "--max-new-tokens", 96)
+    with untouched(TRIO, prompts):
+        said = succeed(*command, "--max-new-tokens", 96)
     assert "1 does not follow change_case:english_capital" in said
     first, second = sorted(lines(out), key=lambda item: str(item["related_prompt_list"]))[::-1]
     (mark,) = first["related_prompt_list"]

@@ -7,20 +7,25 @@ the file system.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import lacking
 from forks import NOT_PERMITTED, Ended, Forks, wait_for_stop
 from tiny import Tiny
+from watching import untouched
 
 FAULTS = int(os.environ.get("RAIN_FAULTS", "0"))
 LAYERS = 4
@@ -372,40 +377,95 @@ def test_interruptions(tiny: Tiny, forks: Forks, whole: bytes) -> None:
     assert tiny.path.read_bytes() == whole
 
 
-def further(tiny: Tiny) -> list[tuple[object, ...]]:
-    """The other commands that open models."""
+def without_models(tiny: Tiny) -> list[tuple[object, ...]]:
+    """The commands that open a calibration file."""
+    alpha = {
+        "alpha": [0.5] * 4 * LAYERS,
+        "axes_info": {
+            "flat_index": [[n, h, "QK"] for n in range(LAYERS) for h in range(4)],
+        },
+    }
+    (tiny.folder / "alpha.json").write_text(json.dumps(alpha))
+    converted = ("-o", tiny.folder / "converted.rain.safetensors")
+    return [
+        ("inspect", tiny.path),
+        ("convert-alpha", tiny.folder / "alpha.json", tiny.path, *converted),
+    ]
+
+
+def with_models(tiny: Tiny) -> list[tuple[object, ...]]:
+    """Every command that opens models; those that need an earlier one's result after it."""
     data, out, reasoning = (tiny.folder / name for name in ("reasoning.jsonl", "out", "reasoning"))
     measured = ("--against", reasoning, "--reasoning-data", data, "--samples", 1)
+    answers = ("--generate", 1, "--max-new-tokens", 4)
     swept = ("--lambda", 1, "-o", tiny.folder / "swept", "--table-only", "--samples", 1)
     page = ("-o", tiny.folder / "page.html")
     return [
-        ("verify", out, *measured),
+        ("calibrate", config(tiny), "--plan"),
+        calibrate(tiny),
+        merge(tiny),
+        ("verify", out, *measured, *answers, "--card"),
+        ("card", out),
         ("sweep", config(tiny), *swept),
         ("report", tiny.path, "--merged", out, *measured, *page),
         ("data", "check", data, "--model", reasoning),
+        ("data", "check", tiny.folder / "instruction.jsonl", "--model", reasoning),
     ]
 
 
 def test_models_are_never_opened_for_writing(
     tiny: Tiny, forks: Forks, merged: dict[str, str]
 ) -> None:
-    """By what the processes did, by content and times, and by models that cannot be written."""
-    folders = [tiny.folder / role for role in ("reasoning", "instruct", "pretrained")]
-    before = [contents(folder) for folder in folders]
-    times = [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
-    for command in (merge(tiny), *further(tiny)):
-        ended = forks.run(*command)
-        assert ended.code in (0, DAMAGED), ended.output
-        assert ended.written or command[0] == "data", "the watch saw nothing"
-        assert not [path for path in ended.written for folder in folders if str(folder) in path]
-    assert model(tiny) == merged
-    assert [contents(folder) for folder in folders] == before
-    assert times == [p.stat().st_mtime_ns for folder in folders for p in sorted(folder.iterdir())]
+    """By what Python did, by what the kernel saw, by content and times; the other inputs too."""
+    names = ("reasoning", "instruct", "pretrained", "reasoning.jsonl", "instruction.jsonl")
+    inputs = [*(tiny.folder / name for name in names), config(tiny)]
+    before = [stamps(path) for path in inputs]
+    with untouched(*inputs):
+        for command in with_models(tiny):
+            succeed(forks.run(*command), inputs)
+        assert merged.items() <= model(tiny).items()
+        with untouched(tiny.path):
+            for command in without_models(tiny):
+                succeed(forks.run(*command), [*inputs, tiny.path])
+            out = tiny.folder / "stock"
+            ended = forks.run(config(tiny), out, "--quiet", program="mergekit-yaml")
+            succeed(ended, [*inputs, tiny.path])
+            assert (out / "config.json").exists()
+    assert [stamps(path) for path in inputs] == before
+
+
+def succeed(ended: Ended, inputs: list[Path]) -> None:
+    """Well, but for random models, which are damaged; and none of the inputs was written to."""
+    assert ended.code in (0, DAMAGED), ended.output
+    assert not [path for path in ended.written for item in inputs if str(item) in path]
+
+
+def stamps(path: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of change of a file, or of all in a folder."""
+    files = [path, *sorted(path.rglob("*"))]
+    return {
+        str(file): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "act", ["exec 3<>model", "touch -a model", "touch lock", "rm model", "mv model other"]
+)
+def test_the_watch_sees_what_compiled_code_does(tmp_path: Path, act: str) -> None:
+    """Each of what must not happen, by a program that is no Python; what may happen is nothing."""
+    (tmp_path / "model").write_text("weights")
+    here: dict[str, Any] = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    with untouched(tmp_path):
+        subprocess.run(["/bin/sh", "-c", "cat model; stat model"], check=True, **here)
+    with pytest.raises(AssertionError, match=r"model|lock"), untouched(tmp_path):
+        subprocess.run(["/bin/sh", "-c", act], check=True, **here)
 
 
 def permitted(ended: Ended) -> Ended:
     if ended.code == NOT_PERMITTED:
-        pytest.skip("this system lets its users mount nothing; see the tests with limits")
+        lacking("this system lets its users mount nothing")
     return ended
 
 
@@ -436,4 +496,72 @@ def test_read_only_folders(tiny: Tiny, forks: Forks, merged: dict[str, str]) -> 
     ended = forks.run(*merge(tiny), read_only=[*models, *home, str(out)])
     assert ended.code == 1
     assert "out: cannot be written (Read-only file system)" in ended.output
+    assert model(tiny) == merged
+
+
+@pytest.fixture(name="locked")
+def _locked(tiny: Tiny) -> Iterator[Callable[[str, int], Path]]:
+    """Takes permissions away until the test is over: the models' files are those of all tests."""
+    before: dict[Path, int] = {}
+
+    def lock(name: str, mode: int) -> Path:
+        path = max(tiny.folder.glob(name), default=tiny.folder)
+        before[path] = path.stat().st_mode
+        path.chmod(mode)
+        return path
+
+    yield lock
+    for path, mode in reversed(before.items()):
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reasoning.jsonl", "reasoning/config.json", "instruct/model-*.safetensors", "pretrained"],
+)
+def test_input_without_permission(
+    tiny: Tiny, forks: Forks, locked: Callable[[str, int], Path], name: str
+) -> None:
+    path = locked(name, 0)
+    error = failed(tiny, forks.run(*calibrate(tiny), plain=True))
+    assert str(path) in error
+    assert "permission denied" in error.lower()
+    assert not tiny.path.exists()
+
+
+def test_configuration_without_permission(
+    tiny: Tiny, forks: Forks, locked: Callable[[str, int], Path]
+) -> None:
+    path = locked("c/*.yml", 0)
+    ended = forks.run(*calibrate(tiny), plain=True)
+    assert ended.code == 2
+    assert f"Path '{path}' is not readable" in ended.output
+
+
+def test_output_without_permission(
+    tiny: Tiny, forks: Forks, whole: bytes, locked: Callable[[str, int], Path]
+) -> None:
+    locked("c", 0o500)
+    error = failed(tiny, forks.run(*calibrate(tiny), plain=True))
+    assert "cannot write the calibration file there (Permission denied)" in error
+    locked("c", 0o700)
+    tiny.path.write_bytes(whole)
+    locked("no such name: the folder", 0o500)
+    error = failed(tiny, forks.run(*merge(tiny), plain=True))
+    assert "Permission denied" in error
+    assert str(tiny.folder / "out") in error
+
+
+def test_read_permission_is_enough(
+    tiny: Tiny, forks: Forks, whole: bytes, merged: dict[str, str], locked: Callable[..., Path]
+) -> None:
+    """Of models, sets and the configuration."""
+    for path in sorted(tiny.folder.rglob("*")):
+        name = str(path.relative_to(tiny.folder))
+        if name != "c":
+            locked(name, 0o500 if path.is_dir() else 0o400)
+    for command in (calibrate(tiny), merge(tiny)):
+        ended = forks.run(*command, plain=True)
+        assert ended.code == 0, ended.output
+    assert tiny.path.read_bytes() == whole
     assert model(tiny) == merged

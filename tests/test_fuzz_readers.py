@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given
-from mutations import FUZZ, chances, changed, edited, edited_text
+from mergekit.config import MergeConfiguration
+from mutations import FUZZ, chances, changed, edited, edited_text, value
 from tiny import INSTRUCTION, REASONING, make_tokenizer
 
 import rain_mergekit
@@ -26,6 +28,7 @@ from rain_mergekit.config import read_config
 from rain_mergekit.data import load_reasoning, read_instruction, read_reasoning
 from rain_mergekit.errors import RainError
 from rain_mergekit.published_alpha import read_alpha
+from rain_mergekit.settings import RainSettings
 
 KEYS = ("prompt", "reasoning", "response")
 SETS = {
@@ -47,8 +50,13 @@ dtype: bfloat16
 rain: {reasoning_data: r.jsonl, instruction_data: i.jsonl, rank_by: count, rank_count: 4}
 """
 FIELDS = yaml.safe_load(YAML)
-REFERENCE = Path(__file__).parents[1] / "configs" / "reference.yml"
-SETTINGS = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))["rain"]
+# Every setting there is, every word that one of them may be, every other field of mergekit's.
+SETTINGS = RainSettings(reasoning_data="r", instruction_data="i").model_dump(mode="json")
+WORDS = re.findall(
+    r'"(?:const|enum)": (\[.*?\]|".*?")', json.dumps(RainSettings.model_json_schema())
+)
+CHOICES = sorted({word for item in WORDS for word in re.findall(r'"(.*?)"', item)})
+OTHERS = sorted(set(MergeConfiguration.model_fields) - set(FIELDS))
 ALPHA = {
     "alpha": [0.5, 0.25, 1.0, 0.0],
     "axes_info": {"flat_index": [[0, 0, "QK"], [0, 1, "QK"], [1, 0, "Q"], [1, 0, "K"]]},
@@ -56,9 +64,10 @@ ALPHA = {
 
 
 def configuration(chance: Random) -> dict[str, Any]:
-    """With five more of all settings."""
+    """With five more of all settings, and one time in four with a field that we do not use."""
     more = {name: SETTINGS[name] for name in chance.sample(sorted(SETTINGS), 5)}
-    return {**FIELDS, "rain": {**more, **FIELDS["rain"]}}
+    others = {} if chance.randrange(4) else {chance.choice(OTHERS): value(chance)}
+    return {**FIELDS, **others, "rain": {**more, **FIELDS["rain"]}}
 
 
 def message(path: Path, read: Callable[[Path], object]) -> str:
@@ -113,11 +122,18 @@ def test_bytes_of_configurations(tmp_path: Path, chance: Random) -> None:
     check(message(path, read_config), path, 6000)  # ten settings at once
 
 
+def test_the_fuzzed_configuration_has_all_that_there_is() -> None:
+    assert set(SETTINGS) == set(RainSettings.model_fields)
+    assert {"oblique", "closed_form", "unseen", "auto", "no_thinking", "full"} <= set(CHOICES)
+    assert {"tokenizer", "slices", "out_dtype"} <= set(OTHERS)
+
+
 @FUZZ
 @given(chance=chances)
 def test_fields_of_configurations(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "fuzzed.yml"
-    path.write_text(json.dumps(changed(configuration(chance), chance)))  # which YAML reads, too
+    content = changed(configuration(chance), chance, *CHOICES)
+    path.write_text(json.dumps(content))  # which YAML reads, too
     check(message(path, read_config), path, 6000)  # ten settings at once
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Workplace, make_models, make_workplace, refused, run
+from commands import ROLES, Workplace, make_models, make_workplace, refused, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from watching import untouched
 
 # peft and mergekit use names that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -42,6 +43,7 @@ def _models(place: Workplace, instruct: str) -> list[dict[str, object]]:
 def test_an_adapter_reference_equals_the_merged_model(place: Workplace) -> None:
     _add_adapter(place)
     reference = f"{place.model('pretrained')}+{place.folder / 'adapter'}"
+    inputs = [*map(place.model, ROLES), place.folder / "adapter", place.folder / "tuned"]
     found = {}
     options = ["--lora-merge-cache", str(place.folder / "cache"), "--lora-merge-dtype", "float32"]
     for name, instruct in (("lora", reference), ("plain", str(place.folder / "tuned"))):
@@ -50,7 +52,8 @@ def test_an_adapter_reference_equals_the_merged_model(place: Workplace) -> None:
             models=_models(place, instruct), parameters={"calibration": calibration}, dtype=None
         )
         out = place.folder / name
-        outcome = run("merge", place.yaml, out, *options)
+        with untouched(*inputs):
+            outcome = run("merge", place.yaml, out, *options)
         assert outcome.code == 0, outcome.output
         found[name] = load_file(out / "model.safetensors")
     reasoning = load_file(place.model("reasoning") / "model.safetensors")
