@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import shortened
 
 _UNNAMED = getattr(os, "O_TMPFILE", 0)
 
@@ -24,11 +26,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     removed on any exception. A symbolic link keeps pointing where it does. OSError becomes
     RainError.
     """
-    target = Path(os.path.realpath(path))
+    target = destination(path)
     temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.tmp")
     try:
-        if target.is_dir():
-            raise RainError(f"cannot write {os.fspath(path)!r}: it is a folder; name a file")
         with _create(target.parent, temporary) as file:
             yield file
             file.flush()
@@ -46,6 +46,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """Where `path` leads, links followed: a regular file, or a place where nothing is yet.
+
+    RainError for all else. A new file in the place of a device or a pipe would end that one for
+    every program of the machine, and whoever may replace it (root) would not even be warned.
+    """
+    name = shortened(repr(os.fspath(path)))
+    try:
+        target = Path(os.path.realpath(path))
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RainError(f"cannot write {name}: {reason}; choose another place") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RainError(f"cannot write {name}: it is {kind}; name a file")
+    return target
 
 
 def _create(folder: Path, temporary: Path) -> BinaryIO:

@@ -13,6 +13,7 @@ import torch
 
 from rain_mergekit.advice import warnings_of
 from rain_mergekit.assemble import untouched, write_file
+from rain_mergekit.atomic import destination
 from rain_mergekit.calibration_data import Samples, load_samples, record
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
@@ -127,11 +128,10 @@ def _mean_rank(parts: Sequence[LayerPart]) -> float:
 
 
 def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise RainError(f"{path}: is a folder, expected the path of the calibration file")
-    folder = path.parent
+    folder = destination(path).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink():  # where a link leads to, nobody has asked for a folder
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

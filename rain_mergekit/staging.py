@@ -31,7 +31,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         RainError: `path` cannot be written, found out before the block begins.
     """
-    target = Path(path).expanduser().resolve()
+    target = output_folder(path)
     created = [p for p in (target, *target.parents) if not p.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,19 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
         _remove_empty(created)
+
+
+def output_folder(path: str | Path) -> Path:
+    """The path without links; RainError for one that no folder can have."""
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, by Python's version
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RainError(
+            f"{path}: cannot be written ({reason}); name another output folder"
+        ) from None
+    return found
 
 
 def _workspace(target: Path) -> tuple[Path, int]:

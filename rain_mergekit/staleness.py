@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from rain_mergekit.artifact import CalibrationFile, ModelRecord
 from rain_mergekit.artifact_schema import FORMAT, VERSION
+from rain_mergekit.atomic import destination
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.container import LENGTH_BYTES, MAX_HEADER
@@ -46,9 +47,9 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
     format, models in each other's roles.
     """
     path = config.calibration
+    protect_foreign(path)
     if not path.exists():
         return Comparison((f"{path} does not exist",))
-    protect_foreign(path)
     try:
         file = CalibrationFile.open(path)
         file.verify()
@@ -66,8 +67,9 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
 
 
 def protect_foreign(path: Path) -> None:
-    """Raise RainError if `path` holds something else than a calibration file."""
-    if path.is_file() and path.stat().st_size and _metadata(path).get("format") != FORMAT:
+    """Raise RainError if `path` holds something else than a calibration file, or cannot be one."""
+    there = destination(path).is_file() and path.stat().st_size
+    if there and _metadata(path).get("format") != FORMAT:
         raise RainError(
             f"{path} exists and is not a calibration file: it will not be overwritten; correct "
             "`parameters.calibration`, or move the file away"

@@ -282,11 +282,72 @@ def test_calibration_cannot_be_written(place: Workplace) -> None:
         assert str(path) in message or str(path.parent) in message
 
 
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    path.symlink_to("pipe")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", [pipe, link_to_a_pipe, link_to_itself])
+@pytest.mark.parametrize("command", ["calibrate", "merge", "report", "convert-alpha"])
+def test_what_is_no_file_is_not_replaced(
+    place: Workplace, calibrated: Path, command: str, kind: Callable[[Path], None]
+) -> None:
+    """It may be /dev/null, which the user root could replace for the whole machine."""
+    goal = place.calibration
+    kind(goal)
+    before = goal.lstat()
+    alpha = place.folder / "alpha.json"
+    alpha.write_text(json.dumps({"axes_info": {"flat_index": [[0, 0, "QK"]]}, "alpha": [1.0]}))
+    arguments: dict[str, list[object]] = {
+        "calibrate": [place.yaml],
+        "merge": [place.yaml, place.folder / "out"],
+        "report": [calibrated, "-o", goal],
+        "convert-alpha": [alpha, calibrated, "-o", goal],
+    }
+    message = refused(place.folder, command, *arguments[command])
+    assert str(goal) in message
+    assert "it is no regular file" in message
+    assert goal.lstat() == before
+
+
+def test_link_that_leads_nowhere(place: Workplace) -> None:
+    """Said before a layer is computed, not when the file is to be written."""
+    place.calibration.symlink_to(place.folder / "gone" / "file.safetensors")
+    message = refused(place.folder, "calibrate", place.yaml)
+    assert f"{place.folder / 'gone'}: cannot write the calibration file there" in message
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y"])
+def test_name_that_no_file_can_have(place: Workplace, name: str) -> None:
+    place.write(parameters={"calibration": str(place.folder / name)})
+    for command, *out in (("calibrate",), ("merge", place.folder / "out")):
+        message = refused(place.folder, command, place.yaml, *out)
+        assert "cannot" in message
+        assert repr(str(place.folder))[1:-1] in message
+
+
 @pytest.mark.parametrize("below", ["config.yml", "config.yml/deeper/out", "reasoning"])
 def test_output_cannot_be_written(place: Workplace, below: str) -> None:
     message = refused(place.folder, "merge", place.yaml, place.folder / below)
     assert str(place.folder / below) in message
     assert "name another output folder" in message
+
+
+def test_output_that_no_folder_can_be(place: Workplace) -> None:
+    loop = place.folder / "loop"
+    loop.symlink_to(loop)
+    for out in (loop, loop / "below", place.folder / ("x" * 300)):
+        message = refused(place.folder, "merge", place.yaml, out)
+        assert str(out) in message
+        assert "name another output folder" in message
 
 
 def test_failed_merge_leaves_an_older_result_alone(place: Workplace, calibrated: Path) -> None:

@@ -24,7 +24,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.memory import MERGE, naming_shortage
 from rain_mergekit.method import register
 from rain_mergekit.models import LoadOptions, open_model
-from rain_mergekit.staging import staged_folder
+from rain_mergekit.staging import output_folder, staged_folder
 from rain_mergekit.staleness import compare
 from rain_mergekit.tokenizer_files import restore
 
@@ -101,9 +101,10 @@ def restore_tokenizer(
 
 def refuse_input(config: RainConfig, out: str) -> None:
     """RainError if the output folder is one of the three models."""
+    goal = output_folder(out)
     for role, model in config.models.items():
         folder = Path(model.model.path)
-        if folder.exists() and folder.resolve() == Path(out).expanduser().resolve():
+        if folder.exists() and folder.resolve() == goal:
             raise RainError(f"{out}: is the {role} model itself; name another output folder")
 
 

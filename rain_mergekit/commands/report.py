@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,7 +121,9 @@ def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> Ta
 
 def _protect_foreign(output: str) -> None:
     """Arguments in the wrong order must not cost somebody a calibration."""
-    path = Path(output)
+    from rain_mergekit.atomic import destination  # noqa: PLC0415
+
+    path = destination(output)
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if not file.read(9).upper().startswith(b"<!DOCTYPE"):
