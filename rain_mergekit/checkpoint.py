@@ -24,6 +24,8 @@ from rain_mergekit.inputs import read_regular
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
 _SAMPLED_TENSORS = 2048
+# Other types hold codes that mean nothing without scales, which lie in tensors of their own.
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 # The hub client raises its HTTP library's own errors when there is no network; that library
 # changes with the version of the client.
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -73,6 +75,10 @@ class Checkpoint:
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of those of the named tensors that exist, from the file headers alone."""
         return header_shapes(self.index, names)
+
+    def types(self, names: Iterable[str]) -> dict[str, str]:
+        """How those of the named tensors that exist are stored, in safetensors' words (`BF16`)."""
+        return {name: stored for name, (stored, _) in header_entries(self.index, names).items()}
 
     def get(self, name: str) -> Tensor:
         """Read one tensor to the CPU; RainError names the model if it is missing or broken."""
@@ -177,14 +183,25 @@ def _opened(folder: str, filename: str) -> Iterator[Any]:
 
 def header_shapes(index: ShardedTensorIndex, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of the named tensors from the safetensors headers, each shard opened once."""
+    return {name: shape for name, (_, shape) in header_entries(index, names).items()}
+
+
+def header_entries(
+    index: ShardedTensorIndex, names: Iterable[str]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of the named tensors, in the same way.
+
+    Of those that are really there: an index may name more, by mistake or after a conversion.
+    """
     wanted = set(names)
-    shapes: dict[str, tuple[int, ...]] = {}
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in index.shards:
         keys = wanted.intersection(shard.contained_keys)
         if keys:
             with _opened(index.base_path, shard.filename) as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in keys})
-    return shapes
+                views = {key: file.get_slice(key) for key in keys.intersection(file.keys())}
+                entries |= {k: (v.get_dtype(), tuple(v.get_shape())) for k, v in views.items()}
+    return entries
 
 
 def fingerprint(path: str) -> dict[str, str]:
@@ -236,6 +253,8 @@ def _config_digest(path: str) -> str:
         config = json.loads(read_regular(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RainError(f"{file}: cannot be read as a model config: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise RainError(f"{file}: cannot be read as a model config: it is no JSON object")
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -47,7 +47,8 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
         other = _other_reasoning_model(calibration, models["reasoning"], folder)
     problems: list[str] = []
     for role, index in opened.items():
-        problems += _shape_problems(calibration, f"{role} model {models[role]}", index)
+        problems += _problems(calibration, f"{role} model {models[role]}", index)
+    problems += _unlisted_problems(calibration, models, opened)
     if problems:
         more = len(problems) - _LISTED
         lines = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
@@ -180,24 +181,61 @@ def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
     return ""
 
 
-def _shape_problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
-    from rain_mergekit.checkpoint import header_shapes  # noqa: PLC0415 - loads transformers
+def _problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
+    """What of a model is not as the calibration has it: shapes, numbers, missing tensors."""
+    from rain_mergekit.checkpoint import PLAIN_TYPES, header_entries  # noqa: PLC0415 - transformers
 
     if not index.is_safetensors:
         return []  # pickled shards have no header to look at: each tensor is checked when merged
     plans = calibration.tensors
-    shapes = header_shapes(index, plans)
+    entries = header_entries(index, plans)
     problems = [
         f"{who}: {name} has shape {list(shape)}, the calibration expects {list(plan.shape)}"
-        for name, shape in shapes.items()
+        for name, (_, shape) in entries.items()
         if shape[(plan := plans[name]).tokens :] != plan.shape[plan.tokens :]
     ]
+    problems += [
+        f"{who}: {name} is stored as {kind}, expected a plain weight: it is quantised"
+        for name, (kind, _) in entries.items()
+        if kind not in PLAIN_TYPES
+    ]
     # a head that one model lacks is its embedding: mergekit looks there
-    absent = [name for name, plan in plans.items() if name not in shapes and not plan.tokens]
+    absent = [name for name, plan in plans.items() if name not in entries and not plan.tokens]
     if absent:
         found = _stored_otherwise(index, absent)
         problems += [f"{who}: {name} is missing" for name in absent if name not in found]
     return sorted(problems)
+
+
+def _unlisted_problems(
+    calibration: CalibrationFile, models: Mapping[str, Any], opened: Mapping[str, Any]
+) -> Iterator[str]:
+    """Shapes that differ in the listed layers, where the reasoning model's tensors are taken.
+
+    mergekit compares them too, one by one when each has its turn.
+    """
+    from rain_mergekit.checkpoint import header_shapes  # noqa: PLC0415 - loads transformers
+
+    indices = {role: index for role, index in opened.items() if index.is_safetensors}
+    if "reasoning" not in indices:
+        return
+    own = indices.pop("reasoning")
+    layers = set(map(_layer, calibration.tensors)) - {None}
+    others = (name for name in own.tensor_paths if name not in calibration.tensors)
+    expected = header_shapes(own, (name for name in others if _layer(name) in layers))
+    for role, index in indices.items():
+        for name, shape in sorted(header_shapes(index, expected).items()):
+            if shape != expected[name]:
+                yield (
+                    f"{role} model {models[role]}: {name} has shape {list(shape)}, the reasoning "
+                    f"model's is {list(expected[name])}"
+                )
+
+
+def _layer(name: str) -> str | None:
+    """The name up to the number of its layer."""
+    found = _LAYER.search(name)
+    return None if found is None else name[: found.end()]
 
 
 def _stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:

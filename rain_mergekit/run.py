@@ -80,7 +80,7 @@ class Run:
         self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        self._weights.check_shapes(self.matrices)
+        self._weights.check(self._expected(), self.matrices)
         self._head = (
             None
             if config.settings.lm_head == "off"
@@ -103,6 +103,15 @@ class Run:
             for name, parameter in self.shell.layers[index].named_parameters()
             if parameter.dim() > 1
         ]
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that filling a layer takes from the checkpoint, by name."""
+        return {
+            f"{self._name(index)}.{name}": tuple(tensor.shape)
+            for index in self.indices
+            for name, tensor in self.shell.layers[index].state_dict().items()
+            if tensor.is_meta
+        }
 
     @property
     def tensors(self) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.checkpoint import PLAIN_TYPES, Checkpoint
 from rain_mergekit.decoders import embedding_weight
 from rain_mergekit.errors import RainError
 
@@ -59,6 +59,15 @@ class ModelTensors:
         shapes = {direct[key]: s for key, s in self.checkpoint.shapes(direct).items()}
         converted = {name: self._shapes[name] for name, source in known.items() if source.converter}
         return shapes | converted
+
+    def coded(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the named tensors that are stored as something else than plain numbers: as what.
+
+        Weights of a quantised checkpoint are like that.
+        """
+        parts = {part: n for n in names if n in self.sources for part, _ in self.sources[n].parts}
+        types = self.checkpoint.types(parts)
+        return {parts[part]: kind for part, kind in types.items() if kind not in PLAIN_TYPES}
 
     def get(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; RainError names the model if it is missing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,25 +74,36 @@ class TrioTensors:
                 raise RainError(f"{bad.checkpoint.reference}: tensor {name} contains NaN or Inf")
             yield delta
 
-    def check_shapes(self, names: Sequence[str]) -> None:
-        """All tensors to be merged exist and agree; RainError lists every problem at once."""
-        shapes = {role: tensors.shapes(names) for role, tensors in self._models.items()}
-        problems = []
-        for name in names:
-            expected = shapes["reasoning"].get(name)
-            for role, by_name in shapes.items():
-                found = by_name.get(name)
-                if found is None:
-                    problems.append(f"{role}: {name} is missing")
-                elif expected is not None and found != expected:
-                    problems.append(f"{role}: {name} is {list(found)}, expected {list(expected)}")
+    def check(self, layers: Mapping[str, tuple[int, ...]], matrices: Collection[str]) -> None:
+        """What the calibration will read is there and fits; RainError lists every problem at once.
+
+        Args:
+            layers: the shapes that the reasoning model's config asks for, of all tensors of its
+                decoder layers.
+            matrices: those of them that may be merged: all three models need them, as numbers.
+        """
+        problems = list(self._problems(layers, set(matrices)))
         if problems:
             shown = "; ".join(problems[:20])
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise RainError(
                 f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
-                "They must be of the same family and size"
+                "They must be of the same family and size, and not quantised"
             )
+
+    def _problems(
+        self, layers: Mapping[str, tuple[int, ...]], matrices: Collection[str]
+    ) -> Iterator[str]:
+        for role, tensors in self._models.items():
+            shapes = tensors.shapes(layers)
+            for name, expected in layers.items():
+                found = shapes.get(name)
+                if found is None and (role == "reasoning" or name in matrices):
+                    yield f"{role}: {name} is missing"
+                elif found is not None and found != expected:
+                    yield f"{role}: {name} is {list(found)}, expected {list(expected)}"
+            for name, kind in tensors.coded(matrices).items():
+                yield f"{role}: {name} is stored as {kind}, expected a plain weight"
 
     def release(self) -> None:
         """Close all shards."""

@@ -205,6 +205,43 @@ def missing_tensor(place: Workplace) -> tuple[str, ...]:
     return (f"pretrained: {name} is missing",)
 
 
+def many_at_once(place: Workplace) -> tuple[str, ...]:
+    """In all three models, in what is merged and what is not, of shapes and of types."""
+    up, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
+    query = "model.layers.0.self_attn.q_proj.weight"
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[up] = weights[up].mul(100).to(torch.int8)
+        weights[norm] = weights[norm][:-8].clone()
+
+    def remove(weights: dict[str, torch.Tensor]) -> None:
+        del weights[norm], weights[query]
+
+    place.change_weights("instruct", change)
+    place.change_weights("pretrained", change)
+    place.change_weights("reasoning", remove)
+    both = [
+        text
+        for role in ("instruct", "pretrained")
+        for text in (
+            f"{role}: {up} is stored as I8, expected a plain weight",
+            f"{role}: {norm} is [136], expected [144]",
+        )
+    ]
+    return "6 problems", *both, f"reasoning: {norm} is missing", f"reasoning: {query} is missing"
+
+
+def quantised(place: Workplace) -> tuple[str, ...]:
+    """Numbers that mean nothing without their scales; one byte each, of the right shape."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+
+    place.change_weights("reasoning", change)
+    return (f"reasoning: {name} is stored as F8_E4M3, expected a plain weight", "not quantised")
+
+
 def another_family(place: Workplace) -> tuple[str, ...]:
     place.change_json("instruct", "config.json", model_type="llama")
     return "'llama' model", "must share one family"
@@ -231,6 +268,8 @@ def cut_checkpoint(place: Workplace) -> tuple[str, ...]:
         task_vector_not_finite,
         wrong_shape,
         missing_tensor,
+        many_at_once,
+        quantised,
         another_family,
         pickled,
         cut_checkpoint,

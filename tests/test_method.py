@@ -370,6 +370,34 @@ def test_instruct_model_of_another_size(trio: Trio, file: Path, tmp_path: Path) 
     assert f"instruct model {wide}: {Q0} has shape [64, 64]" in message
 
 
+def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    """In all three models, also of tensors that the merge only compares and copies."""
+    trio = Trio.make(tmp_path / "models")
+    file = make_calibration(trio).write(tmp_path / "c.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+
+    def edit(role: str, **changed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        path = tmp_path / "models" / role / "model.safetensors"
+        weights = load_file(path)
+        names = {"query": Q0, "norm": norm}
+        edited = {names[key]: change(weights[names[key]]) for key, change in changed.items()}
+        save_file({**weights, **edited}, path, metadata={"format": "pt"})
+
+    edit("instruct", norm=lambda t: t[:-4].clone(), query=lambda t: t.to(torch.int8))
+    edit("pretrained", norm=lambda t: t[:-4].clone(), query=lambda t: t.to(torch.float8_e4m3fn))
+    edit("reasoning", query=lambda t: t[:-1].clone())
+    message = merge(tmp_path / "run", config(trio, file)).error()
+    for words in (
+        "differs in index",
+        f"reasoning model {trio.reasoning}: {Q0} has shape [31, 32]",
+        f"instruct model {trio.instruct}: {Q0} is stored as I8, expected a plain weight",
+        f"instruct model {trio.instruct}: {norm} has shape [28], the reasoning model's is [32]",
+        f"pretrained model {trio.pretrained}: {Q0} is stored as F8_E4M3",
+        f"pretrained model {trio.pretrained}: {norm} has shape [28]",
+    ):
+        assert words in message
+
+
 @pytest.mark.parametrize("role", ["reasoning", "instruct", "pretrained"])
 def test_not_a_number_in_a_model(tmp_path: Path, role: str) -> None:
     trio = Trio.make(tmp_path / "models")
