@@ -216,7 +216,8 @@ class Shell:
         if finite(tensor):
             return tensor
         raise RainError(
-            f"{self.checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}"
+            f"{self.checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}: "
+            "the checkpoint is damaged, fetch it again (or the type is too narrow: see --dtype)"
         )
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:

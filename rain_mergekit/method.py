@@ -26,6 +26,9 @@ __all__ = ["RainMerge", "RainMergeError", "register"]
 _SLICE = re.compile(r"\.slices\[\d+\]$")
 # Threads of `--multi-gpu` make a GPU the default device, and parts of files would be read to it.
 _HOST = "cpu"
+_FETCH = ": that checkpoint is damaged, fetch it again"
+_FETCH_OR_LEAVE = f"{_FETCH}; or leave the tensor as it is, by a filter of `lambda` that gives it 0"
+_NARROW = ": a lower `lambda`, or `dtype: bfloat16` or float32"
 _log = logging.getLogger(__name__)
 
 
@@ -131,7 +134,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             models = self._models(calibration, base.id, others, parameters["role"])
         reasoning: Tensor = base.tensor
         if plan is None or parameters["lambda"] == 0:
-            _require_finite(reasoning, name, f"the reasoning model {base.id}")
+            _require_finite(reasoning, name, f"the reasoning model {base.id}{_FETCH}")
             if parameters["lambda"] != 0:
                 _warn_of_unused(group, name)
             return reasoning.clone()  # itself would keep its whole mapped shard in memory
@@ -146,8 +149,9 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         merged = self.merged(calibration, plan, weights, parameters["lambda"])
         if not finite(merged):  # as it is whenever an input is not: no pass over those is needed
             for role, weight in zip(ROLES, weights, strict=True):
-                _require_finite(weight, name, f"the {role} model {models[role]}")
-            _require_finite(merged, name, f"the result in {merged.dtype}")
+                remedy = _FETCH if role == "reasoning" else _FETCH_OR_LEAVE
+                _require_finite(weight, name, f"the {role} model {models[role]}{remedy}")
+            _require_finite(merged, name, f"the result in {merged.dtype}{_NARROW}")
         if plan.tokens:
             _check_tokens(base.id, name, reasoning, calibration.scale(plan.rows))
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,44 +84,61 @@ def check_thinking(
     samples: Sequence[ReasoningTokens],
     accept: Collection[str],
 ) -> list[str]:
-    """Refuse a reasoning model that does not think on its set; says if the instruct model does."""
+    """Refuse a reasoning model that does not think on its set; says if one of the others does."""
     LOG.info("the reasoning model %s", found)
     if found.thinks:
-        problem = None if found.open is not None else _outdone(found, shell, trio, samples)
-    else:
-        problem = (
-            f"{trio.reasoning.reference} does not think on the reasoning set (on average it "
-            f"{found})"
-        )
-        if "no_thinking" not in accept:
-            problem += _cause(shell, trio, samples)
-    return [judge("no_thinking", problem, accept)] if problem else []
+        return list(_outdone(found, shell, trio, samples, accept)) if found.open is None else []
+    problem = (
+        f"{trio.reasoning.reference} does not think on the reasoning set (on average it {found})"
+    )
+    if "no_thinking" not in accept:
+        problem += _cause(shell, trio, samples)
+    return [judge("no_thinking", problem, accept)]
 
 
 def _cause(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
-    other = _instruct(shell, trio, samples)
-    if other is not None and other.thinks:
-        name = trio.instruct.reference
-        return f": the instruct model {name} does ({other}), so the two are swapped"
+    for role, found in _others(shell, trio, samples):
+        if found.thinks:
+            name = trio.items()[role].reference
+            return f": the {role} model {name} does ({found}), so the two are swapped"
     return ": the markers, the chat template or the set are another model's"
 
 
 def _outdone(
-    found: Likelihood, shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]
-) -> str | None:
-    """The template opens the block, and whoever is asked closes it: the thinking itself tells."""
-    other = _instruct(shell, trio, samples)
-    if other is None or not found.outdone_by(other):
-        return None
-    return (
-        f"the instruct model {trio.instruct.reference} is more likely to write the thinking of the "
-        f"reasoning set ({other.thinking:.2g} nats a token) than the reasoning model "
-        f"{trio.reasoning.reference} ({found.thinking:.2g}), so the two are swapped"
-    )
+    found: Likelihood,
+    shell: Shell,
+    trio: Trio,
+    samples: Sequence[ReasoningTokens],
+    accept: Collection[str],
+) -> Iterator[str]:
+    """The template opens the block, and whoever is asked closes it: the thinking itself tells.
+
+    A pretrained model that likes it better is a warning: it may, of a set that somebody else wrote.
+    """
+    for role, other in _others(shell, trio, samples):
+        if not found.outdone_by(other):
+            continue
+        problem = (
+            f"the {role} model {trio.items()[role].reference} is more likely to write the thinking "
+            f"of the reasoning set ({other.thinking:.2g} nats a token) than the reasoning model "
+            f"{trio.reasoning.reference} ({found.thinking:.2g})"
+        )
+        if role == "instruct":
+            yield judge("no_thinking", f"{problem}, so the two are swapped", accept)
+        else:
+            yield f"{problem}: are the two swapped, or did another model write the set?"
 
 
-def _instruct(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> Likelihood | None:
-    with naming_shortage("while the instruct model reads the reasoning set", CALIBRATION):
-        found = likelihood_of(trio.instruct, shell, samples)
-    LOG.info("the instruct model %s", found)
-    return found
+def _others(
+    shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]
+) -> Iterator[tuple[str, Likelihood]]:
+    """What the other two models make of the few shortest samples, the instruct model first."""
+    for role in ("instruct", "pretrained"):
+        checkpoint = trio.items()[role]
+        if checkpoint.path == trio.reasoning.path:
+            continue  # it stands for the pretrained one
+        with naming_shortage(f"while the {role} model reads the reasoning set", CALIBRATION):
+            found = likelihood_of(checkpoint, shell, samples)
+        LOG.info("the %s model %s", role, found)
+        if found is not None:
+            yield role, found

@@ -18,9 +18,11 @@ from rain_mergekit.accepting import judge
 from rain_mergekit.errors import RainError
 
 LOG = logging.getLogger(__name__)
-# A tuned model is near its origin, the packaged one at 0.14 of the weights. Two unrelated models of
-# like norms are at sqrt(2): from 1 on the pretrained model is the wrong one.
+# A tuned model is near its origin, the packaged one at 0.14 of the weights. Two unrelated models
+# of like norms are at sqrt(2), of other norms further: from 1 on the pretrained model is the wrong.
 LARGEST = 1.0
+# Numbers that are rounded to bfloat16 move by less than this. Trained weights may do so too.
+ROUNDING = 2.0**-8
 _CONTENT = ("index", "weights")  # a config may differ and the model be the same
 _TENSORS, _ROWS = 512, 4
 
@@ -41,18 +43,17 @@ def check_task_vector(
         names: the tensors to be merged.
         accept: checks whose outcome is only a warning.
     """
-    same = list(_same_models(models, fingerprints, indices))
+    same = list(_same_models(models, fingerprints, indices, names))
     if same:
         return [judge("same_model", problem, accept) for problem in same]
-    pair = indices["instruct"], indices["pretrained"]
-    size = relative_size(*pair, names)
-    tuned, origin = f"instruct model {models['instruct']}", f"pretrained {models['pretrained']}"
-    if size == 0.0 and first_difference(*pair, names) is None:
-        problem = f"the {tuned} and the {origin} differ in no tensor to be merged"
-        return [judge("same_model", f"{problem}: the task vector is zero", accept)]
-    if LARGEST <= size < math.inf:  # NaN and Inf are named with their tensor when it is read
-        problem = f"the task vector is {size:.2g} times as large as the weights of the {origin}"
-        return [judge("large_task_vector", f"{problem}: the {tuned} is not tuned from it", accept)]
+    size = relative_size(indices["instruct"], indices["pretrained"], names)
+    if size >= LARGEST:
+        tuned, origin = f"instruct model {models['instruct']}", f"pretrained {models['pretrained']}"
+        problem = (
+            f"the task vector is {size:.2g} times as large as the weights of the smaller of the "
+            f"{tuned} and the {origin}: the {tuned} is not tuned from it"
+        )
+        return [judge("large_task_vector", problem, accept)]
     LOG.info("the task vector is %.3g of the pretrained weights", size)
     return []
 
@@ -61,43 +62,66 @@ def _same_models(
     models: Mapping[str, str],
     fingerprints: Mapping[str, Mapping[str, str]],
     indices: Mapping[str, ShardedTensorIndex],
+    names: Collection[str],
 ) -> Iterator[str]:
     for one, other in combinations(fingerprints, 2):
         if {one, other} == {"reasoning", "pretrained"} and models[one] == models[other]:
             continue  # written twice, so meant: the reasoning model stands for the pretrained one
+        who = f"the {one} model {models[one]} and the {other} model {models[other]}"
         alike = all(fingerprints[one][part] == fingerprints[other][part] for part in _CONTENT)
-        names = indices[one].tensor_paths
-        if alike and first_difference(indices[one], indices[other], names) is None:
-            yield (
-                f"the {one} model {models[one]} and the {other} model {models[other]} have equal "
-                "weights: one model is given twice"
-            )
+        pair = indices[one], indices[other]
+        if alike and first_difference(*pair, indices[one].tensor_paths) is None:
+            yield f"{who} have equal weights: one model is given twice"
+        elif relative_size(*pair, names) <= ROUNDING and first_difference(*pair, names) is None:
+            what = "one model is given twice" if one == "reasoning" else "the task vector is zero"
+            yield f"{who} differ in no tensor to be merged, unless by rounding: {what}"
 
 
 def relative_size(
     instruct: ShardedTensorIndex, pretrained: ShardedTensorIndex, names: Iterable[str]
 ) -> float:
-    """||Delta|| / ||W_pretrained|| over up to 4 rows of up to 512 of the tensors, evenly chosen.
+    """||W_I - W_B|| over the smaller of ||W_I|| and ||W_B||; infinite if that one is zero.
 
-    Exactly 0.0 only if no row of them differs; tensors that one model lacks are left out.
+    Over up to 4 rows of up to 512 of the tensors, evenly chosen. Tensors that one model lacks are
+    left out. NaN, which is no larger than anything, where there are none, or a number is none.
     """
-    both = sorted(set(names) & set(instruct.tensor_paths) & set(pretrained.tensor_paths))
+    both = _in_both(instruct, pretrained, names)
     chosen = both[:: max(1, -(-len(both) // _TENSORS))]
     tuned, origin = _sample(instruct, chosen), _sample(pretrained, chosen)
     change = sum(_square(tuned[name] - row) for name, row in origin.items())
-    weights = sum(_square(row) for row in origin.values())
-    return float((change / max(weights, torch.finfo(torch.float64).tiny)) ** 0.5)
+    weights = min(sum(map(_square, rows.values())) for rows in (tuned, origin))
+    if not both or not math.isfinite(change + weights):  # it is named with its tensor when read
+        return math.nan
+    if not weights:
+        return math.inf if change else 0.0
+    return float((change / weights) ** 0.5)
 
 
 def first_difference(
     instruct: ShardedTensorIndex, pretrained: ShardedTensorIndex, names: Iterable[str]
 ) -> str | None:
-    """The first of the tensors that is not equal in both; reads them whole."""
-    for name in names:
+    """The first of the tensors in both that is not equal; reads them whole.
+
+    Numbers of two types are equal if rounding one to the other's can have made the difference.
+    """
+    for name in _in_both(instruct, pretrained, names):
         with _opened(instruct, name) as one, _opened(pretrained, name) as other:
-            if not bool((one.get_tensor(name) == other.get_tensor(name)).all()):
+            if not _equal(one.get_tensor(name), other.get_tensor(name)):
                 return name
     return None
+
+
+def _in_both(one: ShardedTensorIndex, other: ShardedTensorIndex, names: Iterable[str]) -> list[str]:
+    return sorted(set(names) & set(one.tensor_paths) & set(other.tensor_paths))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype == other.dtype or not (one.is_floating_point() and other.is_floating_point()):
+        return one.shape == other.shape and bool((one == other).all())
+    coarse = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
+    least = max(torch.finfo(tensor.dtype).smallest_normal for tensor in (one, other))
+    near = torch.isclose(one.float(), other.float(), rtol=coarse, atol=least * coarse)
+    return one.shape == other.shape and bool(near.all())
 
 
 def _sample(index: ShardedTensorIndex, names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -69,10 +69,15 @@ class TrioTensors:
             delta = tuned.to(device).to(torch.float32, copy=True)
             delta -= origin.to(device).to(torch.float32)
             if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
-                finite = bool(torch.isfinite(tuned).all())
-                bad = self.pretrained if finite else self.instruct
-                raise RainError(f"{bad.checkpoint.reference}: tensor {name} contains NaN or Inf")
+                raise RainError(self._not_finite(name, tuned, origin))
             yield delta
+
+    def _not_finite(self, name: str, instruct: Tensor, pretrained: Tensor) -> str:
+        for model, tensor in ((self.instruct, instruct), (self.pretrained, pretrained)):
+            if not bool(torch.isfinite(tensor).all()):
+                who = f"{model.checkpoint.reference}: tensor {name}"
+                return f"{who} contains NaN or Inf: the checkpoint is damaged, fetch it again"
+        return f"{name}: the difference of the instruct and the pretrained model is beyond float32"
 
     def check(self, layers: Mapping[str, tuple[int, ...]], matrices: Collection[str]) -> None:
         """What the calibration will read is there and fits; RainError lists every problem at once.

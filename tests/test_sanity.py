@@ -110,6 +110,55 @@ def test_a_difference_in_one_number_is_one(tiny: Tiny) -> None:
     assert tiny.calibrate().path.exists()
 
 
+def retyped(tiny: Tiny, role: str, dtype: torch.dtype) -> None:
+    """The same model as another program saves it, with a tensor that nobody merges."""
+
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        weights.update({name: value.to(dtype) for name, value in weights.items()})
+        weights["model.left_over"] = torch.ones(2)
+
+    change(tiny, role, edit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("instruct", "pretrained", "the task vector is zero"),
+        ("reasoning", "instruct", "one model is given twice"),
+    ],
+)
+def test_one_model_in_two_types(
+    tiny: Tiny, source: str, target: str, words: str, dtype: torch.dtype
+) -> None:
+    copy_weights(tiny, source, target)
+    retyped(tiny, target, dtype)
+    error = refused(tiny)
+    assert f"the {source} model {tiny.folder / source}" in error
+    assert f"differ in no tensor to be merged, unless by rounding: {words}" in error
+
+
+def test_a_small_change_is_no_rounding(tiny: Tiny) -> None:
+    """As large as rounding would be, in models of one type: it was trained."""
+    copy_weights(tiny, "instruct", "pretrained")
+    change(tiny, "pretrained", lambda weights: weights[MERGED].mul_(1 + 1e-4))
+    assert tiny.calibrate().path.exists()
+
+
+@pytest.mark.parametrize(("role", "factor"), [("pretrained", 0.0), ("pretrained", 1e3)])
+def test_pretrained_model_of_another_size(tiny: Tiny, role: str, factor: float) -> None:
+    """The change is not larger than the weights of the larger one, and larger than the other's."""
+
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        for value in weights.values():
+            value.mul_(factor)
+
+    change(tiny, role, edit)
+    error = refused(tiny)
+    assert "is not tuned from it" in error
+    assert "`accept: [large_task_vector]`" in error
+
+
 def shuffle(tiny: Tiny, role: str) -> None:
     """Another model of the same shape."""
 
@@ -196,6 +245,21 @@ def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None
     assert "(accepted)" in commands.succeed("calibrate", place.yaml)
 
 
+def test_reasoning_and_pretrained_model_swapped(cut: Path, tmp_path: Path) -> None:
+    place = commands.make_workplace(tmp_path, cut)
+    reasoning, pretrained = str(place.model("reasoning")), str(place.model("pretrained"))
+    models = [
+        {"model": str(place.model("instruct")), "parameters": {"role": "instruct"}},
+        {"model": reasoning, "parameters": {"role": "pretrained"}},
+    ]
+    place.write(base_model=pretrained, models=models)
+    outcome = commands.run("calibrate", place.yaml)
+    assert outcome.code == 1
+    assert f"{pretrained} does not think on the reasoning set" in outcome.output
+    assert f"the pretrained model {reasoning} does" in outcome.output
+    assert "so the two are swapped" in outcome.output
+
+
 def opened_by_template(place: commands.Workplace) -> None:
     """As many published models have it: the open marker is part of the prompt."""
     for role in commands.ROLES:
@@ -222,6 +286,20 @@ def test_swapped_where_the_template_opens_the_block(cut: Path, tmp_path: Path) -
     assert not place.calibration.exists()
     place.write(base_model=instruct, models=models, rain={"accept": ["no_thinking"]})
     assert "(accepted)" in commands.succeed("calibrate", place.yaml)
+
+
+def test_a_pretrained_model_that_thinks_better_is_a_warning(cut: Path, tmp_path: Path) -> None:
+    """It may, where the template opens the block and another model wrote the set."""
+    place = commands.make_workplace(tmp_path, cut)
+    opened_by_template(place)
+    place.change_weights("reasoning", lambda weights: weights["model.norm.weight"].mul_(0.3))
+    place.change_weights("instruct", lambda weights: weights["model.norm.weight"].mul_(0.1))
+    output = commands.succeed("calibrate", place.yaml)
+    words = f"the pretrained model {place.model('pretrained')} is more likely to write the thinking"
+    assert words in output
+    assert "are the two swapped, or did another model write the set?" in output
+    found = CalibrationFile.open(place.calibration).header
+    assert any(words in text for text in found["warnings"])
 
 
 def test_a_set_on_which_nobody_thinks(tiny: Tiny) -> None:
