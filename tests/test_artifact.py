@@ -654,6 +654,13 @@ def test_unknown_key(path: Path) -> None:
         CalibrationFile.open(path).tensor("no")
 
 
+def test_header_larger_than_the_format_allows(tmp_path: Path) -> None:
+    """The library that reads it elsewhere has this limit; nothing is left of the file."""
+    with pytest.raises(RainError, match=r"the header needs 1000\d+ bytes, more than safetensors"):
+        write_calibration(tmp_path / "c", {**HEADER, "created_by": "x" * 10**8}, stored())
+    assert names(tmp_path) == []
+
+
 # Fuzzing: whatever the bytes are, the answer is a calibration or a RainError
 
 

@@ -561,6 +561,19 @@ def test_tokenizer_that_loses_words(tmp_path: Path, write: Write) -> None:
         load_reasoning(write(PARTS), tokenizer)
 
 
+def test_tokenizer_that_has_nothing_for_a_marker(tmp_path: Path, write: Write) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace("<think>", "")
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = _reloaded(backend, TURNS, tmp_path / "tokenizer")
+    long = {**PARTS, "prompt": "say hello " * 60}  # of a short text the marker is a large part
+    with pytest.raises(RainError, match="the tokenizer drops the marker '<think>'"):
+        load_reasoning(write(long), tokenizer)
+
+
 @pytest.mark.parametrize("pair", [("", "b"), ("a", " "), ("a", "a"), ("think", "/think")])
 def test_unfit_markers(pair: tuple[str, str]) -> None:
     with pytest.raises(RainError, match="thinking markers"):

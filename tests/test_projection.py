@@ -111,6 +111,12 @@ def test_zero_rows_and_no_rows_protect_nothing() -> None:
     assert projection.orthonormal(torch.zeros(5, 0)).shape == (5, 0)
 
 
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+def test_rows_without_a_finite_energy_are_not_scaled(value: float) -> None:
+    rows = FeatureRows.of(torch.full((2, 3), value))
+    assert rows.near_unit() is rows
+
+
 def test_a_zero_row_among_others_changes_nothing() -> None:
     rows = normal(3, 6)
     padded = torch.cat([rows, torch.zeros(2, 6)])

@@ -439,7 +439,8 @@ def test_rules_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_rules
 def test_rules_that_need_data_of_nltk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nltk = pytest.importorskip("nltk")
+    import nltk  # noqa: PLC0415 - only where there are rules
+
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     kwargs = {"num_sentences": 1, "relation": "at least"}
     rule = Instruction("length_constraints:number_sentences", kwargs)
