@@ -24,6 +24,12 @@ from rain_mergekit.inputs import read_regular
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
 _SAMPLED_TENSORS = 2048
+_READ = (".json", ".safetensors", ".bin")
+# What reading JSON that is not as it should be raises, and a shard that is none.
+_BROKEN = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    SafetensorError,
+)
 # Other types hold codes that mean nothing without scales, which lie in tensors of their own.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 # The hub client raises its HTTP library's own errors when there is no network; that library
@@ -125,9 +131,12 @@ def _local_path(
 
 
 def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
+    _require_files(path, reference)
     try:
         index = ShardedTensorIndex.from_disk(path)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if not all(isinstance(shard.filename, str) for shard in index.shards):
+            raise TypeError("its index names something else than files")
+    except _BROKEN as error:
         _require_permission(reference, [Path(path), *Path(path).glob("*.safetensors")])
         raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
     if not index.is_safetensors:
@@ -152,6 +161,16 @@ def _index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     return index
 
 
+def _require_files(path: str, reference: ModelReference) -> None:
+    """Whoever opens a pipe waits for ever."""
+    here = Path(path).glob("*") if os.path.isdir(path) else ()
+    odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
+    if odd:
+        raise RainError(
+            f"{reference}: cannot read the checkpoint: no regular file: {', '.join(sorted(odd))}"
+        )
+
+
 def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:
     """Of what they may not read the loaders say that it is not there."""
     closed = [str(path) for path in paths if path.exists() and not os.access(path, os.R_OK)]
@@ -171,7 +190,9 @@ def _exists(path: str, filename: str) -> bool:
 
 @contextmanager
 def _opened(folder: str, filename: str) -> Iterator[Any]:
-    path = os.path.join(folder, filename)
+    path = os.path.join(folder, str(filename))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RainError(f"{path}: cannot read the checkpoint: no regular file")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -260,5 +281,9 @@ def _config_digest(path: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, or its type where it has none.
+
+    With the next one where it only announces that.
+    """
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first

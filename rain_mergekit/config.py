@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.inputs import load_yaml, read_regular, shortened, shown
+from rain_mergekit.merge_parameters import check_merge
 from rain_mergekit.settings import RainSettings, parse_settings
 
 ROLES = ("instruct", "pretrained")
@@ -53,6 +54,7 @@ def read_config(path: str | Path) -> RainConfig:
     merge = _merge_configuration(data, source)
     if merge.merge_method != "rain":
         raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
+    check_merge(merge, source)
     if merge.base_model is None:
         raise RainError(f"{source}: base_model is missing: name the reasoning model there")
     if not merge.models:
@@ -144,5 +146,10 @@ def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
         raise RainError(
             f"{source}: parameters.calibration is {shown(value)}, expected the path of the "
             "calibration file (`mergekit-rain calibrate` writes it, the merge reads it)"
+        )
+    if value.startswith("~"):
+        raise RainError(
+            f"{source}: parameters.calibration is {shown(value)}: mergekit takes `~` for the name "
+            "of a folder; write the whole path"
         )
     return Path(value)

@@ -35,12 +35,12 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         layers, _ = decoder_layers(model, config)
         if _has_attention_interface(layers):
             return model
-    except (KeyError, ValueError):
-        pass  # its own table of attention classes, in which our name is not
+    except (LookupError, ValueError, ArithmeticError, RuntimeError, TypeError):
+        pass  # of its own table of attention classes, in which our name is not, or told below
     ours.pop("attn_implementation")
     try:
         return _build(config, dtype, trust_remote_code, ours)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - the model's own code, on whatever its config says
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RainError(
             f"transformers cannot build the architecture {config.model_type!r}: {line}"
@@ -74,7 +74,7 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
         and not any(part.startswith(_OTHER_TOWERS) for part in name.split("."))
     ]
     fitting = [item for item in found if len(item[1]) == count] or found
-    if not fitting:
+    if not fitting or not fitting[0][1]:
         raise RainError(f"{type(model).__name__}: found no list of {count} decoder layers")
     name, layers = fitting[0]
     return layers, name

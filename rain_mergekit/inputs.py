@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -49,7 +50,7 @@ def within(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def load_yaml(text: str) -> Any:
-    """`yaml.safe_load`, but ValueError for half characters, and for aliases that repeat too much.
+    """`yaml.safe_load`, but ValueError for half characters, names given twice, and alias bombs.
 
     A few lines of these can stand for any number of values, which the first that looks at all of
     them, such as an error message, would then have to hold. Half a character is no name of a file
@@ -72,12 +73,21 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     if known is None:
         if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
             raise ValueError("it holds half a character, such as \\ud800; write it as UTF-8")
+        if isinstance(node, yaml.MappingNode):
+            _require_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         sizes[id(node)] = NODES  # met again before it is known, it contains itself
         known = 1 + sum(_size(part, sizes) for part in _parts(node))
         if known > NODES:
             raise ValueError("its aliases repeat too much, or contain themselves; write them out")
         sizes[id(node)] = known
     return known
+
+
+def _require_once(keys: list[str]) -> None:
+    """PyYAML would take the last without a word; of `<<` there may be several."""
+    twice = [key for key, count in Counter(keys).items() if count > 1 and key != "<<"]
+    if twice:
+        raise ValueError(f"{shown(twice[0])} is given twice in one place; keep one of them")
 
 
 def _parts(node: yaml.Node) -> list[yaml.Node]:

@@ -95,11 +95,13 @@ def _parameter(
 def strength(value: object) -> float:
     """λ as a finite float."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = float(value)  # type: ignore[arg-type] # whatever the YAML holds
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RainMergeError(f"lambda must be a finite number, found {value!r}")
+        raise RainMergeError(f"lambda must be a finite number, found {value!r:.80}")
     return number
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from rain_mergekit.checkpoint import Checkpoint, first_line
 from rain_mergekit.config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.inputs import read_regular
+from rain_mergekit.inputs import read_regular, shown
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
     """Open the checkpoints and read the reasoning model's config; no tensor is read."""
     opened = {role: open_model(reference, options) for role, reference in config.models.items()}
     model_config = read_model_config(opened["reasoning"])
+    _require_architecture(opened["reasoning"], model_config)
     for role in ("instruct", "pretrained"):
         other = read_model_config(opened[role])
+        _require_architecture(opened[role], other)
         if other.model_type != model_config.model_type:
             raise RainError(
                 f"{opened[role].reference} ({role}) is a {other.model_type!r} model, but the "
@@ -75,15 +77,44 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
     return Trio(**opened, config=model_config)
 
 
+def _require_architecture(checkpoint: Checkpoint, config: Any) -> None:
+    found = getattr(config, "architectures", None)
+    if not isinstance(found, list) or len(found) != 1:
+        raise RainError(
+            f"{checkpoint.reference}: its config names {shown(found)} as `architectures`, expected "
+            "a list of one: mergekit cannot merge it otherwise"
+        )
+
+
 def read_model_config(checkpoint: Checkpoint) -> Any:
     """The transformers config; RainError names the model if it cannot be read."""
+    _check_depth(checkpoint)
     try:
         return AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - transformers' classes of configs raise anything
         line = first_line(error)
         raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
+
+
+# Under these names configs say how many layers there are.
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Layers without tensors would be built all the same, however many the config asks for."""
+    try:
+        config = json.loads(read_regular(Path(checkpoint.path, "config.json")))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong, or finds it elsewhere
+    parts = [config, *(config.values() if isinstance(config, dict) else ())]
+    for name, value in ((n, p.get(n)) for p in parts if isinstance(p, dict) for n in _DEPTHS):
+        if isinstance(value, int) and value > len(checkpoint.names):
+            raise RainError(
+                f"{checkpoint.reference}: cannot read its config: {name} is {shown(value)}, but "
+                f"the checkpoint has {len(checkpoint.names)} tensors"
+            )
 
 
 # Without any of them transformers makes an empty tokenizer up.
@@ -113,7 +144,8 @@ def tokenizer_in(path: str, name: str, *, trust_remote_code: bool) -> PreTrained
         tokenizer = _tokenizer_class(path).from_pretrained(
             path, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer("a")  # some fields are looked at when it is used for the first time
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing narrower
         raise RainError(f"{name}: cannot load its tokenizer: {first_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise RainError(f"{name}: its tokenizer is a {type(tokenizer).__name__}")

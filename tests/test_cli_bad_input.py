@@ -283,6 +283,54 @@ def test_models(place: Workplace, change: Callable[[Workplace], tuple[str, ...]]
         assert text in message
 
 
+# File of a model -> how its content is changed, and what the message says.
+BROKEN: dict[str, tuple[str, dict[str, Any] | str, str]] = {
+    "too many layers": ("config.json", {"num_hidden_layers": 10**12}, "the checkpoint has 14"),
+    "no layers": ("config.json", {"num_hidden_layers": 0, "layer_types": []}, "found no list of 0"),
+    "no heads": ("config.json", {"num_attention_heads": 0}, "cannot build the architecture"),
+    "other type": ("config.json", {"hidden_size": "big"}, "expected int, got str (value: 'big')"),
+    "other count": ("config.json", {"layer_types": ["full_attention"] * 3}, "number of `layer_ty"),
+    "unknown dtype": ("config.json", {"dtype": "nonsense"}, "no attribute 'nonsense'"),
+    "no architecture": ("config.json", {"architectures": None}, "names None as `architectures`"),
+    "two architectures": ("config.json", {"architectures": ["A", "B"]}, "expected a list of one"),
+    "quantisation": ("config.json", {"quantization_config": "x"}, "cannot read its config"),
+    "list": ("config.json", "[]", "cannot read its config"),
+    "tokenizer list": ("tokenizer.json", "[]", "cannot load its tokenizer"),
+    "tokenizer model": ("tokenizer.json", {"model": {"type": "x"}}, "cannot load its tokenizer"),
+    "tokenizer config": ("tokenizer_config.json", "[]", "cannot load its tokenizer"),
+    "class": ("tokenizer_config.json", {"tokenizer_class": 3}, "cannot load its tokenizer"),
+    "length": ("tokenizer_config.json", {"model_max_length": "x"}, "cannot load its tokenizer"),
+    "index list": ("model.safetensors.index.json", "[]", "cannot read the checkpoint"),
+    "shards": ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "something else than"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_of_a_model(place: Workplace, name: str) -> None:
+    file, content, words = BROKEN[name]
+    if file.endswith("index.json"):
+        (place.model("reasoning") / "model.safetensors").unlink()
+    if isinstance(content, dict):
+        place.change_json("reasoning", file, **content)
+    else:
+        (place.model("reasoning") / file).write_text(content)
+    message = refused(place.folder, "calibrate", place.yaml)
+    assert str(place.model("reasoning")) in message or name in ("no layers", "no heads")
+    assert words in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_among_the_files_of_a_model(place: Workplace, name: str) -> None:
+    """Nobody writes into it: whoever opened it would wait for ever."""
+    path = place.model("instruct") / name
+    path.unlink()
+    os.mkfifo(path)
+    message = refused(place.folder, "calibrate", place.yaml)
+    assert f"{place.model('instruct')}: cannot read the checkpoint: no regular file: {name}" in (
+        message
+    )
+
+
 # Existing calibration files
 
 
@@ -402,10 +450,10 @@ def test_failed_merge_leaves_an_older_result_alone(place: Workplace, calibrated:
 
 def test_error_inside_mergekit_is_one_line(place: Workplace, calibrated: Path) -> None:
     shutil.copy(calibrated, place.calibration)
-    place.write(dtype="bfloat17")
+    place.write(tokenizer={"source": "base", "tokens": {"<new>": {"source": "no/such"}}})
     message = refused(place.folder, "merge", place.yaml, place.folder / "out")
     assert "mergekit could not merge" in message
-    assert "bfloat17" in message
+    assert "no/such" in message
 
 
 def fail_inside(folder: Path) -> None:

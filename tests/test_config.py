@@ -165,3 +165,54 @@ def test_any_value_in_any_field_gives_a_configuration_or_one_message(
         read_config(path)
     except RainError as error:
         assert str(error).startswith(str(path))  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["much", "nan", float("inf"), 10**400, True, [1.0, "x"], [{"filter": "mlp", "value": "x"}]],
+)
+def test_a_lambda_that_is_no_number_is_told_before_an_hour_of_calibration(
+    read: Read, value: Any
+) -> None:
+    parameters = {"calibration": "c.safetensors", "lambda": value}
+    with pytest.raises(RainError, match="parameters: lambda must be a finite number") as caught:
+        read(parameters=parameters)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "value", [0, -0.5, "1.0", [0.5, 1.0], [{"filter": "mlp", "value": [0, 1]}, {"value": 0.3}]]
+)
+def test_lambdas_that_mergekit_takes(read: Read, value: Any) -> None:
+    assert read(parameters={"calibration": "c.safetensors", "lambda": value}).calibration
+
+
+@pytest.mark.parametrize("field", ["dtype", "out_dtype"])
+def test_a_type_that_is_none(read: Read, field: str) -> None:
+    with pytest.raises(RainError, match=f"{field} is 'bfloat17', expected a type"):
+        read(**{field: "bfloat17"})
+
+
+def test_parameters_that_rain_has_not(read: Read) -> None:
+    """mergekit would leave them out without a word."""
+    parameters = {"calibration": "c.safetensors", "lamda": 0.5}
+    with pytest.raises(RainError, match="parameters: rain has no parameter 'lamda' here"):
+        read(parameters=parameters)
+    models = [model("org/instruct", "instruct"), model("org/pretrained", "pretrained")]
+    models[0]["parameters"]["lambda"] = 0.5
+    with pytest.raises(RainError, match="org/instruct: parameters: rain has no parameter 'lambda'"):
+        read(models=models)
+
+
+def test_a_calibration_below_a_folder_with_the_name_of_a_tilde(read: Read) -> None:
+    with pytest.raises(RainError, match="write the whole path"):
+        read(parameters={"calibration": "~/c.safetensors"})
+
+
+def test_a_name_that_is_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text(
+        yaml.safe_dump(content()).replace("rain:\n", "rain:\n  window: 1\n  window: 2\n")
+    )
+    with pytest.raises(RainError, match="'window' is given twice in one place"):
+        read_config(path)

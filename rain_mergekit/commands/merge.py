@@ -10,7 +10,6 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
-from safetensors import SafetensorError
 
 from rain_mergekit.advice import require_mergeable
 from rain_mergekit.calibrate import RunOptions
@@ -21,7 +20,7 @@ from rain_mergekit.commands.options import budget_option, dtype_option, pick_dev
 from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.errors import RainError
-from rain_mergekit.memory import MERGE, naming_shortage
+from rain_mergekit.memory import MERGE, naming_shortage, out_of_memory
 from rain_mergekit.method import register
 from rain_mergekit.models import LoadOptions, open_model
 from rain_mergekit.staging import output_folder, staged_folder
@@ -142,8 +141,10 @@ def merge_into(
             options=options,
             config_source=config.text,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        if options.verbosity:
+    except (RainError, MemoryError):
+        raise
+    except Exception as error:
+        if options.verbosity or out_of_memory(error):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
