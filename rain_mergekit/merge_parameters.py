@@ -9,8 +9,7 @@ from mergekit.common import dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.inputs import shown
-from rain_mergekit.method_spec import strength
+from rain_mergekit.inputs import finite_number, shown
 
 _GLOBAL, _OF_A_MODEL = ("calibration", "lambda"), ("role",)
 
@@ -21,7 +20,10 @@ def check_merge(merge: MergeConfiguration, source: str) -> None:
     for item in merge.models or ():
         _require_known(item.parameters, _OF_A_MODEL, f"{source}: {item.model}: parameters")
     for value in _values((merge.parameters or {}).get("lambda", 1.0)):
-        _require_strength(value, source)
+        if finite_number(value) is None:
+            raise RainError(
+                f"{source}: parameters: lambda must be a finite number, found {value!r:.80}"
+            )
     for field in ("dtype", "out_dtype"):
         _require_type(getattr(merge, field), f"{source}: {field}")
 
@@ -45,15 +47,6 @@ def _values(value: Any) -> Iterator[Any]:
             yield from _values(item)
     else:
         yield value
-
-
-def _require_strength(value: Any, source: str) -> None:
-    try:
-        strength(value)
-    except RainError:
-        raise RainError(
-            f"{source}: parameters: lambda must be a finite number, found {value!r:.80}"
-        ) from None
 
 
 def _require_type(name: str | None, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from mergekit.merge_methods.base import (
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.errors import RainError
+from rain_mergekit.inputs import finite_number
 from rain_mergekit.roles import OTHER
 
 NAME = "rain"
@@ -94,13 +94,8 @@ def _parameter(
 
 def strength(value: object) -> float:
     """λ as a finite float."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type] # whatever the YAML holds
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite_number(value)
+    if number is None:
         raise RainMergeError(f"lambda must be a finite number, found {value!r:.80}")
     return number
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,16 @@ def test_a_name_that_is_given_twice(tmp_path: Path) -> None:
     )
     with pytest.raises(RainError, match="'window' is given twice in one place"):
         read_config(path)
+
+
+def test_reading_a_configuration_first_leaves_the_method_registered() -> None:
+    """mergekit may be imported from here: what registers the method must not be half imported."""
+    code = (
+        "import rain_mergekit.config\n"
+        "from mergekit.merge_methods import registry\n"
+        "print('rain' in {method.spec.name for method in registry.registered_methods()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout == "True\n", done.stderr
