@@ -90,6 +90,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
             "run": {
                 "dtype": str(run.shell.dtype).removeprefix("torch."),
                 "device": job["device"],
+                "tokenizer": job["tokenizer"],
                 "likelihood": likely.rounded(),
             },
             "untouched": untouched(run.matrices, parts),

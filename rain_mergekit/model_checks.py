@@ -62,8 +62,24 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
             f"calibration file {calibration.path!r} {other}; set base_model to the recorded "
             "model, or calibrate again"
         )
+    if "reasoning" in opened:
+        _compare_tokenizer(calibration, opened["reasoning"].base_path)
     if len(opened) == len(models) and all(index.is_safetensors for index in opened.values()):
         _check_others(calibration, models, opened)
+
+
+def _compare_tokenizer(calibration: CalibrationFile, folder: str) -> None:
+    """A warning only: the weights are the calibrated ones, and a repaired file may be meant."""
+    from rain_mergekit.models import tokenizer_digest  # noqa: PLC0415 - loads transformers
+
+    recorded = (calibration.header.get("run") or {}).get("tokenizer")
+    if recorded is not None and recorded != tokenizer_digest(folder):
+        _log.warning(
+            "the tokenizer or the chat template of %s has changed since the calibration %s: what "
+            "is protected was found with the ones before",
+            folder,
+            calibration.path,
+        )
 
 
 def check_source(model: object, name: str, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -119,6 +120,10 @@ def _check_depth(checkpoint: Checkpoint) -> None:
 
 # Without any of them transformers makes an empty tokenizer up.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_PARTS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 # Classes that say nothing but "as tokenizer.json has it".
 _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -126,6 +131,17 @@ _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 def has_tokenizer(folder: str) -> bool:
     """Whether a model comes with a tokenizer of its own."""
     return any(Path(folder, name).exists() for name in _TOKENIZER_FILES)
+
+
+def tokenizer_digest(folder: str) -> str:
+    """SHA-256 of the files that say how a conversation becomes tokens, the chat template too."""
+    digest = hashlib.sha256()
+    for name in sorted({*_TOKENIZER_FILES, *_TOKENIZER_PARTS}):
+        path = Path(folder, name)
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

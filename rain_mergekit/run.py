@@ -23,7 +23,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.head_walk import HeadWalk
 from rain_mergekit.heap import give_back
 from rain_mergekit.memory import CALIBRATION, naming_shortage
-from rain_mergekit.models import LoadOptions, Trio
+from rain_mergekit.models import LoadOptions, Trio, tokenizer_digest
 from rain_mergekit.observe import LinearWeight, SiteMap
 from rain_mergekit.parts import write_part
 from rain_mergekit.plan import (
@@ -143,6 +143,7 @@ class Run:
         return {
             "version": rain_mergekit.__version__,
             "models": models,
+            "tokenizer": tokenizer_digest(self._trio.reasoning.path),
             "data": record(self._samples),
             "settings": self._settings.numbers(),
             "dtype": str(self.shell.dtype),

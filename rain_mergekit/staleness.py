@@ -17,7 +17,7 @@ from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
 from rain_mergekit.container import LENGTH_BYTES, MAX_HEADER
 from rain_mergekit.errors import RainError
-from rain_mergekit.models import LoadOptions, open_model
+from rain_mergekit.models import LoadOptions, open_model, tokenizer_digest
 from rain_mergekit.reading import file_digest
 from rain_mergekit.settings import RainSettings
 
@@ -60,6 +60,7 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
     try:
         data, unchecked = _data(file.header, config.settings)
         models = list(_models(file.models, config, options))
+        models += _tokenizer(file.header, config, options)
         settings = list(_settings(file.header, config.settings))
         return Comparison((*settings, *data, *models), tuple(unchecked))
     finally:
@@ -163,6 +164,15 @@ def _models(
             yield f"the {role} model is {model}, was {record.reference}"
         elif parts:
             yield f"the {role} model {model} has changed ({', '.join(parts)})"
+
+
+def _tokenizer(
+    header: Mapping[str, Any], config: RainConfig, options: LoadOptions
+) -> Iterator[str]:
+    recorded = (header.get("run") or {}).get("tokenizer")  # older files have none
+    path = open_model(config.reasoning, options).path
+    if recorded is not None and recorded != tokenizer_digest(path):
+        yield f"the tokenizer or the chat template of the reasoning model {path} has changed"
 
 
 def _refuse_swapped(

@@ -312,6 +312,35 @@ def test_a_set_on_which_nobody_thinks(tiny: Tiny) -> None:
     assert tiny.calibrate().first_layer == 1
 
 
+def other_template(tiny: Tiny) -> None:
+    path = tiny.folder / "reasoning" / "chat_template.jinja"
+    path.write_text(f"{path.read_text()}{{# another one #}}")
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_template(tiny: Tiny) -> None:
+    """Else the layers before and those after would have seen other tokens."""
+    with pytest.raises(RainError, match="does not think"):
+        tiny.using(accept=[]).calibrate(snapshot_seconds=0)
+    other_template(tiny)
+    assert tiny.calibrate().first_layer == 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_template_that_has_changed_since(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, *, changed: bool
+) -> None:
+    tiny.calibrate()
+    if changed:
+        other_template(tiny)
+    merge(tiny.folder / "merged", tiny.content()).weights()
+    words = "the tokenizer or the chat template of"
+    found = f"{words} {tiny.folder / 'reasoning'} has changed since the calibration" in caplog.text
+    assert found == changed
+    tiny.config()
+    output = commands.succeed("merge", tiny.path.with_suffix(".yml"), tiny.folder / "out")
+    assert (f"Calibration needed: {words} the reasoning model" in output) == changed
+
+
 def test_accepting_is_no_other_calibration(tiny: Tiny) -> None:
     tiny.calibrate()
     wanted = tiny.using(accept=["no_thinking", "other_tokens"])
