@@ -62,10 +62,12 @@ class Bench:
         write_samples(home, *sets)
         return home
 
-    def calibrate(self, home: Path, budget: int = BUDGET, **settings: Any) -> dict[str, Any]:
+    def calibrate(
+        self, home: Path, budget: int = BUDGET, *, deterministic: bool = False, **settings: Any
+    ) -> dict[str, Any]:
         """One calibration in a child process."""
-        config = write_config(home, **settings)
-        return in_child("calibration", config=config, device=self.device, budget=budget)
+        options = {"device": self.device, "budget": budget, "deterministic": deterministic}
+        return in_child("calibration", config=write_config(home, **settings), **options)
 
     @property
     def flops(self) -> float:

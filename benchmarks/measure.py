@@ -17,6 +17,7 @@ import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before memory counts
 from transformers import AutoModelForCausalLM
 
+from rain_mergekit import strict_blas
 from rain_mergekit.calibrate import RunOptions, calibrate, plan
 from rain_mergekit.calibration_data import load_samples
 from rain_mergekit.config import read_config
@@ -28,7 +29,16 @@ REPOSITORY = Path(__file__).parents[1]
 def in_child(what: str, **options: Any) -> dict[str, Any]:
     """Run one of TASKS in a fresh process and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.measure", what, json.dumps(options, default=str)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    # As the command sets it before anything imports torch, which this module does.
+    strict = {strict_blas.MKL: "AUTO,STRICT"} if options.get("deterministic") else {}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+        env={**os.environ, **strict},
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -58,7 +68,11 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
     config = read_config(options["config"])
     device = options.get("device", "cpu")
     run = RunOptions(
-        activation_budget=int(options["budget"]), device=device, keep_on_device=True, quiet=True
+        activation_budget=int(options["budget"]),
+        device=device,
+        keep_on_device=True,
+        deterministic=options.get("deterministic", False),
+        quiet=True,
     )
     planned = plan(config, run)
     result: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.bench import BUDGET, MIB, Bench, Row
 from benchmarks.memory import SHORT, memory_by_depth, memory_by_length
 from benchmarks.merging import merging_alone, merging_cost
-from benchmarks.speed import few_samples, paper_sized
+from benchmarks.speed import deterministic_cost, few_samples, paper_sized
 
 
 def on_gpu(bench: Bench) -> list[Row]:
@@ -83,8 +83,9 @@ ROWS: Sequence[Callable[[Bench], list[Row]]] = (
     memory_by_length,
     paper_sized,
     few_samples,
+    deterministic_cost,
     merging_cost,
     merging_alone,
 )
 # Left out of a quick run.
-FULL = (few_samples,)
+FULL = (few_samples, deterministic_cost)

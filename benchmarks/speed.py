@@ -56,6 +56,26 @@ def few_samples(bench: Bench) -> list[Row]:
     return [Row(name, value, None, _detail(bench, run), _floor(bench, run), _numbers(run))]
 
 
+def deterministic_cost(bench: Bench) -> list[Row]:
+    """The same bits with any number of threads, against as fast as they can."""
+    sets = [TextSet(whole.tokens, whole.samples // 18) for whole in (REASONING, INSTRUCTION)]
+    home, settings = bench.trio(bench.paper.deep(2), *sets), _scaled(bench.paper.hidden / WIDTH)
+    runs = []
+    for turn in range(bench.repeats):
+        found = {
+            wanted: bench.calibrate(home, deterministic=wanted, **settings)
+            for wanted in ((False, True) if turn % 2 else (True, False))
+        }
+        runs.append((found[False], found[True]))
+    rows = []
+    for what, key in (("", "seconds"), (", processor time", "processor_seconds")):
+        ratios = sorted(slow[key] / fast[key] for fast, slow in runs)
+        detail = "runs " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        name = f"calibrate --deterministic / calibrate{what}"
+        rows.append(Row(name, median(ratios), None, detail))
+    return rows
+
+
 Pair = tuple[dict[str, Any], dict[str, Any]]
 
 

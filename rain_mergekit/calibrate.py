@@ -17,6 +17,7 @@ from rain_mergekit.atomic import destination
 from rain_mergekit.calibration_data import Samples, load_samples, record
 from rain_mergekit.checkpoint import fingerprint
 from rain_mergekit.config import RainConfig
+from rain_mergekit.deterministic import deterministic
 from rain_mergekit.distributed import World, join, leave
 from rain_mergekit.errors import RainError
 from rain_mergekit.host import lost_tensors
@@ -55,7 +56,8 @@ def calibrate(config: RainConfig, options: RunOptions) -> Summary:
     _check_writable(config.calibration)
     world = join(options.device)
     try:
-        return _calibrate(config, options, world, start)
+        with deterministic(world.device, wanted=options.deterministic):
+            return _calibrate(config, options, world, start)
     finally:
         leave(world)
 
@@ -92,6 +94,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
                 "device": job["device"],
                 "tokenizer": job["tokenizer"],
                 "likelihood": likely.rounded(),
+                **({"deterministic": True} if options.deterministic else {}),
             },
             "untouched": untouched(run.matrices, parts),
             "warnings": [*noted, *advice],

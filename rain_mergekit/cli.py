@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from rain_mergekit import __version__
+from rain_mergekit import __version__, strict_blas
 from rain_mergekit.errors import RainError
 from rain_mergekit.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
 from rain_mergekit.printable import clean_lines
@@ -67,6 +67,14 @@ class RainGroup(click.Group):
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Before a command is imported, and torch with it: what has to be asked for till then."""
+        if strict_blas.OPTION in args:
+            strict_blas.ask()
+        return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The commands with their line of help, without importing them: a key waits for it."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rain_mergekit
+from rain_mergekit import strict_blas
 from rain_mergekit.calibration_data import Samples, record
 from rain_mergekit.capture import Shell
 from rain_mergekit.chunks import TokenChunks
@@ -51,12 +52,14 @@ MIN_RANK_CAP = 96
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the precompute runs; of these, only dtype and device can change a number.
+    """How the precompute runs; of these, only dtype, device and deterministic can change a number.
 
     activation_budget: bytes for hidden states, feature rows and working space; hidden states that
     find no room in it go to disk.
     snapshot_seconds: how often (at most) the state for an interrupted run's continuation is saved.
     keep_on_device: hidden states within the budget stay on the device that computes.
+    deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was not
+    in the environment before torch was loaded, or torch has no MKL, all runs on one thread.
     """
 
     load: LoadOptions = field(default_factory=LoadOptions)
@@ -65,6 +68,7 @@ class RunOptions:
     activation_budget: int = 2 * 1024**3
     snapshot_seconds: float = 60.0
     keep_on_device: bool = False
+    deterministic: bool = False
     quiet: bool = False
 
 
@@ -140,7 +144,7 @@ class Run:
 
     def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal for an interrupted run to be continued."""
-        return {
+        identity = {
             "version": rain_mergekit.__version__,
             "models": models,
             "tokenizer": tokenizer_digest(self._trio.reasoning.path),
@@ -150,6 +154,9 @@ class Run:
             "device": torch.device(self._options.device).type,
             "processes": self._world.size,
         }
+        if self._options.deterministic:
+            identity["deterministic"] = strict_blas.mode()  # which changes the bits of products
+        return identity
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by purpose, over all processes."""

@@ -39,7 +39,7 @@ class Child:
     """One run. `die_at`: killed just before the n-th change of a file's name.
 
     `stop_at`: stops (as by SIGSTOP) before the first change whose path contains this text.
-    `limits`: by the names of the resource module.
+    `threads`: torch's. `limits`: by the names of the resource module.
     `small`: folders that are file systems of their own with so many bytes; `read_only`: folders
     that the system lets nobody write. Where it does not permit such mounts the exit code is 77.
     `plain`: permissions hold, even if the tests are root's. `program`: of the console scripts.
@@ -50,6 +50,7 @@ class Child:
     program: str = "mergekit-rain"
     die_at: int | None = None
     stop_at: str | None = None
+    threads: int = 1
     limits: dict[str, int] = field(default_factory=dict)
     small: dict[str, int] = field(default_factory=dict)
     read_only: list[str] = field(default_factory=list)
@@ -67,9 +68,9 @@ class Ended:
 
 
 class Forks:
-    """The server's client."""
+    """The server's client; `environment` is for the server and all its children."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.log = folder / "child.log"
         self._running = 0
         self._server = subprocess.Popen(
@@ -77,7 +78,12 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "TOKENIZERS_PARALLELISM": "false",
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
         )
 
     def start(self, *argv: object, **options: Any) -> int:
@@ -182,6 +188,9 @@ def run_child(request: Child, report: int) -> None:
             os._exit(NOT_PERMITTED if error.errno in NO_MOUNTS else 1)
     if request.plain and os.geteuid() == 0:
         without_privileges()
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(request.threads)
     (script,) = entry_points(group="console_scripts", name=request.program)
     main = script.load()
     sys.addaudithook(Watch(request, report))

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import Tiny
+from commands import run_process
+from forks import Forks, wait_for_stop
+from tiny import INSTRUCTION, REASONING, Tiny
 
 from rain_mergekit.artifact import CalibrationFile
 from rain_mergekit.calibrate import RunOptions, calibrate
+
+STRICT = "AUTO,STRICT"
+# Three threads on two busy cores: waiting for each other, they must not take the cores.
+THREADS = {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.fixture(scope="module", name="tiny")
@@ -49,3 +63,138 @@ def test_threads_change_no_more_than_rounding(tiny: Tiny) -> None:
         projectors.append([f.u @ f.v.mT for f in factors if f.u is not None and f.v is not None])
     for one, other in zip(*projectors, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def long_texts(folder: Path) -> None:
+    """Of some hundred tokens: torch gives threads their parts of nothing smaller."""
+    reasoning = [
+        {"prompt": prompt, "reasoning": " ".join([text] * 12), "response": response}
+        for prompt, text, response in REASONING
+    ]
+    instruction = [
+        {**sample, "reason": " ".join([str(sample["reason"])] * 12)} for sample in INSTRUCTION
+    ]
+    for name, samples in (("reasoning", reasoning), ("instruction", instruction)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+
+
+@pytest.fixture(scope="module", name="wide")
+def _wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Widths with which threads get parts that end in the middle of a vector instruction."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 192, "intermediate_size": 563, "max_position_embeddings": 4096}
+    tiny = Tiny.make(folder, "qwen2", **sizes)
+    long_texts(folder)
+    return tiny.using(coefficients="normalized", alpha_min=0.0, protect_thinking=1.0)
+
+
+@pytest.fixture(scope="module", name="forks")
+def _forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes whose MKL is in its strict mode from the beginning, as `--deterministic` asks."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), MKL_CBWR=STRICT, **THREADS)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(wide: Tiny) -> None:
+    """Every run of the wide model begins anew."""
+    wide.path.unlink(missing_ok=True)
+    shutil.rmtree(wide.path.with_name(wide.path.name + ".work"), ignore_errors=True)
+
+
+def calibrated(wide: Tiny, forks: Forks, threads: int, *options: str) -> bytes:
+    """The file of a whole run; what it said is in the log."""
+    wide.path.unlink(missing_ok=True)
+    arguments = ("calibrate", wide.config().path, "--device", "cpu", *options)
+    ended = forks.run(*arguments, threads=threads)
+    assert ended.code == 0, ended.output
+    assert "one thread" not in ended.output
+    return wide.path.read_bytes()
+
+
+def merged(wide: Tiny, forks: Forks, threads: int, *options: str) -> tuple[bytes, bytes]:
+    """The calibration file and the merged weights of `merge --deterministic`."""
+    out = wide.folder / f"merged-{threads}"
+    arguments = ("merge", wide.config().path, out, "--deterministic", *options)
+    ended = forks.run(*arguments, threads=threads)
+    assert ended.code == 0, ended.output
+    (weights,) = out.glob("*.safetensors")
+    return wide.path.read_bytes(), weights.read_bytes()
+
+
+@pytest.fixture(scope="module", name="alone")
+def _alone(wide: Tiny, forks: Forks) -> tuple[bytes, bytes]:
+    """Calibration file and merged weights of one thread."""
+    return merged(wide, forks, 1)
+
+
+def stopped(wide: Tiny, forks: Forks, threads: int) -> None:
+    """Killed in the second of two layers, when the first is saved."""
+    arguments = ("calibrate", wide.config().path, "--deterministic", "--snapshot-every", "0")
+    pid = forks.start(*arguments, threads=threads, stop_at="layer-00001")
+    assert wait_for_stop(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait().code == -signal.SIGKILL
+
+
+def test_any_number_of_threads(wide: Tiny, forks: Forks, alone: tuple[bytes, bytes]) -> None:
+    """The calibration file and the merged weights, with hidden states on disk besides."""
+    assert merged(wide, forks, 3, "--activation-budget", "0") == alone
+
+
+def test_any_number_of_threads_in_bfloat16(wide: Tiny, forks: Forks) -> None:
+    options = ("--deterministic", "--dtype", "bfloat16")
+    assert calibrated(wide, forks, 1, *options) == calibrated(wide, forks, 3, *options)
+
+
+def test_continued_with_other_threads(wide: Tiny, forks: Forks, alone: tuple[bytes, bytes]) -> None:
+    stopped(wide, forks, 2)
+    ended = forks.run("calibrate", wide.config().path, "--deterministic", threads=3)
+    assert "continued after 1" in ended.output
+    assert wide.path.read_bytes() == alone[0]
+
+
+def test_the_command_alone_asks_for_what_it_needs(wide: Tiny, alone: tuple[bytes, bytes]) -> None:
+    """Nobody has set MKL_CBWR, and nothing has loaded torch before."""
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    arguments = ("calibrate", wide.config().path, "--device", "cpu", "--deterministic")
+    outcome = run_process(*arguments, env={**environment, **THREADS, "OMP_NUM_THREADS": "3"})
+    assert outcome.code == 0, outcome.output
+    assert "one thread" not in outcome.output
+    assert wide.path.read_bytes() == alone[0]
+
+
+def with_threads(wide: Tiny, threads: int, **options: bool) -> bytes:
+    """The file of a calibration in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wide.calibrate(**options)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    return wide.path.read_bytes()
+
+
+def test_without_it_threads_matter(wide: Tiny) -> None:
+    """Else the other tests would show nothing."""
+    assert with_threads(wide, 1) != with_threads(wide, 3)
+
+
+@pytest.mark.parametrize("mode", ["", STRICT], ids=["not asked", "asked too late"])
+def test_from_a_program_on_one_thread(
+    wide: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+) -> None:
+    """In this process torch was loaded, and has multiplied, before anybody set MKL_CBWR."""
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    monkeypatch.setenv("MKL_CBWR", mode)
+    alone = with_threads(wide, 1, deterministic=True)
+    assert with_threads(wide, 3, deterministic=True) == alone
+    assert CalibrationFile.open(wide.path).header["run"]["deterministic"] is True
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    if not mode:
+        assert any("everything runs on one thread" in text for text in warnings)

@@ -80,7 +80,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     tiny.path.unlink()
 
 
-def stopped_in_process(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def stopped_in_process(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, after: int, **options: bool
+) -> None:
     """As Ctrl-C once layer `after` has been saved."""
     save = WorkDir.save
 
@@ -92,7 +94,7 @@ def stopped_in_process(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, after: int) 
     with monkeypatch.context() as patch:
         patch.setattr(WorkDir, "save", saving)
         with pytest.raises(KeyboardInterrupt):
-            tiny.calibrate(snapshot_seconds=0)
+            tiny.calibrate(snapshot_seconds=0, **options)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))  # after the last one only the head is left
@@ -116,6 +118,14 @@ def test_other_settings_begin_anew(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
     other.calibrate()
     assert tiny.path.read_bytes() == resumed
     tiny.path.unlink()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_order_of_sums_begins_anew(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    stopped_in_process(tiny, monkeypatch, 2, deterministic=first)
+    assert tiny.calibrate(deterministic=not first).first_layer == 0
 
 
 def test_without_a_snapshot_nothing_is_left(tiny: Tiny) -> None:

@@ -9,6 +9,7 @@ import click
 
 from rain_mergekit.commands.options import (
     budget_option,
+    deterministic_option,
     device_option,
     dtype_option,
     loading_options,
@@ -38,6 +39,7 @@ from rain_mergekit.commands.options import (
     show_default=True,
     help="How often at most to save what an interrupted run goes on from; 0: every layer.",
 )
+@deterministic_option
 @click.option(
     "--plan", is_flag=True, help="Print what it will need (memory, disk, operations) and stop."
 )
@@ -67,6 +69,7 @@ def calibrate(config: str, **options: Any) -> None:
         activation_budget=options["activation_budget"],
         snapshot_seconds=options["snapshot_every"],
         keep_on_device=options["keep_on_device"],
+        deterministic=options["deterministic"],
         quiet=not console.progress,
     )
     if options["plan"]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -16,9 +17,16 @@ from rain_mergekit.calibrate import RunOptions
 from rain_mergekit.card import carry_over, write_card
 from rain_mergekit.commands.calibration import run_calibration
 from rain_mergekit.commands.console import Console
-from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.commands.options import (
+    budget_option,
+    deterministic_option,
+    dtype_option,
+    pick_device,
+    pick_dtype,
+)
 from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.deterministic import deterministic
 from rain_mergekit.errors import RainError
 from rain_mergekit.memory import MERGE, naming_shortage, out_of_memory
 from rain_mergekit.method import register
@@ -36,6 +44,7 @@ from rain_mergekit.tokenizer_files import restore
 @click.option("--recalibrate", is_flag=True, help="Calibrate even if the file is up to date.")
 @dtype_option("--calibration-dtype")
 @budget_option
+@deterministic_option
 @add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
 def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) -> None:
     """Calibrate if the file is missing or was made from something else, then merge into OUT.
@@ -55,8 +64,12 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     completion = Completion(parsed, load)
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
+        device = torch.device(pick_device(str(merge_options.device or "cpu")))
         try:
-            with naming_shortage("in the merge", MERGE):
+            with (
+                naming_shortage("in the merge", MERGE),
+                deterministic(device, wanted=options["deterministic"]),
+            ):
                 added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -116,6 +129,7 @@ def bring_up_to_date(
         device=pick_device(str(merge_options.device or "cpu")),
         dtype=pick_dtype(options["calibration_dtype"]),
         activation_budget=options["activation_budget"],
+        deterministic=options["deterministic"],
         quiet=not console.progress,
     )
     found = compare(config, run.load)

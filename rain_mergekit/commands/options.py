@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rain_mergekit import strict_blas
 from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
@@ -103,6 +104,15 @@ def budget_option(function: F) -> F:
         default="2GiB",
         show_default=True,
         help="Memory for hidden states; the rest goes to disk.",
+    )(function)
+
+
+def deterministic_option(function: F) -> F:
+    """The order of all sums; what it needs is asked for as soon as it is seen (`cli`)."""
+    return click.option(
+        strict_blas.OPTION,
+        is_flag=True,
+        help="The same bits whatever the number of threads; slower.",
     )(function)
 
 
