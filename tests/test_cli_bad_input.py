@@ -448,6 +448,17 @@ def test_failed_merge_leaves_an_older_result_alone(place: Workplace, calibrated:
     assert (out / "model.safetensors").read_bytes() == before
 
 
+def test_a_result_that_out_dtype_makes_infinite(place: Workplace, calibrated: Path) -> None:
+    """mergekit converts it when the merge method has looked at it."""
+    shutil.copy(calibrated, place.calibration)
+    out = place.folder / "out"
+    place.write(dtype="float32", out_dtype="float16", parameters={"lambda": 1e8})
+    message = refused(place.folder, "merge", place.yaml, out)
+    assert "holds NaN or infinite values in the result in float16" in message
+    place.write(dtype="float32", out_dtype="float16")
+    succeed("merge", place.yaml, out)
+
+
 def test_error_inside_mergekit_is_one_line(place: Workplace, calibrated: Path) -> None:
     shutil.copy(calibrated, place.calibration)
     place.write(tokenizer={"source": "base", "tokens": {"<new>": {"source": "no/such"}}})

@@ -11,6 +11,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
+from safetensors import safe_open
 
 from rain_mergekit.advice import require_mergeable
 from rain_mergekit.calibrate import RunOptions
@@ -28,6 +29,7 @@ from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.deterministic import deterministic
 from rain_mergekit.errors import RainError
+from rain_mergekit.finite import finite
 from rain_mergekit.memory import MERGE, naming_shortage, out_of_memory
 from rain_mergekit.method import register
 from rain_mergekit.models import LoadOptions, open_model
@@ -148,9 +150,11 @@ def merge_into(
 ) -> tuple[str, ...]:
     """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
     register()  # also where auto-loading is switched off
+    merge = MergeConfiguration.model_validate(yaml.safe_load(config.text))
+    converted = None if merge.out_dtype == merge.dtype else merge.out_dtype
     try:
         run_merge(
-            MergeConfiguration.model_validate(yaml.safe_load(config.text)),
+            merge,
             str(stage),
             options=options,
             config_source=config.text,
@@ -162,4 +166,18 @@ def merge_into(
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
+    if converted is not None:
+        require_finite(stage, converted)
     return completion.write(stage, config)
+
+
+def require_finite(folder: Path, dtype: str) -> None:
+    """RainError if a tensor holds NaN or Inf: mergekit converts after the method has looked."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            bad = next((name for name in file.keys() if not finite(file.get_tensor(name))), None)  # noqa: SIM118
+        if bad is not None:
+            raise RainError(
+                f"{bad} holds NaN or infinite values in the result in {dtype}: a lower `lambda`, "
+                "or another `out_dtype`"
+            )
