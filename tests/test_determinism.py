@@ -143,6 +143,18 @@ def test_any_number_of_threads(wide: Tiny, forks: Forks, alone: tuple[bytes, byt
     assert merged(wide, forks, 3, "--activation-budget", "0") == alone
 
 
+def test_stock_mergekit_with_mkls_strict_mode(
+    wide: Tiny, forks: Forks, alone: tuple[bytes, bytes]
+) -> None:
+    """It has no such option; the variable in its environment does it."""
+    wide.path.write_bytes(alone[0])
+    out = wide.folder / "merged-stock"
+    ended = forks.run(wide.config().path, out, program="mergekit-yaml", threads=3)
+    assert ended.code == 0, ended.output
+    (weights,) = out.glob("*.safetensors")
+    assert weights.read_bytes() == alone[1]
+
+
 def test_any_number_of_threads_in_bfloat16(wide: Tiny, forks: Forks) -> None:
     options = ("--deterministic", "--dtype", "bfloat16")
     assert calibrated(wide, forks, 1, *options) == calibrated(wide, forks, 3, *options)
