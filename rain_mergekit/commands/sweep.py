@@ -95,7 +95,8 @@ def sweep(
         refuse_input(parsed, str(folder / folder_name(strength)))
     load = LoadOptions.of(merge_options.model_dump())
     completion = Completion(at_strength(parsed, strengths[0]), load)
-    bring_up_to_date(parsed, merge_options, {**options, "recalibrate": False}, console)
+    own = {**options, "recalibrate": False, "deterministic": False}  # it has no such options
+    bring_up_to_date(parsed, merge_options, own, console)
     ruler = _ruler(parsed, load, merge_options, options, console)
     rows: list[Row] = []
     write_rows(folder, rows)
