@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import yaml
@@ -32,11 +31,6 @@ MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from rain_mergekit.cli import main; main()"
 )
-
-
-def lacking(reason: str) -> NoReturn:
-    """What this machine lacks skips the test; where `CI` is set it fails: nobody would see it."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 @dataclass(frozen=True)
