@@ -29,9 +29,7 @@ else:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGE = Path(rain_mergekit.__file__).parent
 IGNORED = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "shared", "*.egg-info", "dist")
-# Files of every version, and a real calibration with the merge by it.
-SUITE = ("test_golden.py",)
-SUITE += ("test_calibrate_exact.py::test_bfloat16_rounding_is_all_that_is_left_in_a_merged_model",)
+SUITE = ("test_golden.py", "test_lora.py")  # files of every version, and merges
 
 
 def build(sources: Path, folder: Path, *targets: str) -> list[Path]:
