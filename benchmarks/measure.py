@@ -30,7 +30,7 @@ def in_child(what: str, **options: Any) -> dict[str, Any]:
     """Run one of TASKS in a fresh process and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.measure", what, json.dumps(options, default=str)]
     # As the command sets it before anything imports torch, which this module does.
-    strict = {strict_blas.MKL: "AUTO,STRICT"} if options.get("deterministic") else {}
+    strict = {strict_blas.MKL: strict_blas.STRICT} if options.get("deterministic") else {}
     done = subprocess.run(
         command,
         capture_output=True,

@@ -103,7 +103,7 @@ def _one_thread(threads: int) -> str | None:
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return "this torch multiplies without MKL"
     if not strict_blas.strict():
-        return f"{strict_blas.MKL}=AUTO,STRICT was not set before torch was loaded"
+        return f"{strict_blas.MKL}={strict_blas.STRICT} was not set before torch was loaded"
     if not _same_with(threads):
         return "MKL's products differ with the number of threads here"
     return None

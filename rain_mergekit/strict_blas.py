@@ -6,10 +6,10 @@ import os
 import sys
 
 OPTION = "--deterministic"
-MKL = "MKL_CBWR"
+MKL, STRICT = "MKL_CBWR", "AUTO,STRICT"
 # MKL promises it for matrix products on processors with AVX2 or AVX-512; the cuBLAS variable is
 # what torch asks for where the order of sums has to be the same on a GPU.
-_WANTED = {MKL: "AUTO,STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_WANTED = {MKL: STRICT, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def ask() -> None:

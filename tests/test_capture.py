@@ -15,12 +15,12 @@ from tiny import FAMILIES, SITES, Dense, Tiny, linear_inputs
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from rain_mergekit import attention
 from rain_mergekit.capture import Shell, run_layer
 from rain_mergekit.errors import RainError
 from rain_mergekit.models import LoadOptions, open_trio
 from rain_mergekit.observe import SiteMap, capture_inputs
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 
 
@@ -91,7 +91,7 @@ def check_equal(found: Tensor, expected: Tensor, config: Any) -> None:
 
     That is so in older releases of torch, whose kernel for it holds T x T scores.
     """
-    if TORCH >= (2, 13) or config.num_key_value_heads == config.num_attention_heads:
+    if attention._TORCH >= (2, 13) or config.num_key_value_heads == config.num_attention_heads:
         assert torch.equal(found, expected)
     else:
         error = (found.double() - expected.double()).norm() / expected.double().norm()

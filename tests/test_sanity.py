@@ -231,16 +231,23 @@ def swapped(place: commands.Workplace) -> tuple[str, str, list[dict[str, Any]]]:
     return instruct, reasoning, models
 
 
+def check_swapped(
+    place: commands.Workplace, base: str, role: str, thinks: str, models: list[dict[str, Any]]
+) -> None:
+    """Refused: in the place of the reasoning model nothing thinks, in that of the role one does."""
+    place.write(base_model=base, models=models)
+    outcome = commands.run("calibrate", place.yaml)
+    assert outcome.code == 1
+    assert f"{base} does not think on the reasoning set" in outcome.output
+    assert f"the {role} model {thinks} does" in outcome.output
+    assert "so the two are swapped" in outcome.output
+    assert not place.calibration.exists()
+
+
 def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None:
     place = commands.make_workplace(tmp_path, cut)
     instruct, reasoning, models = swapped(place)
-    place.write(base_model=instruct, models=models)
-    outcome = commands.run("calibrate", place.yaml)
-    assert outcome.code == 1
-    assert f"{instruct} does not think on the reasoning set" in outcome.output
-    assert f"the instruct model {reasoning} does" in outcome.output
-    assert "so the two are swapped" in outcome.output
-    assert not place.calibration.exists()
+    check_swapped(place, instruct, "instruct", reasoning, models)
     place.write(base_model=instruct, models=models, rain={"accept": ["no_thinking"]})
     assert "(accepted)" in commands.succeed("calibrate", place.yaml)
 
@@ -248,16 +255,11 @@ def test_reasoning_and_instruct_model_swapped(cut: Path, tmp_path: Path) -> None
 def test_reasoning_and_pretrained_model_swapped(cut: Path, tmp_path: Path) -> None:
     place = commands.make_workplace(tmp_path, cut)
     reasoning, pretrained = str(place.model("reasoning")), str(place.model("pretrained"))
-    models = [
+    models: list[dict[str, Any]] = [
         {"model": str(place.model("instruct")), "parameters": {"role": "instruct"}},
         {"model": reasoning, "parameters": {"role": "pretrained"}},
     ]
-    place.write(base_model=pretrained, models=models)
-    outcome = commands.run("calibrate", place.yaml)
-    assert outcome.code == 1
-    assert f"{pretrained} does not think on the reasoning set" in outcome.output
-    assert f"the pretrained model {reasoning} does" in outcome.output
-    assert "so the two are swapped" in outcome.output
+    check_swapped(place, pretrained, "pretrained", reasoning, models)
 
 
 def opened_by_template(place: commands.Workplace) -> None:

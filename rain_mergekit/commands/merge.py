@@ -66,11 +66,12 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     completion = Completion(parsed, load)
     with staged_folder(out) as stage:
         bring_up_to_date(parsed, merge_options, options, console)
-        device = torch.device(pick_device(str(merge_options.device or "cpu")))
         try:
             with (
                 naming_shortage("in the merge", MERGE),
-                deterministic(device, wanted=options["deterministic"]),
+                deterministic(
+                    torch.device(device_of(merge_options)), wanted=options["deterministic"]
+                ),
             ):
                 added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
@@ -122,13 +123,18 @@ def refuse_input(config: RainConfig, out: str) -> None:
             raise RainError(f"{out}: is the {role} model itself; name another output folder")
 
 
+def device_of(merge_options: MergeOptions) -> str:
+    """The device that mergekit's options name; RainError if it is not there."""
+    return pick_device(str(merge_options.device or "cpu"))
+
+
 def bring_up_to_date(
     config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
 ) -> None:
     """Calibrate if the file is missing or was made from something else, and say why."""
     run = RunOptions(
         load=LoadOptions.of(merge_options.model_dump()),
-        device=pick_device(str(merge_options.device or "cpu")),
+        device=device_of(merge_options),
         dtype=pick_dtype(options["calibration_dtype"]),
         activation_budget=options["activation_budget"],
         deterministic=options["deterministic"],

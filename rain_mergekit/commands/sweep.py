@@ -14,11 +14,12 @@ from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.merge import (
     add_card,
     bring_up_to_date,
+    device_of,
     merge_into,
     refuse_input,
     restore_tokenizer,
 )
-from rain_mergekit.commands.options import budget_option, dtype_option, pick_device, pick_dtype
+from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype
 from rain_mergekit.completion import Completion
 from rain_mergekit.config import RainConfig, read_config
 from rain_mergekit.measure import Ruler, open_checkpoint, texts_like
@@ -140,7 +141,7 @@ def _ruler(
     return Ruler(
         open_model(config.reasoning, load),
         texts_like(settings, data, options["samples"]),
-        pick_device(str(merge_options.device or "cpu")),
+        device_of(merge_options),
         pick_dtype(options["calibration_dtype"]),
     )
 
