@@ -17,11 +17,12 @@ import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before memory counts
 from transformers import AutoModelForCausalLM
 
-from rain_mergekit import strict_blas
-from rain_mergekit.calibrate import RunOptions, calibrate, plan
-from rain_mergekit.calibration_data import load_samples
-from rain_mergekit.config import read_config
-from rain_mergekit.models import LoadOptions, open_trio
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate, plan
+from rain_mergekit.calibration.samples import load_samples
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.models.loading import LoadOptions, open_trio
+from rain_mergekit.system import blas_mode
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ def in_child(what: str, **options: Any) -> dict[str, Any]:
     """Run one of TASKS in a fresh process and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.measure", what, json.dumps(options, default=str)]
     # As the command sets it before anything imports torch, which this module does.
-    strict = {strict_blas.MKL: strict_blas.STRICT} if options.get("deterministic") else {}
+    strict = {blas_mode.MKL: blas_mode.STRICT} if options.get("deterministic") else {}
     done = subprocess.run(
         command,
         capture_output=True,

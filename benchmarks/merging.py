@@ -114,7 +114,11 @@ def _command(home: Path, name: str, options: Sequence[str]) -> Cost:
 
 def _imports() -> float:
     """Peak resident bytes of a process that imports what a merge needs, and does nothing."""
-    command = [sys.executable, "-c", "import mergekit.scripts.run_yaml, rain_mergekit.run"]
+    command = [
+        sys.executable,
+        "-c",
+        "import mergekit.scripts.run_yaml, rain_mergekit.calibration.engine",
+    ]
     with subprocess.Popen(command) as process:
         cost = _waited(process.pid, time.perf_counter())
         process.returncode = 0

@@ -28,7 +28,7 @@ def on_gpu(bench: Bench) -> list[Row]:
 
 def file_size(_bench: Bench) -> list[Row]:
     """The largest file at the shape of a 7B model: the rank cap bounds it."""
-    from rain_mergekit.run import MIN_RANK_CAP  # noqa: PLC0415 - only this row needs it
+    from rain_mergekit.calibration.options import MIN_RANK_CAP  # noqa: PLC0415 - only this row needs it
 
     widths, layers, model = 2 * 3584 + 3584 + 18944, 28, 15_231_233_024
     per_rank = widths * 4 * 2 * layers

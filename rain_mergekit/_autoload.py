@@ -3,12 +3,13 @@
 mergekit has no plugin mechanism, but it imports torch, and torch calls every entry point of the
 group `torch.backends` at the end of `import torch`. Ours, `install`, puts one finder on
 `sys.meta_path` that waits for `mergekit.merge_methods.registry`; when that module has been
-executed, the finder goes away and `rain_mergekit.method.register()` runs. Nothing of mergekit or
-of the rest of this package is imported before that.
+executed, the finder goes away and `rain_mergekit.merge_method.method.register()` runs. Nothing of
+mergekit or of the rest of this package is imported before that.
 
 Switches: `RAIN_MERGEKIT_AUTOLOAD=0` turns this off, and so does torch's own
 `TORCH_DEVICE_BACKEND_AUTOLOAD=0`, which turns off the `torch.backends` entry points of all
-packages. With either, call `rain_mergekit.method.register()` or use `mergekit-rain merge`.
+packages. With either, call `rain_mergekit.merge_method.method.register()` or use
+`mergekit-rain merge`.
 
 No failure in here may break `import torch` or a merge by another method: it ends as a log record.
 Standard library only.
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 SWITCH = "RAIN_MERGEKIT_AUTOLOAD"
 REGISTRY = "mergekit.merge_methods.registry"
-METHOD = "rain_mergekit.method"
+METHOD = "rain_mergekit.merge_method.method"
 
 _log = logging.getLogger(__name__)
 _deferred = False
@@ -54,10 +55,11 @@ def install() -> None:
 
 
 def resume() -> None:
-    """Register now if the registry came up in the middle of the import of `rain_mergekit.method`.
+    """Register now if the registry came up in the middle of the import of the method.
 
-    That module's last line calls this. When it is imported before mergekit is, its import of
-    mergekit's base classes executes the registry, and `register` does not exist yet.
+    The last line of `rain_mergekit.merge_method.method` calls this. When that module is imported
+    before mergekit is, its import of mergekit's base classes executes the registry, and `register`
+    does not exist yet.
     """
     if _deferred:
         _register()

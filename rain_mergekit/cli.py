@@ -12,10 +12,11 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from rain_mergekit import __version__, strict_blas
+from rain_mergekit import __version__
 from rain_mergekit.errors import RainError
-from rain_mergekit.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
-from rain_mergekit.printable import clean_lines
+from rain_mergekit.system import blas_mode
+from rain_mergekit.system.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
+from rain_mergekit.system.terminal_safe import clean_lines
 
 # Name -> (module:object, one line of help); the modules are heavy.
 _COMMANDS = {
@@ -31,7 +32,7 @@ _COMMANDS = {
         "rain_mergekit.commands.convert_alpha:convert_alpha",
         "Take over coefficients of the published scripts.",
     ),
-    "demo": ("rain_mergekit.commands.demo:demo", "Show it on a small trained trio, offline."),
+    "demo": ("rain_mergekit.demo.command:demo", "Show it on a small trained trio, offline."),
 }
 _INTERRUPTED = 130
 _EXIT_CODES = {int(signal.SIGINT): _INTERRUPTED, int(signal.SIGTERM): 143}
@@ -72,8 +73,8 @@ class RainGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Before a command is imported, and torch with it: what has to be asked for till then."""
-        if strict_blas.OPTION in args:
-            strict_blas.ask()
+        if blas_mode.OPTION in args:
+            blas_mode.ask()
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

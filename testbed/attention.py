@@ -13,11 +13,13 @@ import torch
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
-from rain_mergekit.attention import observe_attention
-from rain_mergekit.capture import Shell, run_layer
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import InstructionTokens, load_instruction
-from rain_mergekit.probe import SpanProbe
+from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.models.attention import observe_attention
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.text.calibration_sets import load_instruction
+from rain_mergekit.text.token_positions import InstructionTokens
 from testbed.families import FAMILIES
 from testbed.models import load_tokenizer
 from testbed.records import instruction_record, write_lines

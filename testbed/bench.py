@@ -16,11 +16,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers import PreTrainedModel
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.calibrate import RunOptions, calibrate
-from rain_mergekit.config import read_config
-from rain_mergekit.data import InstructionTokens
-from rain_mergekit.method import register
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.merge_method.method import register
+from rain_mergekit.text.token_positions import InstructionTokens
 from testbed.attention import Scores, attention_scores, held_samples
 from testbed.controls import edited
 from testbed.judge import Judge, chosen

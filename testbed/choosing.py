@@ -20,16 +20,17 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from rain_mergekit.calibrate import RunOptions, calibrate
-from rain_mergekit.config import read_config
-from rain_mergekit.data import load_reasoning
-from rain_mergekit.demo_files import ASKED, TRIO
-from rain_mergekit.demo_scoring import read_records, score
-from rain_mergekit.evaluation import drift, load_model
-from rain_mergekit.generation import generate
-from rain_mergekit.measure import open_checkpoint
-from rain_mergekit.method import register
-from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.demo.files import ASKED, TRIO
+from rain_mergekit.demo.scoring import read_records, score
+from rain_mergekit.evaluation.divergence import drift
+from rain_mergekit.merge_method.method import register
+from rain_mergekit.models.generation import generate, load_model
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.calibration_sets import load_reasoning
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "testbed" / "results" / "choosing.json"

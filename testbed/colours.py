@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from rain_mergekit.demo_formats import ENDINGS, OPENINGS
+from rain_mergekit.demo.formats import ENDINGS, OPENINGS
 from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "violet", "white", "black", "brown")

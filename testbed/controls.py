@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rain_mergekit.artifact import CalibrationFile, write_calibration
-from rain_mergekit.modules import HeadLayout
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.writer import write_calibration
+from rain_mergekit.models.head_layout import HeadLayout
 
 SEED = 0
 STEEPNESS = 10.0

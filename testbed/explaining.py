@@ -17,15 +17,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from rain_mergekit import spectra
-from rain_mergekit.around import Around
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.demo_files import configuration
-from rain_mergekit.figures import COLOURS
-from rain_mergekit.measure import Texts, open_checkpoint, read_texts
-from rain_mergekit.models import LoadOptions
-from rain_mergekit.summary import summarise
-from rain_mergekit.verification import Streaming, measure
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.summary import summarise
+from rain_mergekit.demo.files import configuration
+from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.texts import Texts, read_texts
+from rain_mergekit.evaluation.verify import Streaming, measure
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.report import spectra
+from rain_mergekit.report.figures import COLOURS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rain_mergekit.demo_formats import FORMATS
+from rain_mergekit.demo.formats import FORMATS
 
 
 @dataclass(frozen=True)

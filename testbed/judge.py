@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rain_mergekit.demo_scoring import spaced
+from rain_mergekit.demo.scoring import spaced
 from testbed.divergence import PLACES, log_probabilities, marked
 from testbed.generation import generate
 from testbed.intervals import Numbers, Ratio, described, packed

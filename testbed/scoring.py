@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rain_mergekit.demo_formats import FORMATS, content
-from rain_mergekit.markers import Markers
-from rain_mergekit.thinking import Thought, split_thinking
+from rain_mergekit.demo.formats import FORMATS, content
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.thinking_blocks import Thought, split_thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 

@@ -13,11 +13,13 @@ import torch
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
-from rain_mergekit.capture import Shell, run_layer
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import ReasoningTokens, load_reasoning
-from rain_mergekit.distributed import World
-from rain_mergekit.thinks import Likelihood, likelihood, shortest
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.system.distributed import World
+from rain_mergekit.text.calibration_sets import load_reasoning
+from rain_mergekit.text.token_positions import ReasoningTokens
 from testbed.models import load_tokenizer
 
 TRIOS = Path(__file__).parent / "trios"

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from rain_mergekit.demo_formats import DECORATION
+from rain_mergekit.demo.formats import DECORATION
 from testbed.bytelevel import byte_level_tokenizer
 from testbed.family import Family
 from testbed.scoring import CLOSE, OPEN

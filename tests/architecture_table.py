@@ -12,11 +12,11 @@ import torch
 from architectures import FAMILIES, auto_class, family_config, layers_of
 from torch import Tensor, nn
 
-from rain_mergekit import attention, experts
-from rain_mergekit.attention import AttentionCall, observe_attention
-from rain_mergekit.decoders import empty_model
-from rain_mergekit.modules import HeadLayout, Kind
-from rain_mergekit.observe import SiteMap, capture_inputs, site_name
+from rain_mergekit.capture.input_sites import SiteMap, capture_inputs, site_name
+from rain_mergekit.models import attention, experts
+from rain_mergekit.models.attention import AttentionCall, observe_attention
+from rain_mergekit.models.empty_model import empty_model
+from rain_mergekit.models.head_layout import HeadLayout, Kind
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
-from rain_mergekit.data import load_instruction, load_reasoning
+from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 
 _BASE = {
     "vocab_size": 400,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rain_mergekit.artifact import write_calibration
+from rain_mergekit.calibration_file.writer import write_calibration
 
 WIDTH, RANK, HEADS = 12, 3, 4
 SITES = {

@@ -137,7 +137,7 @@ def serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: PLC0415
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401, PLC0415
 
-    import rain_mergekit.calibrate  # noqa: PLC0415
+    import rain_mergekit.calibration.pipeline  # noqa: PLC0415
     import rain_mergekit.commands.merge  # noqa: F401, PLC0415
 
     for line in sys.stdin:

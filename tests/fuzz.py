@@ -19,7 +19,7 @@ from random import Random
 import test_artifact
 import test_fuzz_readers as readers
 
-from rain_mergekit.artifact import write_calibration
+from rain_mergekit.calibration_file.writer import write_calibration
 
 
 def tests(folder: Path) -> Iterator[tuple[str, Callable[..., None]]]:

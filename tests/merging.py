@@ -27,8 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rain_mergekit.artifact import write_calibration
-from rain_mergekit.checkpoint import fingerprint
+from rain_mergekit.calibration_file.writer import write_calibration
+from rain_mergekit.models.fingerprint import fingerprint
 
 LAYERS, WIDTH, INNER = 2, 32, 48
 SITES = {

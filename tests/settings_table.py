@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from rain_mergekit.settings import RainSettings
+from rain_mergekit.config.settings import RainSettings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
-BEGIN = "<!-- made from rain_mergekit/settings.py: begin -->\n"
-END = "<!-- made from rain_mergekit/settings.py: end -->\n"
+BEGIN = "<!-- made from rain_mergekit/config/settings.py: begin -->\n"
+END = "<!-- made from rain_mergekit/config/settings.py: end -->\n"
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false"}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

@@ -28,9 +28,9 @@ from tiny import Tiny, read_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit import experts
-from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.cli import cli
+from rain_mergekit.models import experts
 
 # Attention that only the family itself can compute: nobody sees its heads.
 CLOSED = {"falcon", "bloom", "mamba"}

@@ -27,10 +27,11 @@ from mutations import FUZZ, chances, changed, edited
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rain_mergekit import atomic
-from rain_mergekit.artifact import CalibrationFile, write_calibration
-from rain_mergekit.artifact_schema import ModelRecord, SitePlan, TensorPlan
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import ModelRecord, SitePlan, TensorPlan
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
+from rain_mergekit.system import atomic_file
 
 DOC = Path(__file__).parents[1] / "docs" / "calibration-file.md"
 RECORD = {"reference": "org/model", "revision": "abc", "fingerprint": {"weights": "00"}}
@@ -273,8 +274,8 @@ def test_a_failing_source_changes_nothing(tmp_path: Path, *, existing: bool) -> 
 
 KILLED = """
 import os, signal, sys, torch
-from rain_mergekit import atomic
-from rain_mergekit.artifact import write_calibration
+from rain_mergekit.system import atomic_file
+from rain_mergekit.calibration_file.writer import write_calibration
 def die():
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 tensors = {"first": torch.ones(300000), "second": die}
@@ -295,7 +296,7 @@ def test_a_killed_process_leaves_nothing_behind(path: Path, sent: str) -> None:
 
 
 def test_file_systems_without_unnamed_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_UNNAMED", 0)
+    monkeypatch.setattr(atomic_file, "_UNNAMED", 0)
     write_calibration(path, HEADER, stored())
     use(path)
     before = path.read_bytes()

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit import attention
-from rain_mergekit.attention import AttentionCall, observe_attention
-from rain_mergekit.data import InstructionTokens, SpanPositions
-from rain_mergekit.probe import SpanProbe
+from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.models import attention
+from rain_mergekit.models.attention import AttentionCall, observe_attention
+from rain_mergekit.text.token_positions import InstructionTokens, SpanPositions
 
 LENGTH = 40
 SPECIAL: dict[str, Any] = {

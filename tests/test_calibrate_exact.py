@@ -15,10 +15,10 @@ from tiny import FAMILIES, MODULES, Dense, Tiny, linear_inputs, unaccepted
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from rain_mergekit.apply import merged_weight
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.chunks import TokenChunks
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.merged_weight import merged_weight
 
 RHO = 0.05
 UNEQUAL = {"coefficients": "closed_form", "rho": RHO, "alpha_min": 0.0, "alpha_max": 5.0}
@@ -401,7 +401,8 @@ def test_a_calibration_path_that_cannot_be_written_is_refused_at_once(trios: Tri
 
 
 def _run(config: Any) -> None:
-    from rain_mergekit.calibrate import RunOptions, calibrate  # noqa: PLC0415
+    from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415
+    from rain_mergekit.calibration.pipeline import calibrate  # noqa: PLC0415
 
     calibrate(config, RunOptions(quiet=True))
 

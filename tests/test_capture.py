@@ -15,11 +15,12 @@ from tiny import FAMILIES, SITES, Dense, Tiny, linear_inputs
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from rain_mergekit import attention
-from rain_mergekit.capture import Shell, run_layer
+from rain_mergekit.capture.input_sites import SiteMap, capture_inputs
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.layerwise_model import Shell
 from rain_mergekit.errors import RainError
-from rain_mergekit.models import LoadOptions, open_trio
-from rain_mergekit.observe import SiteMap, capture_inputs
+from rain_mergekit.models import attention
+from rain_mergekit.models.loading import LoadOptions, open_trio
 
 SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 

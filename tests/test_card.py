@@ -9,9 +9,9 @@ import pytest
 import yaml
 from commands import refused, run, succeed
 
-from rain_mergekit.card import BEGIN, END, TAGS, with_section
 from rain_mergekit.errors import RainError
-from rain_mergekit.front_matter import with_tags
+from rain_mergekit.report.front_matter import with_tags
+from rain_mergekit.report.model_card import BEGIN, END, TAGS, with_section
 
 CONFIG = """\
 merge_method: rain

@@ -28,7 +28,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 import rain_mergekit
-from rain_mergekit.artifact import CalibrationFile, write_calibration
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.cli import cli
 from rain_mergekit.commands.console import duration, size
 from rain_mergekit.commands.merge import merge as merge_command
@@ -370,7 +371,7 @@ def test_interruption_that_says_nothing(place: Workplace, monkeypatch: pytest.Mo
     def interrupted(_path: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rain_mergekit.config.read_config", interrupted)
+    monkeypatch.setattr("rain_mergekit.config.merge_config.read_config", interrupted)
     outcome = run("calibrate", place.yaml)
     assert (outcome.code, outcome.output) == (130, "Interrupted\n")
 
@@ -390,7 +391,7 @@ def test_out_of_memory_is_one_line(
     def fails(_path: object) -> None:
         raise error
 
-    monkeypatch.setattr("rain_mergekit.config.read_config", fails)
+    monkeypatch.setattr("rain_mergekit.config.merge_config.read_config", fails)
     outcome = run("calibrate", place.yaml)
     assert outcome.code == 1
     assert outcome.output.startswith("Error: out of memory in calibrate")

@@ -15,7 +15,7 @@ from commands import Workplace, make_models, make_workplace, refused, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rain_mergekit.staging import staged_folder
+from rain_mergekit.system.staged_folder import staged_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rain_mergekit import coefficients
-from rain_mergekit.attention import AttentionCall
-from rain_mergekit.coefficients import HeadAccumulator, HeadStatistics
-from rain_mergekit.data import InstructionTokens, SpanPositions
+from rain_mergekit.capture.attention_statistics import SpanProbe
 from rain_mergekit.errors import RainError
-from rain_mergekit.probe import SpanProbe
+from rain_mergekit.linalg import coefficients
+from rain_mergekit.linalg.coefficients import HeadAccumulator, HeadStatistics
+from rain_mergekit.models.attention import AttentionCall
+from rain_mergekit.text.token_positions import InstructionTokens, SpanPositions
 
 masses = st.lists(st.floats(0, 1), min_size=2, max_size=6)
 
@@ -137,7 +137,7 @@ def test_small_blocks_give_the_same_statistics(monkeypatch: pytest.MonkeyPatch) 
     span = SpanPositions("one", (1, 2), (8, 9, 10), (11,))
     whole, parts = (SpanProbe(sample(span), leakage_from_thinking=False) for _ in range(2))
     whole(call)
-    monkeypatch.setattr("rain_mergekit.attention.BLOCK_BYTES", 1)
+    monkeypatch.setattr("rain_mergekit.models.attention.BLOCK_BYTES", 1)
     parts(call)
     assert whole.alignment is not None
     assert parts.alignment is not None

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 
 
@@ -223,7 +223,7 @@ def test_a_name_that_is_given_twice(tmp_path: Path) -> None:
 def test_reading_a_configuration_first_leaves_the_method_registered() -> None:
     """mergekit may be imported from here: what registers the method must not be half imported."""
     code = (
-        "import rain_mergekit.config\n"
+        "import rain_mergekit.config.merge_config\n"
         "from mergekit.merge_methods import registry\n"
         "print('rain' in {method.spec.name for method in registry.registered_methods()})"
     )

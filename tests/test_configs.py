@@ -10,9 +10,9 @@ import pytest
 import yaml
 from mergekit.config import MergeConfiguration
 
-from rain_mergekit import data
-from rain_mergekit.config import read_config
-from rain_mergekit.settings import RainSettings
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.text import calibration_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
@@ -42,9 +42,9 @@ def test_configuration_is_read(path: Path) -> None:
     merge = MergeConfiguration.model_validate(load(path))
     assert merge.dtype == "bfloat16"
     # The paths are meant for the project's folder.
-    assert data.read_reasoning(ROOT / config.settings.reasoning_data)
+    assert calibration_sets.read_reasoning(ROOT / config.settings.reasoning_data)
     assert config.settings.instruction_data is not None
-    assert data.read_instruction(ROOT / config.settings.instruction_data)
+    assert calibration_sets.read_instruction(ROOT / config.settings.instruction_data)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -11,8 +11,8 @@ import torch
 from commands import refused, succeed
 from merging import Trio, config, make_calibration, merge
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.published_alpha import read_alpha
+from rain_mergekit.calibration_file.published_coefficients import read_alpha
+from rain_mergekit.calibration_file.reader import CalibrationFile
 
 HEADS, LAYERS = 4, 2  # of the tiny trio: two key/value heads
 

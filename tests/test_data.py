@@ -20,14 +20,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rain_mergekit.data import (
-    InstructionTokens,
-    Markers,
-    ReasoningTokens,
-    load_instruction,
-    load_reasoning,
-)
 from rain_mergekit.errors import RainError
+from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

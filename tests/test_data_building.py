@@ -19,14 +19,15 @@ import pytest
 from commands import MAIN, TRIO, refused, run, succeed
 from watching import untouched
 
-from rain_mergekit.building.balance import Candidate, choose
-from rain_mergekit.building.journal import SUFFIX
-from rain_mergekit.building.judge import DroppedError, keep
-from rain_mergekit.building.tasks import Written
-from rain_mergekit.data import Markers, load_reasoning
-from rain_mergekit.generation import rendered
-from rain_mergekit.measure import open_checkpoint
-from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.data_building.balance import Candidate, choose
+from rain_mergekit.data_building.journal import SUFFIX
+from rain_mergekit.data_building.judge import DroppedError, keep
+from rain_mergekit.data_building.tasks import Written
+from rain_mergekit.models.generation import rendered
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.calibration_sets import load_reasoning
+from rain_mergekit.text.markers import Markers
 
 REASONING = TRIO / "reasoning"
 SHORT = ("--max-new-tokens", 96)

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rain_mergekit.data import (
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.json_samples import read_samples
+from rain_mergekit.text.calibration_sets import read_instruction, read_reasoning
+from rain_mergekit.text.samples import (
     InstructionSample,
     InstructionSpec,
     ReasoningSample,
-    read_instruction,
-    read_reasoning,
+    parse_reasoning,
 )
-from rain_mergekit.errors import RainError
-from rain_mergekit.reading import read_samples
-from rain_mergekit.samples import parse_reasoning
 
 if TYPE_CHECKING:
     from collections.abc import Callable

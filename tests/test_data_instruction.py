@@ -11,11 +11,11 @@ import pytest
 from commands import TRIO, needs_rules, refused, run, succeed
 from watching import untouched
 
-from rain_mergekit.building.marking import _CUES, prompt_spans, response_spans
-from rain_mergekit.data import load_instruction
+from rain_mergekit.data_building.marking import _CUES, prompt_spans, response_spans
 from rain_mergekit.instructions import ifeval, own
-from rain_mergekit.measure import open_checkpoint
-from rain_mergekit.models import LoadOptions, load_tokenizer
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.calibration_sets import load_instruction
 
 REASONING = TRIO / "reasoning"
 SHIPPED = Path(__file__).parents[1] / "calibration" / "instruction.jsonl"

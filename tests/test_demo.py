@@ -17,10 +17,10 @@ from commands import Outcome, everything, refused, run_process, succeed
 from mergekit.config import MergeConfiguration
 from watching import untouched
 
-from rain_mergekit.config import read_config
-from rain_mergekit.demo_files import ASKED, MERGES, TRIO, claim, configurations
-from rain_mergekit.demo_scoring import Record, is_correct, is_followed, read_records, score
-from rain_mergekit.thinking import Thought
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.demo.files import ASKED, MERGES, TRIO, claim, configurations
+from rain_mergekit.demo.scoring import Record, is_correct, is_followed, read_records, score
+from rain_mergekit.text.thinking_blocks import Thought
 
 RAIN, STRONGER = "rain 1.0", "rain 1.2"
 MERGES_OF_RAIN = ("rain", "rain-1.2")

@@ -16,8 +16,9 @@ from commands import run_process
 from forks import Forks, wait_for_stop
 from tiny import INSTRUCTION, REASONING, Tiny
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.calibrate import RunOptions, calibrate
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration_file.reader import CalibrationFile
 
 STRICT = "AUTO,STRICT"
 # Three threads on two busy cores: waiting for each other, they must not take the cores.

@@ -14,9 +14,9 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.distributed import World, join
-from rain_mergekit.features import RowCollector
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.linalg.row_collector import RowCollector
+from rain_mergekit.system.distributed import World, join
 
 
 def torchrun(tiny: Tiny, *options: str) -> subprocess.CompletedProcess[str]:

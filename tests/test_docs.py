@@ -26,11 +26,11 @@ from click.testing import CliRunner
 from doc_blocks import EMPTY, PAGES, ROOT, Block, blocks, fences
 
 import rain_mergekit
-from rain_mergekit import data
-from rain_mergekit.building.constraints import read_constrained
-from rain_mergekit.building.prompts import read_prompts
-from rain_mergekit.config import read_config
-from rain_mergekit.published_alpha import read_alpha
+from rain_mergekit.calibration_file.published_coefficients import read_alpha
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.data_building.constraints import read_constrained
+from rain_mergekit.data_building.prompts import read_prompts
+from rain_mergekit.text import calibration_sets
 
 RULES = ("building-data.md", "evaluation.md")  # pages with IFEval's rules
 PACKAGE = Path(rain_mergekit.__file__).parent
@@ -176,9 +176,9 @@ def test_data_examples_are_usable(block: Block, tmp_path: Path) -> None:
         assert PROMPTS[block.file](path)
         return
     if block.file.startswith("reasoning"):
-        loaded: data.DataSet[Any] = data.load_reasoning(path, characters())
+        loaded: calibration_sets.DataSet[Any] = calibration_sets.load_reasoning(path, characters())
     else:
-        loaded = data.load_instruction(path, characters())
+        loaded = calibration_sets.load_instruction(path, characters())
     assert len(loaded.samples) == loaded.total
     assert not loaded.skipped
 
@@ -290,7 +290,7 @@ INTERNAL = (
     "there is no format version",
     "its metadata has no",
 )
-CONTAINER = ("container.py", "artifact_schema.py", "artifact_writer.py")  # `cannot be used: ...`
+CONTAINER = ("container.py", "schema.py", "writer.py")  # `cannot be used: ...`
 
 
 def internal(text: str) -> bool:
@@ -359,8 +359,8 @@ def test_page_is_tidy(page: Path, check: Callable[[str], bool]) -> None:
 
 def test_calibration_readme_counts() -> None:
     text = (ROOT / "calibration" / "README.md").read_text(encoding="utf-8")
-    reasoning = data.read_reasoning(ROOT / "calibration" / "reasoning.jsonl")
-    instruction = data.read_instruction(ROOT / "calibration" / "instruction.jsonl")
+    reasoning = calibration_sets.read_reasoning(ROOT / "calibration" / "reasoning.jsonl")
+    instruction = calibration_sets.read_instruction(ROOT / "calibration" / "instruction.jsonl")
     kinds = {spec.instruction_id for sample in instruction for spec in sample.instructions}
     total = sum(len(sample.instructions) for sample in instruction)
     assert f"| `reasoning.jsonl` | {len(reasoning)} |" in text

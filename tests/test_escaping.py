@@ -21,19 +21,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import changed
 
-from rain_mergekit import card, recorded, report
-from rain_mergekit.around import Around
-from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.site_names import Site, Spread
+from rain_mergekit.calibration_file.summary import Data, Summary
 from rain_mergekit.commands.console import Console
-from rain_mergekit.config import RainConfig, read_config
+from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import Drift, Place
-from rain_mergekit.front_matter import with_tags
-from rain_mergekit.layerwise import SiteDrift
-from rain_mergekit.sites import Site, Spread
-from rain_mergekit.summary import Data, Summary
-from rain_mergekit.task_vectors import Change, TaskVectors
-from rain_mergekit.verification import Measured
+from rain_mergekit.evaluation import verification_record
+from rain_mergekit.evaluation.divergence import Drift, Place
+from rain_mergekit.evaluation.layerwise_drift import SiteDrift
+from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.task_vectors import Change, TaskVectors
+from rain_mergekit.evaluation.verify import Measured
+from rain_mergekit.report import model_card, page
+from rain_mergekit.report.front_matter import with_tags
 
 # What means something in Markdown, HTML, YAML or a table, and what steers a terminal.
 SPECIAL = "`|<>[]()!*_#&;:'\"\\{}%$~-=+. \n\r\t\x00\x07\x1b\x7f\x85\x9b\u2028\u202e\ud800é"
@@ -45,8 +46,8 @@ WORDS = (
     "` | <b>x</b> | `",
     "``` \n# Owned\n---\nlicense: mit\n---\n",
     "-->",
-    card.END,
-    card.BEGIN,
+    model_card.END,
+    model_card.BEGIN,
     "\x1b]0;owned\x07\x1b[2J",
     "{{ 7 * 7 }}{% raw %}",
     "]]>",
@@ -124,7 +125,9 @@ def test_nothing_breaks_out_of_the_card(
     """Whatever it is, the card has the elements and links that it has with plain names."""
     place = config(tmp_path_factory.getbasetemp())
     plain, odd = (
-        card.section(place, summary(t), recorded.Recorded(0.1, 0.1, 0.1, 3, t, t, t))
+        model_card.section(
+            place, summary(t), verification_record.Recorded(0.1, 0.1, 0.1, 3, t, t, t)
+        )
         for t in ("plain", text)
     )
     assert not controls(odd)
@@ -132,13 +135,13 @@ def test_nothing_breaks_out_of_the_card(
     page = rendered(odd)
     assert page.tags == rendered(plain).tags
     assert page.links == ["https://arxiv.org/abs/2602.22538"]
-    whole = card.with_section("# Mine\n", odd)
-    assert card.with_section(whole, odd) == whole  # the comments around it are still one pair
+    whole = model_card.with_section("# Mine\n", odd)
+    assert model_card.with_section(whole, odd) == whole  # the comments around it are still one pair
 
 
 def test_only_names_of_the_hub_become_links(tmp_path: Path) -> None:
     place = config(tmp_path)
-    page = rendered(card.section(place, summary("org/name-1.5_b"), None))
+    page = rendered(model_card.section(place, summary("org/name-1.5_b"), None))
     assert set(page.links) == {
         "https://arxiv.org/abs/2602.22538",
         "https://huggingface.co/org/name-1.5_b",
@@ -153,7 +156,7 @@ def test_only_names_of_the_hub_become_links(tmp_path: Path) -> None:
         "/a/b",
         "../a",
     ):
-        page = rendered(card.section(place, summary(name), None))
+        page = rendered(model_card.section(place, summary(name), None))
         assert page.links == ["https://arxiv.org/abs/2602.22538"], name
 
 
@@ -163,7 +166,7 @@ def test_front_matter_gets_tags_and_nothing_else(block: str, body: str) -> None:
     """Of any card: refused, or the same block with the tags, before the same text."""
     text = f"---\n{block}\n---\n{body}"
     try:
-        new = with_tags(text, card.TAGS)
+        new = with_tags(text, model_card.TAGS)
     except RainError:
         return
     had = yaml.safe_load(block) if text.count("\n---") == 1 and "\n---" not in block else None
@@ -171,7 +174,7 @@ def test_front_matter_gets_tags_and_nothing_else(block: str, body: str) -> None:
     found = re.match(r"---[ \t]*\r?\n((?:.*\n)*?)---[ \t]*(?:\r?\n|\Z)", new)
     assert found is not None
     content = yaml.safe_load(found[1])
-    assert set(card.TAGS) <= set(content["tags"])
+    assert set(model_card.TAGS) <= set(content["tags"])
     if isinstance(had, dict) and new != text:
         assert {k: v for k, v in content.items() if k != "tags"} == {
             k: v for k, v in had.items() if k != "tags"
@@ -197,15 +200,15 @@ def test_a_measurement_that_is_broken_is_none(
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     text = json.dumps(changed(MEASURED, chance, float("inf"), 10**400, "1e999", "[" * 99))
-    (folder / recorded.NAME).write_text(text)
+    (folder / verification_record.NAME).write_text(text)
     with suppress(RainError):  # where it is whole, the weights are looked at: there are none
-        assert recorded.load(folder) is None
+        assert verification_record.load(folder) is None
 
 
 def test_a_measurement_without_end_is_none(tmp_path: Path) -> None:
     for content in ("[" * 100_000, json.dumps(MEASURED).replace("3", "Infinity")):
-        (tmp_path / recorded.NAME).write_text(content)
-        assert recorded.load(tmp_path) is None
+        (tmp_path / verification_record.NAME).write_text(content)
+        assert verification_record.load(tmp_path) is None
 
 
 def everywhere(folder: Path, text: str) -> str:
@@ -215,11 +218,11 @@ def everywhere(folder: Path, text: str) -> str:
     spread = {0: Spread(0.1, 0.1, 0.1)}
     layers = ({text: SiteDrift(1.0, 0.1)},)
     measured = Measured(layers, drift, Around(spread, spread), None, text)
-    merged = report.Merged(text, {text: {0: 0.5}}, measured, text)
+    merged = page.Merged(text, {text: {0: 0.5}}, measured, text)
     vectors = TaskVectors((Change(text, 0, 1.0, 0.5, None),), 2, (text,))
     remarks = {"created_by": text, "warnings": [text], "settings": {text: text, "window": text}}
     path = calibrations.write(folder / "c", 1, **remarks)
-    return report.render(CalibrationFile.open(path), merged, vectors)
+    return page.render(CalibrationFile.open(path), merged, vectors)
 
 
 def test_nothing_breaks_out_of_the_page(tmp_path: Path) -> None:
@@ -277,7 +280,7 @@ def test_hostile_names_through_every_command(place: Workplace) -> None:
         assert not controls(text), text
         assert "owned" in text
     text = (out / "README.md").read_text(encoding="utf-8")
-    part = text[text.index(card.BEGIN) :]
+    part = text[text.index(model_card.BEGIN) :]
     assert not controls(part)
     assert rendered(part).links == ["https://arxiv.org/abs/2602.22538"]
     assert "img" not in rendered(part).tags
@@ -299,7 +302,7 @@ def test_texts_of_samples_are_shown_not_sent(tmp_path: Path) -> None:
 # Links: a folder that somebody else made must not name what is read into it or overwritten
 
 
-@pytest.mark.parametrize("name", ["README.md", recorded.NAME])
+@pytest.mark.parametrize("name", ["README.md", verification_record.NAME])
 def test_links_that_lead_outside_are_not_followed(
     tmp_path: Path, place: Workplace, name: str
 ) -> None:

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from scipy.special import rel_entr, softmax
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from rain_mergekit import evaluation
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import Markers, ReasoningTokens, load_reasoning
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import Drift, Place, drift, kl_divergence, load_model, token_drift
-from rain_mergekit.generation import generate
-from rain_mergekit.models import load_tokenizer
-from rain_mergekit.thinking import split_thinking
+from rain_mergekit.evaluation import divergence
+from rain_mergekit.evaluation.divergence import Drift, Place, drift, kl_divergence, token_drift
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.generation import generate, load_model
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.calibration_sets import load_reasoning
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.thinking_blocks import split_thinking
+from rain_mergekit.text.token_positions import ReasoningTokens
 
 
 def checkpoint(path: Path) -> Checkpoint:
@@ -92,7 +94,7 @@ def test_chunks_equal_one_dense_forward_pass(
     numbers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "CHUNK_LOGITS", numbers)
+    monkeypatch.setattr(divergence, "CHUNK_LOGITS", numbers)
     ids = samples[0].input_ids
     assert len(ids) > 48  # at the smallest size several chunks
     found = token_drift(reasoning, instruct, ids)

@@ -19,8 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rain_mergekit.calibrate import RunOptions, calibrate
-from rain_mergekit.config import read_config
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.errors import RainError
 
 # The reasoning model stands for the pretrained one

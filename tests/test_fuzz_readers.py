@@ -24,11 +24,11 @@ from mutations import FUZZ, chances, changed, edited, edited_text, value
 from tiny import INSTRUCTION, REASONING, make_tokenizer
 
 import rain_mergekit
-from rain_mergekit.config import read_config
-from rain_mergekit.data import load_reasoning, read_instruction, read_reasoning
+from rain_mergekit.calibration_file.published_coefficients import read_alpha
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
-from rain_mergekit.published_alpha import read_alpha
-from rain_mergekit.settings import RainSettings
+from rain_mergekit.text.calibration_sets import load_reasoning, read_instruction, read_reasoning
 
 KEYS = ("prompt", "reasoning", "response")
 SETS = {
@@ -179,9 +179,9 @@ def test_templates_are_rendered_by_transformers_alone() -> None:
         and node.value.id == "jinja2"
     }
     assert used == {
-        ("template.py", "TemplateError"),
-        ("report.py", "Environment"),
-        ("report.py", "StrictUndefined"),
+        ("chat_template.py", "TemplateError"),
+        ("page.py", "Environment"),
+        ("page.py", "StrictUndefined"),
     }
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rain_mergekit.apply import merged_weight
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.artifact_schema import VERSION
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import VERSION
+from rain_mergekit.linalg.merged_weight import merged_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = {1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75"}

@@ -10,11 +10,10 @@ from mergekit.common import ModelReference
 from tiny import model_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit.capture import Shell
-from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.capture.layerwise_model import Shell
 from rain_mergekit.errors import RainError
-from rain_mergekit.host import lost_tensors, lost_warning
-from rain_mergekit.names import listed_names, merge_names
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.merge_names import listed_names, lost_tensors, lost_warning, merge_names
 
 
 def _lost(family: str, folder: Path) -> tuple[str, ...]:

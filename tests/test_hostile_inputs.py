@@ -14,14 +14,14 @@ import yaml
 from test_fuzz_readers import YAML
 from tiny import Tiny
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.building.prompts import read_prompts
-from rain_mergekit.card import carry_over
-from rain_mergekit.config import read_config
-from rain_mergekit.data import read_instruction, read_reasoning
+from rain_mergekit.calibration_file.published_coefficients import read_alpha
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.data_building.prompts import read_prompts
 from rain_mergekit.errors import RainError
-from rain_mergekit.front_matter import with_tags
-from rain_mergekit.published_alpha import read_alpha
+from rain_mergekit.report.front_matter import with_tags
+from rain_mergekit.report.model_card import carry_over
+from rain_mergekit.text.calibration_sets import read_instruction, read_reasoning
 
 READERS: dict[str, Callable[[Path], object]] = {
     "reasoning": read_reasoning,
@@ -100,11 +100,11 @@ def test_ordinary_aliases_work(tmp_path: Path) -> None:
 # process had before: [bytes, what was raised] for each.
 MEASURE = """
 import json, os, resource, sys
-from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
-from rain_mergekit.published_alpha import read_alpha
-from rain_mergekit.reading import read_samples
-from rain_mergekit.samples import parse_instruction, parse_reasoning
+from rain_mergekit.calibration_file.published_coefficients import read_alpha
+from rain_mergekit.system.json_samples import read_samples
+from rain_mergekit.text.samples import parse_instruction, parse_reasoning
 
 READ = {
     "calibration": CalibrationFile.open,

@@ -16,15 +16,18 @@ from tiny import Dense, Tiny, unaccepted
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rain_mergekit.artifact import CalibrationFile, write_calibration
-from rain_mergekit.calibrate import RunOptions, plan
-from rain_mergekit.checkpoint import Checkpoint
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import plan
+from rain_mergekit.calibration.up_to_date import compare
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
-from rain_mergekit.measure import Texts, moved, open_checkpoint, read_texts
-from rain_mergekit.models import LoadOptions
-from rain_mergekit.staleness import compare
-from rain_mergekit.task_vectors import measure as task_vectors
-from rain_mergekit.verification import Streaming, measure
+from rain_mergekit.evaluation.task_vectors import measure as task_vectors
+from rain_mergekit.evaluation.texts import Texts, read_texts
+from rain_mergekit.evaluation.verify import Streaming, measure
+from rain_mergekit.evaluation.weight_change import moved
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # few rows: 15 think positions, so that the full rank stays below the width

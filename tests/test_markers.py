@@ -18,13 +18,13 @@ from tiny import REASONING, Tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.data import load_instruction, load_reasoning, read_reasoning
-from rain_mergekit.detection import find_markers, tokenizer_markers, written_markers
+from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
-from rain_mergekit.markers import KNOWN, Markers
-from rain_mergekit.measure import Texts, texts_like
-from rain_mergekit.thinking import split_thinking
+from rain_mergekit.evaluation.texts import Texts, texts_like
+from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning, read_reasoning
+from rain_mergekit.text.marker_detection import find_markers, tokenizer_markers, written_markers
+from rain_mergekit.text.markers import KNOWN, Markers
+from rain_mergekit.text.thinking_blocks import split_thinking
 
 Write = Callable[..., Path]
 

@@ -26,10 +26,12 @@ from merging import (
 )
 from safetensors.torch import load_file, save_file
 
-from rain_mergekit.apply import BLOCK_ELEMENTS, MIN_BLOCK_ROWS, Factors, merged_weight
-from rain_mergekit.artifact import CalibrationFile
+from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
-from rain_mergekit.method import RainMerge, RainMergeError, register
+from rain_mergekit.linalg.factors import Factors
+from rain_mergekit.linalg.merged_weight import BLOCK_ELEMENTS, MIN_BLOCK_ROWS, merged_weight
+from rain_mergekit.merge_method.method import RainMerge, register
+from rain_mergekit.merge_method.spec import RainMergeError
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

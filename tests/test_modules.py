@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from rain_mergekit.modules import HeadLayout, Kind
-from rain_mergekit.observe import site_name
+from rain_mergekit.capture.input_sites import site_name
+from rain_mergekit.models.head_layout import HeadLayout, Kind
 
 KINDS = {
     # what a plain decoder has

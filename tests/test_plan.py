@@ -14,17 +14,18 @@ from tiny import FAMILIES, Tiny
 
 from benchmarks.measure import in_child
 from benchmarks.shapes import Shape, TextSet, make_trio, write_config, write_samples
-from rain_mergekit import plan as formulas
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.calibrate import RunOptions, plan
-from rain_mergekit.capture import Shell
+from rain_mergekit.calibration import estimate as formulas
+from rain_mergekit.calibration.estimate import ModelShape, Workload
+from rain_mergekit.calibration.estimate_inputs import model_shape
+from rain_mergekit.calibration.estimate_site import Site, SiteNeeds
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import plan
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.capture.layerwise_model import Shell
 from rain_mergekit.cli import cli
-from rain_mergekit.decoders import decoder_layers
-from rain_mergekit.models import LoadOptions, open_trio
-from rain_mergekit.plan import ModelShape, Workload
-from rain_mergekit.planning import model_shape
-from rain_mergekit.rows import BLOCK_BYTES
-from rain_mergekit.site_memory import Site, SiteNeeds
+from rain_mergekit.linalg.feature_rows import BLOCK_BYTES
+from rain_mergekit.models.empty_model import decoder_layers
+from rain_mergekit.models.loading import LoadOptions, open_trio
 
 SEVEN = ModelShape(
     layers=28,

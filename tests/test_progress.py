@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from tiny import Tiny
 
-from rain_mergekit.calibrate import RunOptions, calibrate
-from rain_mergekit.progress import Progress
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration.progress import Progress
 
 STATE = re.compile(
     r"Layer (\d)/2: +(\d+)%\|.*\| (\S+)/(\S+) \[[\d:]+<[\d:]+, +\S+tok/s, sample (\d+)/(\d+)\]"
@@ -52,7 +53,7 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 SHOWN = """
-from rain_mergekit.progress import Progress
+from rain_mergekit.calibration.progress import Progress
 with Progress(1, 1, 5) as progress:
     progress.layer(0)
     progress.sample(5)

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import rain_mergekit.rows
-from rain_mergekit import projection
+import rain_mergekit.linalg.feature_rows
+from rain_mergekit.calibration.site_solver import solve_site, unconstrained
+from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
-from rain_mergekit.features import Group, RowCollector, spread, weighted_rows
-from rain_mergekit.projection import Factors
-from rain_mergekit.rows import FeatureRows
-from rain_mergekit.settings import RainSettings
-from rain_mergekit.solve import solve_site, unconstrained
+from rain_mergekit.linalg import projection
+from rain_mergekit.linalg.feature_rows import FeatureRows
+from rain_mergekit.linalg.projection import Factors
+from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
+from rain_mergekit.system.evenly_spaced import spread
 
 FEW = settings(max_examples=40)
 shapes = st.tuples(st.integers(1, 24), st.integers(2, 16))
@@ -486,7 +487,7 @@ def test_rows_are_multiplied_in_parts_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype
 ) -> None:
     for name in ("BLOCK_BYTES", "RESPONSE_BYTES"):
-        monkeypatch.setattr(rain_mergekit.rows, name, size)
+        monkeypatch.setattr(rain_mergekit.linalg.feature_rows, name, size)
     blocks = tuple(normal(count, 7, seed=count).to(dtype) for count in (5, 1, 8))
     weights = (0.5, 3.0, 0.1)
     rows = FeatureRows(blocks, weights)

@@ -169,7 +169,7 @@ spec = sys.meta_path[1].find_spec(_autoload.REGISTRY, package)
 assert spec.name == _autoload.REGISTRY and spec.origin.endswith("registry.py")
 assert "def register" in spec.loader.get_source(spec.name), "the loader answers as the real one"
 assert not copy.copy(spec.loader).is_package(spec.name)
-assert "rain_mergekit.method" not in sys.modules, "finding is not importing"
+assert "rain_mergekit.merge_method.method" not in sys.modules, "finding is not importing"
 
 behind.seen.clear()
 from mergekit import merge_methods
@@ -186,7 +186,7 @@ def test_other_finders_are_asked_as_ever_and_finding_does_not_register(
 
 
 def test_the_method_module_may_be_imported_first(installed: Environment) -> None:
-    assert installed.check(f"import rain_mergekit.method; {GET_RAIN}") == "rain"
+    assert installed.check(f"import rain_mergekit.merge_method.method; {GET_RAIN}") == "rain"
 
 
 ALREADY_IMPORTED = f"""
@@ -210,7 +210,7 @@ def test_each_switch_turns_it_off(installed: Environment, switch: str, later: bo
 
 def test_a_broken_method_breaks_nothing_else(fresh: Environment, wheel: Path) -> None:
     fresh.install("pip", str(wheel))
-    method = fresh.packages / "rain_mergekit" / "method.py"
+    method = fresh.packages / "rain_mergekit" / "merge_method" / "method.py"
     method.write_text(SABOTAGE, encoding="utf-8")
     done = fresh.run(fresh.python, "-c", NAMES)
     assert done.returncode == 0, done.stderr
@@ -262,5 +262,5 @@ def test_the_entry_points_are_declared(installed: Environment) -> None:
     assert set(installed.check(script).split()) == {
         "console_scripts:mergekit-rain=rain_mergekit.cli:main",
         "torch.backends:rain_mergekit=rain_mergekit._autoload:install",
-        "mergekit.merge_methods:rain=rain_mergekit.method:RainMerge",
+        "mergekit.merge_methods:rain=rain_mergekit.merge_method.method:RainMerge",
     }

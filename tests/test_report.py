@@ -20,12 +20,14 @@ import torch
 from browser import Page
 from commands import refused, run, succeed
 
-from rain_mergekit import figures, report, spectra
-from rain_mergekit.artifact import CalibrationFile, write_calibration
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.site_names import locate
+from rain_mergekit.calibration_file.summary import changed_settings, summarise
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
-from rain_mergekit.heat_text import BLOCKS, DIGITS, band_names, heat_rows
-from rain_mergekit.sites import locate
-from rain_mergekit.summary import changed_settings, summarise
+from rain_mergekit.report import figures, spectra
+from rain_mergekit.report.page import render
+from rain_mergekit.report.text_heatmap import BLOCKS, DIGITS, band_names, heat_rows
 
 HOSTILE = (
     "</code><script>alert(1)</script><img src='/stolen' onerror=alert(1)>$\\frac{ \x1b[31m\u4f60"
@@ -73,7 +75,7 @@ def page(path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def hostile_page(hostile: Path) -> str:
-    return report.render(CalibrationFile.open(hostile))
+    return render(CalibrationFile.open(hostile))
 
 
 MODULES = ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
@@ -303,7 +305,7 @@ def test_page_without_sites(tmp_path: Path) -> None:
     write_calibration(
         tmp_path / "bare", {k: v for k, v in bare.items() if k != "settings"}, {"x": torch.ones(1)}
     )
-    assert "Nothing: the merge" in report.render(CalibrationFile.open(tmp_path / "bare"))
+    assert "Nothing: the merge" in render(CalibrationFile.open(tmp_path / "bare"))
 
 
 def test_same_numbers_same_picture() -> None:
@@ -331,7 +333,7 @@ def test_help_has_an_example(command: str) -> None:
 def test_missing_library(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RainError, match=rf"needs {name}.*pip install 'rain-mergekit\[report\]'"):
-        report.render(CalibrationFile.open(path))
+        render(CalibrationFile.open(path))
 
 
 # In a browser

@@ -12,9 +12,10 @@ import pytest
 from forks import Forks, wait_for_stop
 from tiny import Tiny
 
-from rain_mergekit.calibrate import RunOptions, calibrate
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.errors import RainError
-from rain_mergekit.workdir import WorkDir
 
 LAYERS = 6
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}

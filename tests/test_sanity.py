@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, Tiny, model_config, random_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.capture import Shell
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import load_reasoning
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.output_head import finishing
+from rain_mergekit.checks.thinking_likelihood import Likelihood
 from rain_mergekit.errors import RainError
-from rain_mergekit.head import finishing
-from rain_mergekit.thinks import Likelihood
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.text.calibration_sets import load_reasoning
 
 MERGED = "model.layers.1.mlp.down_proj.weight"
 

@@ -12,9 +12,10 @@ import torch
 from doc_blocks import ROOT
 from transformers import AutoModelForCausalLM
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.calibrate import RunOptions, calibrate
-from rain_mergekit.config import read_config
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.merge_config import read_config
 from testbed import across, attention, bench, controls, scoreboard, sections, tables
 from testbed.curves import Row, at_gain, best_strength, rows, safe_gain, undominated
 from testbed.intervals import (

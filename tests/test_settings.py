@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rain_mergekit.config.settings import RainSettings, parse_settings
 from rain_mergekit.errors import RainError
-from rain_mergekit.settings import RainSettings, parse_settings
 
 SETS = {"reasoning_data": "r.jsonl", "instruction_data": "i.jsonl"}
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.errors import RainError
-from rain_mergekit.store import ActivationStore
 
 WIDTH = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,11 +12,11 @@ import yaml
 from commands import Workplace, make_models, make_workplace, refused, run, succeed
 from safetensors.torch import load_file
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.card import BEGIN
-from rain_mergekit.measure import moved, open_checkpoint
-from rain_mergekit.models import LoadOptions
-from rain_mergekit.sweep import split_numbers
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.evaluation.sweep import split_numbers
+from rain_mergekit.evaluation.weight_change import moved
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.report.model_card import BEGIN
 
 
 @pytest.fixture(scope="module")

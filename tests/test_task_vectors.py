@@ -17,11 +17,10 @@ from commands import refused, succeed
 from merging import Calibration, Trio, make_calibration
 from test_architectures import store_as_modules
 
-from rain_mergekit.artifact import CalibrationFile
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.measure import open_checkpoint
-from rain_mergekit.models import LoadOptions
-from rain_mergekit.task_vectors import TaskVectors, measure, overlap, principal
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.evaluation.task_vectors import TaskVectors, measure, overlap, principal
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 
 RANK = 3
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rain_mergekit.data import load_reasoning
-from rain_mergekit.demo_formats import FORMATS, content
+from rain_mergekit.demo.formats import FORMATS, content
+from rain_mergekit.text.calibration_sets import load_reasoning
 from testbed import counting, train
 from testbed.colours import COLOURS, moved
 from testbed.divergence import places

@@ -26,7 +26,7 @@ class _Thief(logging.Handler):
 
 @pytest.fixture(name="log")
 def _log() -> Iterator[logging.Logger]:
-    log = logging.getLogger("rain_mergekit.run")
+    log = logging.getLogger("rain_mergekit.calibration.engine")
     level, handlers = log.level, list(log.handlers)
     log.setLevel(logging.INFO)
     yield log

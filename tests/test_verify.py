@@ -20,21 +20,23 @@ from tiny import Tiny, linear_inputs
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit import layerwise
-from rain_mergekit.around import REACH
-from rain_mergekit.behaviour import Behaviour, behaviour, breaks_more
-from rain_mergekit.capture import Shell
-from rain_mergekit.checkpoint import Checkpoint
-from rain_mergekit.data import ReasoningTokens, load_reasoning
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import Drift, Place, drift, load_model
-from rain_mergekit.generation import Answer
-from rain_mergekit.head import finishing
+from rain_mergekit.evaluation import layerwise_drift
+from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
+from rain_mergekit.evaluation.divergence import Drift, Place, drift
+from rain_mergekit.evaluation.marker_distance import REACH
+from rain_mergekit.evaluation.verify import Streaming, measure, verdict
 from rain_mergekit.instructions.prompts import Asked, Instruction, read_prompts
 from rain_mergekit.instructions.rules import follows
-from rain_mergekit.models import LoadOptions, load_tokenizer
-from rain_mergekit.thinking import Thought
-from rain_mergekit.verification import Streaming, measure, verdict
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.generation import Answer, load_model
+from rain_mergekit.models.loading import LoadOptions
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.calibration_sets import load_reasoning
+from rain_mergekit.text.thinking_blocks import Thought
+from rain_mergekit.text.token_positions import ReasoningTokens
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 HOW = Streaming(LoadOptions())
@@ -102,7 +104,7 @@ def test_layer_by_layer_equals_whole_forward_passes(tiny: Tiny) -> None:
 def test_next_tokens_equal_those_of_whole_models(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
+    monkeypatch.setattr(layerwise_drift, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
     samples, folder = samples_of(tiny), tiny.folder
     places = [folder / "reasoning", folder / "bfloat16/merged", folder / "float32/merged"]
     found = measure(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)

@@ -21,9 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rain_mergekit.calibrate import RunOptions, Summary, calibrate
-from rain_mergekit.config import RainConfig, read_config
-from rain_mergekit.data import InstructionTokens, ReasoningTokens, load_instruction, load_reasoning
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import Summary, calibrate
+from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
+from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SITES: Mapping[str, tuple[str, ...]] = {

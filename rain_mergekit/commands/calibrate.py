@@ -52,12 +52,12 @@ def calibrate(config: str, **options: Any) -> None:
     working folder, as mergekit does. An interrupted run goes on when started again. After it,
     `mergekit-yaml CONFIG OUT` merges at any `lambda` without another calibration.
     """
-    from rain_mergekit.calibrate import RunOptions  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.calibration import next_step, run_calibration  # noqa: PLC0415
+    from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
-    from rain_mergekit.config import read_config  # noqa: PLC0415
-    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+    from rain_mergekit.commands.run_calibration import next_step, run_calibration  # noqa: PLC0415
+    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
+    from rain_mergekit.models.loading import LoadOptions  # noqa: PLC0415
 
     leader = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     console = Console(quiet=options["quiet"] or not leader, verbosity=options["verbosity"])

@@ -22,8 +22,8 @@ def card(merged: str, calibration: str | None, *, quiet: bool, verbosity: int) -
     It goes between two comments, and tags go to the head of the page. All other text stays as it
     is. `mergekit-rain merge` does this by itself.
     """
-    from rain_mergekit.card import write_card  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.report.model_card import write_card  # noqa: PLC0415 - keeps --help fast
 
     console = Console(quiet=quiet, verbosity=verbosity)
     changed = write_card(merged, calibration)

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from rain_mergekit.printable import clean_lines
+from rain_mergekit.system.terminal_safe import clean_lines
 
 KIB = 1024
 

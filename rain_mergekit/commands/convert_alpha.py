@@ -23,11 +23,13 @@ def convert_alpha(
     What CALIB protects stays protected. Each key/value head gets the mean of the query heads that
     share it. Layers without coefficients are not merged, as there. docs/migration.md has the rest.
     """
-    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.calibration.up_to_date import protect_foreign  # noqa: PLC0415
+    from rain_mergekit.calibration_file.published_coefficients import (  # noqa: PLC0415
+        read_alpha,
+        with_coefficients,
+    )
+    from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.convert import with_coefficients  # noqa: PLC0415
-    from rain_mergekit.published_alpha import read_alpha  # noqa: PLC0415
-    from rain_mergekit.staleness import protect_foreign  # noqa: PLC0415
 
     console = Console(quiet=quiet, verbosity=verbosity)
     found = read_alpha(alpha)

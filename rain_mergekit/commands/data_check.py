@@ -16,11 +16,12 @@ from rain_mergekit.commands.options import (
     output_options,
     template_option,
 )
-from rain_mergekit.printable import clean
+from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
-    from rain_mergekit.building.checking import Checked
     from rain_mergekit.commands.console import Console
+    from rain_mergekit.data_building.checking import Checked
+
 
 _NAMES = ("", "marker", "protected", "instruction", "follows", "unrelated")
 _COLOURS: tuple[dict[str, Any], ...] = (
@@ -57,11 +58,11 @@ def check(file: str, **options: Any) -> None:
     Without --model characters take the place of tokens. Samples that a calibration would skip are
     listed with the reason. The spans have colours on a terminal, and are listed below the text.
     """
-    from rain_mergekit.building.checking import check_set  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.detection import find_markers, written_markers  # noqa: PLC0415
-    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
-    from rain_mergekit.models import LoadOptions, load_tokenizer  # noqa: PLC0415
+    from rain_mergekit.data_building.checking import check_set  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.tokenizer import load_tokenizer  # noqa: PLC0415
+    from rain_mergekit.text.marker_detection import find_markers, written_markers  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
@@ -99,7 +100,7 @@ def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
 
 def _show(checked: Checked, number: int, console: Console) -> None:
     """The text in colours, which the console leaves out where nobody sees them, and a list."""
-    from rain_mergekit.building.checking import PLAIN, segments  # noqa: PLC0415
+    from rain_mergekit.data_building.checking import PLAIN, segments  # noqa: PLC0415
 
     runs = segments(checked, number)
     console.say(f"\nSample {number}, as the model sees it:\n")

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.building import build, building_options
+from rain_mergekit.commands.data_options import build, building_options
 
 if TYPE_CHECKING:
-    from rain_mergekit.building.balance import Candidate
-    from rain_mergekit.building.judge import Kept
+    from rain_mergekit.data_building.balance import Candidate
+    from rain_mergekit.data_building.judge import Kept
     from rain_mergekit.instructions.prompts import Asked
+
 
 _SHOWN = 3
 
@@ -30,8 +31,8 @@ def instruction(**options: Any) -> None:
     instructions; what follows and what is unrelated is marked by rule. The kinds are in
     docs/building-data.md.
     """
-    from rain_mergekit.building.constraints import read_constrained  # noqa: PLC0415
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.data_building.constraints import read_constrained  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
@@ -44,8 +45,8 @@ def instruction(**options: Any) -> None:
 
 
 def _candidate(prompt: Asked, kept: Kept) -> Candidate:
-    from rain_mergekit.building.balance import Candidate  # noqa: PLC0415
-    from rain_mergekit.building.constraints import make_sample  # noqa: PLC0415
+    from rain_mergekit.data_building.balance import Candidate  # noqa: PLC0415
+    from rain_mergekit.data_building.constraints import make_sample  # noqa: PLC0415
 
     kinds = tuple(dict.fromkeys(item.kind for item in prompt.instructions))
     return Candidate(make_sample(prompt, kept), kinds, len(kept.thinking.split()))

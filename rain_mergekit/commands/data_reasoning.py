@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.commands.building import build, building_options
+from rain_mergekit.commands.data_options import build, building_options
 
 if TYPE_CHECKING:
-    from rain_mergekit.building.balance import Candidate
-    from rain_mergekit.building.judge import Kept
-    from rain_mergekit.building.prompts import Prompt
+    from rain_mergekit.data_building.balance import Candidate
+    from rain_mergekit.data_building.judge import Kept
+    from rain_mergekit.data_building.prompts import Prompt
 
 
 @click.command(
@@ -29,8 +29,8 @@ def reasoning(**options: Any) -> None:
     Chosen are --count samples, balanced over domains and lengths of the thinking. An interrupted
     run goes on where it was; the same seed gives the same set.
     """
-    from rain_mergekit.building.prompts import read_prompts  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
+    from rain_mergekit.data_building.prompts import read_prompts  # noqa: PLC0415 - keeps --help fast
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
@@ -38,7 +38,7 @@ def reasoning(**options: Any) -> None:
 
 
 def _candidate(prompt: Prompt, kept: Kept) -> Candidate:
-    from rain_mergekit.building.balance import Candidate  # noqa: PLC0415
+    from rain_mergekit.data_building.balance import Candidate  # noqa: PLC0415
 
     domain = {"domain": prompt.domain} if prompt.domain else {}
     sample = {"prompt": prompt.text, **domain, **kept.fields}

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rain_mergekit.printable import clean
+from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
-    from rain_mergekit.sites import Kind, Spread
-    from rain_mergekit.summary import Data, Summary
+    from rain_mergekit.calibration_file.site_names import Kind, Spread
+    from rain_mergekit.calibration_file.summary import Data, Summary
+
 
 WIDTH = 80
 # From low to high, in the terminal's 256 colours: blue, grey, orange.
@@ -31,8 +32,8 @@ def inspect(calibration: str, *, as_json: bool) -> None:
     Only the header and the statistics of the heads are read, so large files are quick too.
     `mergekit-rain report` draws more of it.
     """
-    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.summary import summarise  # noqa: PLC0415
+    from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.calibration_file.summary import summarise  # noqa: PLC0415
 
     file = CalibrationFile.open(calibration)
     try:
@@ -121,7 +122,7 @@ def _share(value: Spread | None) -> str:
 
 
 def _coefficients(summary: Summary, *, blocks: bool) -> list[str]:
-    from rain_mergekit.heat_text import BLOCKS, DIGITS, band_names, heat_rows  # noqa: PLC0415
+    from rain_mergekit.report.text_heatmap import BLOCKS, DIGITS, band_names, heat_rows  # noqa: PLC0415
 
     alpha = [layer.heads.get("alpha", ()) for layer in summary.layers]
     finite = [value for column in alpha for value in column if math.isfinite(value)]

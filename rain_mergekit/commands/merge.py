@@ -13,10 +13,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
 from safetensors import safe_open
 
-from rain_mergekit.advice import require_mergeable
-from rain_mergekit.calibrate import RunOptions
-from rain_mergekit.card import carry_over, write_card
-from rain_mergekit.commands.calibration import run_calibration
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.up_to_date import compare
+from rain_mergekit.checks.vocabulary_sizes import require_mergeable
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.options import (
     budget_option,
@@ -25,17 +24,18 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
 )
-from rain_mergekit.completion import Completion
-from rain_mergekit.config import RainConfig, read_config
-from rain_mergekit.deterministic import deterministic
+from rain_mergekit.commands.run_calibration import run_calibration
+from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
-from rain_mergekit.finite import finite
-from rain_mergekit.memory import MERGE, naming_shortage, out_of_memory
-from rain_mergekit.method import register
-from rain_mergekit.models import LoadOptions, open_model
-from rain_mergekit.staging import output_folder, staged_folder
-from rain_mergekit.staleness import compare
-from rain_mergekit.tokenizer_files import restore
+from rain_mergekit.linalg.finite import finite
+from rain_mergekit.merge_method.method import register
+from rain_mergekit.merge_method.missing_tensors import Completion
+from rain_mergekit.merge_method.tokenizer_files import restore
+from rain_mergekit.models.loading import LoadOptions, open_model
+from rain_mergekit.report.model_card import carry_over, write_card
+from rain_mergekit.system.determinism import deterministic
+from rain_mergekit.system.memory import MERGE, naming_shortage, out_of_memory
+from rain_mergekit.system.staged_folder import output_folder, staged_folder
 
 
 @click.command(

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rain_mergekit import strict_blas
 from rain_mergekit.errors import RainError
+from rain_mergekit.system import blas_mode
 
 if TYPE_CHECKING:
     import torch
 
-    from rain_mergekit.markers import Markers
+    from rain_mergekit.text.markers import Markers
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
@@ -65,7 +66,7 @@ def template_option(function: F) -> F:
 
 def given_markers(options: dict[str, Any]) -> Markers | None:
     """The markers of the command line; None where they are to be found out."""
-    from rain_mergekit.markers import Markers  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.text.markers import Markers  # noqa: PLC0415 - keeps --help fast
 
     return Markers.of(options["markers"]) if options["markers"] else None
 
@@ -110,7 +111,7 @@ def budget_option(function: F) -> F:
 def deterministic_option(function: F) -> F:
     """The order of all sums; what it needs is asked for as soon as it is seen (`cli`)."""
     return click.option(
-        strict_blas.OPTION,
+        blas_mode.OPTION,
         is_flag=True,
         help="The same bits whatever the number of threads; slower.",
     )(function)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from rain_mergekit.calibrate import RunOptions, plan
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.commands.console import Console, size
-from rain_mergekit.config import RainConfig
+from rain_mergekit.config.merge_config import RainConfig
 
 _TERA = 1e12
 

@@ -18,10 +18,11 @@ from rain_mergekit.commands.options import (
 from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
-    from rain_mergekit.artifact import CalibrationFile
-    from rain_mergekit.measure import Texts
-    from rain_mergekit.report import Merged
-    from rain_mergekit.task_vectors import TaskVectors
+    from rain_mergekit.calibration_file.reader import CalibrationFile
+    from rain_mergekit.evaluation.task_vectors import TaskVectors
+    from rain_mergekit.evaluation.texts import Texts
+    from rain_mergekit.report.page import Merged
+
 
 _FEW = 8  # samples, where nobody has chosen any
 
@@ -71,10 +72,10 @@ def report(calibration: str, output: str, **options: Any) -> None:
     """
     if options["merged"] is None and (options["reasoning_data"] or options["against"]):
         raise click.UsageError("--against and --reasoning-data are of use with --merged only")
-    from rain_mergekit.artifact import CalibrationFile  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.atomic import replacing  # noqa: PLC0415
+    from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.report import render, require_libraries  # noqa: PLC0415
+    from rain_mergekit.report.page import render, require_libraries  # noqa: PLC0415
+    from rain_mergekit.system.atomic_file import replacing  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     require_libraries()
@@ -89,7 +90,7 @@ def report(calibration: str, output: str, **options: Any) -> None:
 
 def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> TaskVectors | str:
     """The task vectors, or why the page does not show them."""
-    from rain_mergekit.task_vectors import differing, measure, unreachable  # noqa: PLC0415
+    from rain_mergekit.evaluation.task_vectors import differing, measure, unreachable  # noqa: PLC0415
 
     asked: bool | None = options["task_vectors"]
     reason = unreachable(file) if asked is None else None
@@ -97,8 +98,7 @@ def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> Ta
         return reason or "switched off by --no-task-vectors"
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415 - loads transformers
-    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
+    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
 
     console.setup()
     load = LoadOptions.of(options)
@@ -121,7 +121,7 @@ def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> Ta
 
 def _protect_foreign(output: str) -> None:
     """Arguments in the wrong order must not cost somebody a calibration."""
-    from rain_mergekit.atomic import destination  # noqa: PLC0415
+    from rain_mergekit.system.atomic_file import destination  # noqa: PLC0415
 
     path = destination(output)
     if path.is_file() and path.stat().st_size:
@@ -134,13 +134,10 @@ def _protect_foreign(output: str) -> None:
 
 
 def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Merged:
-    from rain_mergekit.measure import (  # noqa: PLC0415 - loads transformers
-        check_reasoning,
-        moved,
-        open_checkpoint,
-    )
-    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
-    from rain_mergekit.report import Merged  # noqa: PLC0415
+    from rain_mergekit.evaluation.comparable import check_reasoning  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.evaluation.weight_change import moved  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.report.page import Merged  # noqa: PLC0415
 
     console.setup()
     load = LoadOptions.of(options)
@@ -152,8 +149,8 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
     texts = _texts(file, options)
     if isinstance(texts, str):
         return Merged(options["merged"], weights, None, texts)
-    from rain_mergekit.commands.measuring import measure_on  # noqa: PLC0415
-    from rain_mergekit.verification import Streaming  # noqa: PLC0415
+    from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import Streaming  # noqa: PLC0415
 
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
     how = Streaming(load, device, dtype, options["activation_budget"])
@@ -164,7 +161,7 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
 
 def _texts(file: CalibrationFile, options: dict[str, Any]) -> Texts | str:
     """What to measure the drift on, or why it is not measured."""
-    from rain_mergekit.measure import recorded_texts, texts_like  # noqa: PLC0415
+    from rain_mergekit.evaluation.texts import recorded_texts, texts_like  # noqa: PLC0415
 
     if options["drift"] is False:
         return "switched off by --no-drift"

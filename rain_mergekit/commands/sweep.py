@@ -20,20 +20,21 @@ from rain_mergekit.commands.merge import (
     restore_tokenizer,
 )
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype
-from rain_mergekit.completion import Completion
-from rain_mergekit.config import RainConfig, read_config
-from rain_mergekit.measure import Ruler, open_checkpoint, texts_like
-from rain_mergekit.models import LoadOptions, open_model
-from rain_mergekit.staging import staged_folder
-from rain_mergekit.sweep import (
+from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.evaluation.sweep import (
     REPORT,
     Row,
+    Ruler,
     at_strength,
     folder_name,
     split_numbers,
     table,
     write_rows,
 )
+from rain_mergekit.evaluation.texts import texts_like
+from rain_mergekit.merge_method.missing_tensors import Completion
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint, open_model
+from rain_mergekit.system.staged_folder import staged_folder
 
 _LAMBDA = "--lambda"
 

@@ -20,13 +20,14 @@ from rain_mergekit.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from rain_mergekit.behaviour import Behaviour
-    from rain_mergekit.checkpoint import Checkpoint
     from rain_mergekit.commands.console import Console
-    from rain_mergekit.data import DataSet
+    from rain_mergekit.evaluation.answers import Behaviour
+    from rain_mergekit.evaluation.texts import Texts
+    from rain_mergekit.evaluation.verify import Measured, Streaming
     from rain_mergekit.instructions.prompts import Asked
-    from rain_mergekit.measure import Texts
-    from rain_mergekit.verification import Measured, Streaming
+    from rain_mergekit.models.checkpoint import Checkpoint
+    from rain_mergekit.text.calibration_sets import DataSet
+
 
 _DAMAGED = 3
 
@@ -83,10 +84,9 @@ def verify(**options: Any) -> None:
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.commands.measuring import measure_on  # noqa: PLC0415
-    from rain_mergekit.measure import open_checkpoint  # noqa: PLC0415
-    from rain_mergekit.models import LoadOptions  # noqa: PLC0415
-    from rain_mergekit.verification import Streaming, verdict  # noqa: PLC0415
+    from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import Streaming, verdict  # noqa: PLC0415
+    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
     console.setup()
@@ -119,7 +119,7 @@ def verify(**options: Any) -> None:
 
 
 def _texts(options: dict[str, Any]) -> Texts:
-    from rain_mergekit.measure import Texts  # noqa: PLC0415
+    from rain_mergekit.evaluation.texts import Texts  # noqa: PLC0415
 
     return Texts(
         path=options["reasoning_data"],
@@ -135,16 +135,16 @@ def _check_folder(merged: str) -> None:
     """Known before anything that takes time."""
     from pathlib import Path  # noqa: PLC0415
 
-    from rain_mergekit.config import read_config  # noqa: PLC0415
+    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
 
     read_config(Path(merged, "mergekit_config.yml"))
 
 
 def _write_card(merged: str, found: Measured, data: DataSet[Any], console: Console) -> None:
-    from rain_mergekit import recorded  # noqa: PLC0415
-    from rain_mergekit.card import write_card  # noqa: PLC0415
+    from rain_mergekit.evaluation import verification_record  # noqa: PLC0415
+    from rain_mergekit.report.model_card import write_card  # noqa: PLC0415
 
-    recorded.save(merged, found.drift, data.path, data.sha256)
+    verification_record.save(merged, found.drift, data.path, data.sha256)
     write_card(merged)
     console.say(f"Wrote it into {merged}/README.md")
 
@@ -153,9 +153,9 @@ def _asked(options: dict[str, Any]) -> list[Asked]:
     """The prompts to answer; checked before anything that takes time."""
     if not options["generate"]:
         return []
-    from rain_mergekit.features import spread  # noqa: PLC0415
     from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
+    from rain_mergekit.system.evenly_spaced import spread  # noqa: PLC0415
 
     prompts = read_prompts(options["prompts"] or options["reasoning_data"])
     asked = [prompts[index] for index in spread(range(len(prompts)), options["generate"])]
@@ -172,7 +172,7 @@ def _generate(
 ) -> dict[str, Behaviour]:
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.verification import answers_of  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import answers_of  # noqa: PLC0415
 
     texts, limit, found = _texts(options), options["max_new_tokens"], {}
     for name, checkpoint in models.items():

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rain_mergekit.behaviour import Behaviour
-    from rain_mergekit.evaluation import Drift
-    from rain_mergekit.layerwise import LayerDrift, SiteDrift
-    from rain_mergekit.verification import Measured
+    from rain_mergekit.evaluation.answers import Behaviour
+    from rain_mergekit.evaluation.divergence import Drift
+    from rain_mergekit.evaluation.layerwise_drift import LayerDrift, SiteDrift
+    from rain_mergekit.evaluation.verify import Measured
+
 
 MOST_LAYERS = 12
 MEANING = {

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rain_mergekit.checkpoint import first_line
 from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import first_line
 
 
 def load(source: str) -> Mapping[str, Any]:

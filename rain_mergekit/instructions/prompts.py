@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.fields import Fields
-from rain_mergekit.reading import StrPath, read_samples
+from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_samples import StrPath, read_samples
 
 
 @dataclass(frozen=True)

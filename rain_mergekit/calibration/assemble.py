@@ -1,0 +1,201 @@
+"""Layer parts -> the calibration file: header, factors, scale vectors, report numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+import rain_mergekit
+from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerPart
+from rain_mergekit.calibration_file.writer import write_calibration
+from rain_mergekit.capture.input_sites import site_name
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg import coefficients
+from rain_mergekit.linalg.coefficients import HeadStatistics
+from rain_mergekit.models.head_layout import HeadLayout
+from rain_mergekit.models.merge_names import Names, Target
+
+Sources: TypeAlias = "dict[str, Tensor | Callable[[], Tensor]]"
+
+
+def write_file(
+    path: Path,
+    header: Mapping[str, Any],
+    parts: Sequence[LayerPart],
+    names: Names,
+    settings: RainSettings,
+) -> tuple[str, ...]:
+    """Add coefficients and write the calibration file atomically; returns recorded warnings.
+
+    header: models, data, settings and warnings so far; the rest is added here. names: what the
+    merge will call each tensor.
+    """
+    sources: Sources = {key: partial(part.read, key) for part in parts for key in part.keys}
+    sites = {name: site for part in parts for name, site in part.sites.items()}
+    tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
+    layers = _coefficients(parts, settings, tensors, sources)
+    left = header.get("untouched", ())
+    warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers, left)]
+    complete = {
+        "created_by": f"rain_mergekit {rain_mergekit.__version__}",
+        **header,
+        "sites": sites,
+        "tensors": _renamed(tensors, names, sources),
+        "layers": layers,
+        "warnings": warnings,
+    }
+    write_calibration(path, complete, sources)
+    return tuple(warnings)
+
+
+def untouched(names: Sequence[str], parts: Sequence[LayerPart]) -> list[str]:
+    """Those of the layers' weights that multiplied no features of a token, e.g. convolutions."""
+    merged = {name for part in parts for name in part.tensors}
+    return [name for name in names if name not in merged]
+
+
+def used_coefficients(
+    statistics: Sequence[HeadStatistics], settings: RainSettings
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Raw (Eq. 15 before clipping) and used coefficients, n_heads each, one entry a layer."""
+    raw = [coefficients.closed_form(item, settings.rho) for item in statistics]
+    low, high = settings.alpha_min, settings.alpha_max
+    if settings.coefficients == "normalized":
+        return raw, coefficients.normalised(raw, low, high)
+    return raw, [coefficients.clip(alpha, low, high) for alpha in raw]
+
+
+def _coefficients(
+    parts: Sequence[LayerPart],
+    settings: RainSettings,
+    tensors: dict[str, dict[str, Any]],
+    sources: Sources,
+) -> list[dict[str, Any]]:
+    """Scale vectors of every tensor, and the statistics behind them."""
+    measured = [part for part in parts if part.statistics is not None]
+    if not measured:
+        if settings.coefficients == "off":
+            return []
+        raise RainError(
+            "the model computes no attention that can be observed: set `coefficients: off`"
+        )
+    raw, used = used_coefficients([p.statistics for p in measured if p.statistics], settings)
+    layers: list[dict[str, Any]] = []
+    for part, raw_alpha, alpha in zip(measured, raw, used, strict=True):
+        assert part.statistics is not None and part.layout is not None  # noqa: S101, PT018
+        name, item = part.name, part.statistics
+        values = {
+            "alignment": item.alignment,
+            "leakage": item.leakage,
+            "gain": coefficients.gain(item, settings.rho),
+            "curvature": coefficients.curvature(item),
+            "alpha_raw": raw_alpha,
+            "alpha": alpha,
+        }
+        keys = {kind: f"stats.{name}.{kind}" for kind in values}
+        sources.update({keys[kind]: value for kind, value in values.items()})
+        layers.append({"name": name, "stats": keys, "heads": asdict(part.layout)})
+        _scale_layer(part, part.layout, alpha, tensors, sources)
+    return layers
+
+
+def _scale_layer(
+    part: LayerPart,
+    layout: HeadLayout,
+    alpha: Tensor,
+    tensors: dict[str, dict[str, Any]],
+    sources: Sources,
+) -> None:
+    for name in part.tensors:
+        entry, module = tensors[name], site_name(name.removeprefix(f"{part.name}."))
+        axis = entry["input_axis"]
+        matrix = entry["shape"][-3 - axis], entry["shape"][axis]
+        scale = layout.scales(module, alpha, matrix)
+        for side, vector in (("rows", scale.rows), ("cols", scale.cols)):
+            if vector is not None:
+                key = f"scale.{part.name}.{module}.{side}"
+                sources[key] = vector.to(STORED_DTYPE)
+                entry[side] = key
+
+
+def _renamed(
+    tensors: Mapping[str, dict[str, Any]], names: Names, sources: Sources
+) -> dict[str, dict[str, Any]]:
+    """The entries under the names of the merge, one an expert where it merges them singly.
+
+    What mergekit leaves out keeps the model's own name.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for name, entry in tensors.items():
+        for target in names(name) or (Target(name),):
+            single = target.expert is not None
+            result[target.name] = _expert(entry, target, sources) if single else entry
+    return result
+
+
+def _expert(entry: Mapping[str, Any], target: Target, sources: Sources) -> dict[str, Any]:
+    """One expert's entry. An expert's rows belong to no head: all have the same scale."""
+    site, rows = entry["site"], entry["rows"]
+    if rows is not None:
+        vector, rows = sources[rows], f"{rows}.{target.shape[0]}"
+        assert isinstance(vector, Tensor)  # noqa: S101 - scales are computed, not read back
+        sources[rows] = vector[: target.shape[0]].clone()
+    own = site if isinstance(site, str) else site[target.expert or 0]
+    return {**entry, "site": own, "shape": list(target.shape), "rows": rows}
+
+
+def _warnings(
+    sites: Mapping[str, Mapping[str, Any]],
+    parts: Sequence[LayerPart],
+    layers: Sequence[Mapping[str, Any]],
+    left: Sequence[str],
+) -> Iterator[str]:
+    capped = [name for name, site in sites.items() if site["capped"]]
+    if capped:
+        yield (
+            f"{len(capped)} of {len(sites)} sites reached the rank cap (the first: {capped[0]}); "
+            "raise `max_rank` or `size_budget` for more protection"
+        )
+    idle = [name for name, site in sites.items() if not site["positions"]]
+    if idle:
+        yield (
+            f"no protected token was routed to {len(idle)} of the experts (the first: {idle[0]}): "
+            "their output weights take the task vector unprojected; more reasoning samples reach "
+            "more experts"
+        )
+    if left:
+        yield (
+            f"{len(left)} weights of the layers are no maps of a token's features and stay the "
+            f"reasoning model's ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
+        )
+    coarse = [name for part in parts for name in _coarse(part)]
+    if layers and coarse:
+        yield (
+            f"{len(coarse)} weights of the attention follow no known layout of heads (the first: "
+            f"{coarse[0]}): they take the mean coefficient of their layer"
+        )
+    depth = sum(bool(part.name) for part in parts)  # the head's part is the model's own
+    if layers and len(layers) < depth:
+        yield (
+            f"{depth - len(layers)} of {depth} layers have no attention that can be "
+            "observed: their coefficients are 1"
+        )
+
+
+def _coarse(part: LayerPart) -> list[str]:
+    """Weights right inside the attention module that have no heads, though they should."""
+    if part.layout is None:
+        return []
+    found = []
+    for name, entry in part.tensors.items():
+        module, axis = site_name(name.removeprefix(f"{part.name}.")), entry["input_axis"]
+        matrix = entry["shape"][-3 - axis], entry["shape"][axis]
+        if part.layout.lacks_heads(module, matrix):
+            found.append(name)
+    return found

@@ -1,0 +1,253 @@
+"""One calibration's walk through the layers; owns the streams of hidden states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rain_mergekit
+from rain_mergekit.calibration.estimate import (
+    Estimate,
+    ModelShape,
+    Workload,
+    estimate,
+    hidden_budget,
+)
+from rain_mergekit.calibration.estimate_inputs import model_shape, workload
+from rain_mergekit.calibration.layer import LayerResult, LayerWalk
+from rain_mergekit.calibration.layer_file import write_part
+from rain_mergekit.calibration.lm_head import HeadWalk, HeadWeight, find_head
+from rain_mergekit.calibration.options import RunOptions, default_dtype, max_rank
+from rain_mergekit.calibration.progress import Progress
+from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
+from rain_mergekit.calibration.samples import Samples, record
+from rain_mergekit.calibration.task_vectors import TrioTensors
+from rain_mergekit.calibration.work_folder import WorkDir
+from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.streams import REASONING, Stream, StreamPlan, build_streams
+from rain_mergekit.capture.token_chunks import TokenChunks
+from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.loading import Trio
+from rain_mergekit.models.tokenizer import tokenizer_digest
+from rain_mergekit.system import blas_mode
+from rain_mergekit.system.distributed import World
+from rain_mergekit.system.memory import CALIBRATION, give_back, naming_shortage
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+LOG = logging.getLogger(__name__)
+
+
+class Run:
+    """The work of one process: its share of the samples, every layer."""
+
+    def __init__(
+        self, config: RainConfig, options: RunOptions, trio: Trio, samples: Samples, world: World
+    ) -> None:
+        self._settings, self._options, self._trio = config.settings, options, trio
+        self._samples, self._world = samples, world
+        dtype = options.dtype or default_dtype(trio, options.device)
+        self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
+        self.indices = range(len(self.shell.layers))
+        self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
+        self._weights.check(self._expected(), self.matrices)
+        self._head = (
+            None
+            if config.settings.lm_head == "off"
+            else find_head(self.shell, trio, self._weights, samples, config.settings)
+        )
+        self.max_rank = max_rank(self.needs[0], config.settings)
+        self._passes: dict[str, int] = {}
+        if len(samples.reasoning.samples) < world.size:
+            raise RainError(
+                f"{world.size} processes for {len(samples.reasoning.samples)} usable reasoning "
+                "samples: start at most one process a sample"
+            )
+
+    @property
+    def matrices(self) -> list[str]:
+        """All weights of the decoder layers that may multiply features."""
+        return [
+            f"{self._name(index)}.{name}"
+            for index in self.indices
+            for name, parameter in self.shell.layers[index].named_parameters()
+            if parameter.dim() > 1
+        ]
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that filling a layer takes from the checkpoint, by name."""
+        return {
+            f"{self._name(index)}.{name}": tuple(tensor.shape)
+            for index in self.indices
+            for name, tensor in self.shell.layers[index].state_dict().items()
+            if tensor.is_meta
+        }
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of all these in the reasoning model's checkpoint."""
+        sources = self.shell.tensors.sources
+        return [part for name in self.matrices for part, _ in sources[name].parts]
+
+    @cached_property
+    def plans(self) -> list[StreamPlan]:
+        """All samples of all streams."""
+        return plan_streams(self._samples, self._settings)
+
+    @cached_property
+    def needs(self) -> tuple[ModelShape, Workload]:
+        """What the memory of this run follows from."""
+        positions = {plan.name: plan.positions for plan in self.plans}
+        vocabulary = 0 if self._head is None else self._head.shape[0]
+        return model_shape(self.shell, vocabulary), workload(
+            self._samples, positions, len(self.plans) - 1, self.shell.dtype
+        )
+
+    @property
+    def parts(self) -> int:
+        """How many parts the calibration file is made of: one a layer, and one for the head."""
+        return len(self.indices) + (self._head is not None)
+
+    def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be equal for an interrupted run to be continued."""
+        identity = {
+            "version": rain_mergekit.__version__,
+            "models": models,
+            "tokenizer": tokenizer_digest(self._trio.reasoning.path),
+            "data": record(self._samples),
+            "settings": self._settings.numbers(),
+            "dtype": str(self.shell.dtype),
+            "device": torch.device(self._options.device).type,
+            "processes": self._world.size,
+        }
+        if self._options.deterministic:
+            identity["deterministic"] = blas_mode.mode()  # which changes the bits of products
+        return identity
+
+    def layer_passes(self) -> dict[str, int]:
+        """Samples x layers by purpose, over all processes."""
+        names = [plan.name for plan in self.plans]
+        counts = self._world.sum(torch.tensor([self._passes.get(name, 0) for name in names]))
+        return dict(zip(names, counts.tolist(), strict=True))
+
+    def walk(self, work: WorkDir) -> tuple[int, Likelihood]:
+        """All layers that are not done yet, in order; returns the first of them.
+
+        Also how likely the markers are by the hidden states that left the last layer.
+        """
+        streams = self._streams(work)
+        stores = {name: stream.store for name, stream in streams.items()}
+        try:
+            first = work.restore(stores)
+            tokens = sum(sum(store.lengths) for store in stores.values())
+            quiet = self._options.quiet or self._world.rank > 0
+            samples = sum(map(len, stores.values()))
+            with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
+                for index in self.indices[first:]:
+                    progress.layer(index)
+                    where = f"in layer {index + 1} of {len(self.indices)}"
+                    with naming_shortage(where, CALIBRATION):
+                        result = self._layer(index, streams, progress.sample)
+                        if self._world.rank == 0:
+                            write_part(work.part(index), self._name(index), result)
+                        LOG.info("finished layer %d of %d", index + 1, len(self.indices))
+                        if index + 1 < self.parts:
+                            work.save(index, stores)
+            if self._head is not None:
+                with naming_shortage("at the output head", CALIBRATION):
+                    self._solve_head(self._head, streams, work.part(len(self.indices)))
+            found = self._likelihood(streams[REASONING])
+        finally:
+            for store in stores.values():
+                store.close()
+        return first, found
+
+    def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
+        original = [stream for name, stream in streams.items() if name != MERGED]
+        walk = HeadWalk(self.shell, self._settings, self._world)
+        result = walk.result(head, self._weights, original, self.max_rank)
+        if self._world.rank == 0:
+            write_part(path, "", result)
+        self._weights.release()
+        LOG.info("finished the output head")
+
+    def _likelihood(self, stream: Stream) -> Likelihood:
+        states = (stream.store.get(index) for index in range(len(stream)))
+        samples = [item for item in stream.samples if isinstance(item, ReasoningTokens)]
+        few = shortest(self._samples.reasoning.samples)
+        return likelihood(self.shell, samples, states, self._world, few)
+
+    def _streams(self, work: WorkDir) -> dict[str, Stream]:
+        oblique = self._settings.projection == "oblique"
+        budget = self._options.activation_budget
+        hidden = hidden_budget(budget, *self.needs, self.max_rank, oblique=oblique)
+        plans = [plan.part(self._world) for plan in self.plans]
+        keep = self._options.keep_on_device
+        folder = work.path / f"process-{self._world.rank}"
+        return build_streams(self.shell, plans, hidden, folder, keep_on_device=keep)
+
+    def estimate(self) -> Estimate:
+        """Memory, disk and operations of the whole run on one process."""
+        oblique = self._settings.projection == "oblique"
+        budget = self._options.activation_budget
+        return estimate(
+            *self.needs,
+            budget=budget,
+            rank=self.max_rank,
+            oblique=oblique,
+            stores_v=self._settings.stores_v,
+        )
+
+    def _layer(
+        self, index: int, streams: Mapping[str, Stream], tick: Callable[[int], object]
+    ) -> LayerResult:
+        chunks, name = TokenChunks(), self._name(index)
+        with self.shell.layer(index) as layer, chunks.applied(layer):
+            walk = LayerWalk(
+                index,
+                layer,
+                name,
+                self._settings,
+                tick,
+                chunks,
+                self._world,
+                self._trio.config.model_type,
+            )
+            sites = SiteMap()
+            original = [stream for name, stream in streams.items() if name != MERGED]
+            collected = walk.features(sites, original)
+            self._count(original)
+            solved = walk.solve(
+                sites,
+                collected,
+                partial(self._task_vector, name),
+                self.max_rank,
+                replace=MERGED in streams,
+            )
+            result = LayerResult(sites, solved)
+            if MERGED in streams:
+                result.statistics, result.layout = walk.statistics(streams[MERGED]) or (None, None)
+                self._count([streams[MERGED]])
+        self._weights.release()
+        give_back()
+        return result
+
+    def _task_vector(
+        self, layer: str, weight: LinearWeight, expert: int | None
+    ) -> Iterator[Tensor]:
+        return self._weights.task_vector(layer, weight, expert, self.shell.device)
+
+    def _name(self, index: int) -> str:
+        return f"{self.shell.prefix}.{index}"
+
+    def _count(self, streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            self._passes[stream.name] = self._passes.get(stream.name, 0) + len(stream)

@@ -1,0 +1,229 @@
+"""What a calibration will need, from shapes and token counts alone: memory, disk, operations.
+
+The formulas are those of docs/performance.md. Bytes unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from rain_mergekit.calibration.estimate_site import FLOAT32, Site, SiteNeeds
+from rain_mergekit.capture.token_chunks import TOKENS
+
+# Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
+LIBRARIES = 40 * 1024**2
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The largest decoder layer and what surrounds it."""
+
+    layers: int
+    layer_parameters: int
+    largest_matrix: int
+    hidden: int
+    heads_width: int
+    ffn: int
+    stored_itemsize: int
+    model_bytes: int
+    # In the order in which they are solved; by default those of a plain decoder: attention (key and
+    # value heads counted as query heads), its output, MLP, its output.
+    sites: tuple[Site, ...] = ()
+    # Rows of the output head where it is merged too, else 0.
+    vocabulary: int = 0
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """As given, or a plain decoder's."""
+        return self.sites or (
+            Site(self.hidden, 3 * self.heads_width, reads=True),
+            Site(self.heads_width, self.hidden),
+            Site(self.hidden, 2 * self.ffn),
+            Site(self.ffn, self.hidden),
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the input sites."""
+        return tuple(site.width for site in self.all_sites)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Token counts of both sets, as they are used."""
+
+    reasoning_lengths: Sequence[int]
+    instruction_lengths: Sequence[int]
+    protected_rows: int
+    instruction_rows: int
+    instruction_passes: int
+    itemsize: int
+    reading_rows: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max((*self.reasoning_lengths, *self.instruction_lengths))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Every pass through a layer, by its length."""
+        return (*self.reasoning_lengths, *tuple(self.instruction_lengths) * self.instruction_passes)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory by part, disk, floating-point operations."""
+
+    memory: Mapping[str, int]
+    work_disk: int
+    file_bytes: int
+    read_bytes: int
+    forward_flops: float
+    statistics_flops: float
+
+    @property
+    def peak(self) -> int:
+        """Highest resident memory above the imports."""
+        return sum(self.memory.values())
+
+
+def layer_memory(shape: ModelShape, itemsize: int) -> int:
+    """One layer in the forward dtype, and one matrix of each other model, as stored.
+
+    Or, once no layer is needed any more, the output heads of both.
+    """
+    converted = shape.layer_parameters * itemsize
+    layer = converted + 2 * shape.largest_matrix * shape.stored_itemsize
+    return max(layer, 2 * shape.vocabulary * shape.hidden * shape.stored_itemsize)
+
+
+def site_needs(shape: ModelShape, work: Workload, rank: int, *, oblique: bool) -> list[SiteNeeds]:
+    """The sites with the rows that reach them; experts are thought to be used alike."""
+    return [
+        SiteNeeds(
+            site,
+            ceil(work.protected_rows * site.share),
+            ceil(work.instruction_rows * site.share),
+            work.reading_rows if site.reads else 0,
+            rank,
+            oblique,
+        )
+        for site in shape.all_sites
+    ]
+
+
+def feature_memory(sites: Sequence[SiteNeeds]) -> int:
+    """Rows of all sites, float32, as the passes leave them."""
+    return sum(site.rows for site in sites)
+
+
+def solver_memory(sites: Sequence[SiteNeeds]) -> int:
+    """What solving one site after the other takes besides `feature_memory`.
+
+    A site's rows are freed when it is solved, so a later one may take more without a higher peak.
+    """
+    freed = kept = most = 0
+    for site in sites:
+        most = max(most, site.solution + kept - freed)
+        freed += site.rows
+        kept += site.result
+    return most
+
+
+def working_memory(shape: ModelShape, work: Workload) -> int:
+    """Activations of one layer on the longest sample: linear, and the MLP in chunks."""
+    attention = 4 * shape.hidden + 4 * shape.heads_width
+    return work.itemsize * (work.longest * attention + min(work.longest, TOKENS) * 4 * shape.ffn)
+
+
+def file_bytes(shape: ModelShape, elements: int, *, stores_v: bool) -> int:
+    """The factors of all layers, for that many elements of U in each, float32."""
+    return shape.layers * elements * (2 if stores_v else 1) * FLOAT32
+
+
+def head_bytes(shape: ModelShape, rank: int, *, stores_v: bool) -> int:
+    """The factors of the output head, and a number for each of its rows, float32."""
+    if not shape.vocabulary:
+        return 0
+    return (rank * shape.hidden * (2 if stores_v else 1) + shape.vocabulary) * FLOAT32
+
+
+def hidden_bytes(shape: ModelShape, work: Workload) -> int:
+    """Hidden states of all streams."""
+    return sum(work.lengths) * shape.hidden * work.itemsize
+
+
+def hidden_budget(
+    budget: int, shape: ModelShape, work: Workload, rank: int, *, oblique: bool
+) -> int:
+    """What the activation budget leaves for hidden states; the rest of them goes to disk."""
+    sites = site_needs(shape, work, rank, oblique=oblique)
+    return max(0, budget - feature_memory(sites) - _transient(shape, work, sites))
+
+
+def _transient(shape: ModelShape, work: Workload, sites: Sequence[SiteNeeds]) -> int:
+    return max(working_memory(shape, work), solver_memory(sites))
+
+
+def estimate(
+    shape: ModelShape,
+    work: Workload,
+    *,
+    budget: int,
+    rank: int,
+    oblique: bool,
+    stores_v: bool,
+) -> Estimate:
+    """Memory, disk and operations of a calibration with at most `rank` directions a site."""
+    sites = site_needs(shape, work, rank, oblique=oblique)
+    hidden = hidden_bytes(shape, work)
+    kept = min(hidden, hidden_budget(budget, shape, work, rank, oblique=oblique))
+    ranks = sum(min(rank, work.protected_rows, width) * width for width in shape.widths)
+    head = min(rank, work.protected_rows, shape.hidden)
+    written = file_bytes(shape, ranks, stores_v=stores_v)
+    written += head_bytes(shape, head, stores_v=stores_v)
+    return Estimate(
+        memory={
+            "layer": layer_memory(shape, work.itemsize),
+            "features": feature_memory(sites),
+            "hidden states": kept,
+            "working space": _transient(shape, work, sites),
+            "libraries": LIBRARIES,
+        },
+        work_disk=hidden - kept + 2 * hidden + written,
+        file_bytes=written,
+        read_bytes=3 * shape.model_bytes,
+        forward_flops=shape.layers * forward_flops(shape, work),
+        statistics_flops=shape.layers * statistics_flops(shape, sites)
+        + 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden),
+    )
+
+
+def forward_flops(shape: ModelShape, work: Workload) -> float:
+    """All passes through one layer: matrices, and causal attention."""
+    matrices = 2.0 * shape.layer_parameters * sum(work.lengths)
+    return matrices + 2.0 * shape.heads_width * sum(length**2 for length in work.lengths)
+
+
+def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
+    """Gram matrices, eigenvectors, responses and oblique solves of one layer's sites."""
+    total = 0.0
+    for needs in sites:
+        width, outputs, rows = needs.site.width, needs.site.outputs, needs.protected
+        small = min(rows, width)
+        total += 1.2 * small * rows * width + 9.0 * small**3 + 2.0 * outputs * width * small
+        if needs.oblique:
+            side = min(needs.instruction, width)
+            total += 1.2 * side * needs.instruction * width + side**3 / 3
+        total += 2 * reading_flops(shape, needs.reading // 2)
+    return total
+
+
+def reading_flops(shape: ModelShape, rows: int) -> float:
+    """What attention reads of the prompts, or of the responses, in one layer."""
+    small = min(rows, shape.hidden)
+    answers = 2.0 * 3 * shape.heads_width * shape.hidden * (rows + small)
+    return 1.2 * small * rows * shape.hidden + 9.0 * small**3 + answers

@@ -1,0 +1,116 @@
+"""The shape and the workload of a real trio and its calibration sets, as `plan` wants them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rain_mergekit.calibration.estimate import ModelShape, Workload
+from rain_mergekit.calibration.estimate_site import Site
+from rain_mergekit.calibration.protected_positions import READ
+from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.models.empty_model import text_config
+from rain_mergekit.models.head_layout import reads
+
+# What families call the number of experts, and how many of them a token goes through.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+
+
+def model_shape(shell: Shell, vocabulary: int = 0) -> ModelShape:
+    """From the modules without weights and the file headers; no tensor is read.
+
+    vocabulary: rows of the output head, if it is merged.
+    """
+    layer = max(shell.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
+    sites = _sites(layer, _experts_share(shell))
+    checkpoint = shell.checkpoint
+    everything = sum(parameter.numel() for parameter in shell.model.parameters())
+    return ModelShape(
+        layers=len(shell.layers),
+        layer_parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        largest_matrix=max(parameter.numel() for parameter in layer.parameters()),
+        hidden=shell.hidden_size,
+        heads_width=max((site.width for name, site in sites if "attn" in name), default=0)
+        or shell.hidden_size,
+        ffn=max(site.width for _, site in sites),
+        stored_itemsize=max(1, min(8, round(checkpoint.bytes / everything))),
+        model_bytes=checkpoint.bytes,
+        sites=tuple(site for _, site in sites),
+        vocabulary=vocabulary,
+    )
+
+
+def _sites(layer: nn.Module, share: float) -> list[tuple[str, Site]]:
+    """Each site with the name of the module around it, in order.
+
+    Weights presumably share an input that have the same parent module and width, and all or none
+    of which make queries, keys or values: as wide as these, the attention's output sees another.
+    Routed experts share their input with their router, and each has a site of its own for its
+    output projection.
+    """
+    sites: dict[tuple[str, int, bool], Site] = {}
+    for name, parameter in layer.named_parameters():
+        module = name.removesuffix(".weight")
+        parent, reading = module.rpartition(".")[0], reads(module)
+        shape = _straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
+        if parameter.dim() == 2 and name.endswith(".weight"):
+            rows, width = shape
+            known = sites.get((parent, width, reading), Site(width, 0))
+            sites[parent, width, reading] = Site(width, known.outputs + rows, 1.0, reading)
+        elif parameter.dim() == 3 and name.endswith("down_proj"):
+            count, rows, width = shape
+            for expert in range(count):
+                sites[f"{name}.{expert}", width, False] = Site(width, rows, share)
+        elif parameter.dim() == 3 and not name.endswith(".weight"):
+            count, rows, width = shape
+            key = (parent.rpartition(".")[0], width, False)  # that of the router beside them
+            known = sites.get(key, Site(width, 0))
+            sites[key] = Site(width, known.outputs + count * rows)
+    return [(parent, site) for (parent, _, _), site in sites.items()]
+
+
+def _straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
+    """(..., d_out, d_in), whichever way round the module holds it."""
+    *first, rows, width = parameter.shape if parameter.dim() > 1 else (1, *parameter.shape)
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return (*first, width, rows) if transposed else (*first, rows, width)
+
+
+def _experts_share(shell: Shell) -> float:
+    """Which share of the tokens a routed expert gets if all get the same; 1 where unknown."""
+    config = text_config(shell.model.config)
+    chosen, count = (
+        next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+        for names in (_CHOSEN, _EXPERTS)
+    )
+    return min(1.0, chosen / count) if chosen and count else 1.0
+
+
+def workload(
+    samples: Samples,
+    positions: Mapping[str, Sequence[Mapping[str, Sequence[int]]]],
+    passes: int,
+    dtype: torch.dtype,
+) -> Workload:
+    """Positions: by stream, for each sample its positions of use by group."""
+    counts = Counter[str]()
+    for stream, members in positions.items():
+        for name, rows in chain.from_iterable(groups.items() for groups in members):
+            counts["reading" if name in READ else stream] += len(rows)
+    instruction = samples.instruction.samples if samples.instruction is not None else ()
+    return Workload(
+        reasoning_lengths=[len(sample.input_ids) for sample in samples.reasoning.samples],
+        instruction_lengths=[len(sample.input_ids) for sample in instruction],
+        protected_rows=counts["reasoning"],
+        instruction_rows=counts["instruction"],
+        instruction_passes=passes,
+        itemsize=dtype.itemsize,
+        reading_rows=counts["reading"],
+    )

@@ -1,0 +1,62 @@
+"""How a calibration runs, and the defaults that depend on the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from rain_mergekit.calibration.estimate import (
+    ModelShape,
+    file_bytes,
+    head_bytes,
+)
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.models.loading import LoadOptions, Trio
+
+MIN_RANK_CAP = 96
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the precompute runs; of these, only dtype, device and deterministic can change a number.
+
+    activation_budget: bytes for hidden states, feature rows and working space; hidden states that
+    find no room in it go to disk.
+    snapshot_seconds: how often (at most) the state for an interrupted run's continuation is saved.
+    keep_on_device: hidden states within the budget stay on the device that computes.
+    deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was not
+    in the environment before torch was loaded, or torch has no MKL, all runs on one thread.
+    """
+
+    load: LoadOptions = field(default_factory=LoadOptions)
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    activation_budget: int = 2 * 1024**3
+    snapshot_seconds: float = 60.0
+    keep_on_device: bool = False
+    deterministic: bool = False
+    quiet: bool = False
+
+
+def max_rank(shape: ModelShape, settings: RainSettings) -> int:
+    """The rank cap: as given, or what the size budget allows (at least MIN_RANK_CAP).
+
+    `rank_by: full` means what it says: only an explicit `max_rank` bounds it.
+    """
+    if settings.max_rank is not None:
+        return settings.max_rank
+    if settings.rank_by == "full":
+        return max(shape.widths)
+    stores_v = settings.stores_v
+    per_rank = file_bytes(shape, sum(shape.widths), stores_v=stores_v)
+    fixed = head_bytes(shape, 0, stores_v=stores_v)
+    per_rank += head_bytes(shape, 1, stores_v=stores_v) - fixed
+    return max(MIN_RANK_CAP, int((settings.size_budget * shape.model_bytes - fixed) / per_rank))
+
+
+def default_dtype(trio: Trio, device: str) -> torch.dtype:
+    """float32 on the CPU (exact, and bfloat16 is slow there), else the checkpoint's own."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return getattr(trio.config, "dtype", None) or torch.bfloat16

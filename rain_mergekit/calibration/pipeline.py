@@ -1,0 +1,143 @@
+"""The calibration precompute: models and data in, one calibration file out, layer by layer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rain_mergekit.calibration.assemble import untouched, write_file
+from rain_mergekit.calibration.engine import Run
+from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.layer_file import LayerPart, read_part
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.samples import Samples, load_samples, record
+from rain_mergekit.calibration.work_folder import WorkDir
+from rain_mergekit.checks.trio import check_thinking, check_trio
+from rain_mergekit.checks.vocabulary_sizes import warnings_of
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.fingerprint import fingerprint
+from rain_mergekit.models.loading import Trio, open_trio
+from rain_mergekit.models.merge_names import lost_tensors, merge_names
+from rain_mergekit.system.atomic_file import destination
+from rain_mergekit.system.determinism import deterministic
+from rain_mergekit.system.distributed import World, join, leave
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished calibration reports; layer_passes counts samples x layers by purpose."""
+
+    path: Path
+    seconds: float
+    bytes: int
+    layers: int
+    first_layer: int
+    mean_rank: float
+    samples: Samples
+    layer_passes: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+def calibrate(config: RainConfig, options: RunOptions) -> Summary:
+    """Run the calibration that `config` describes and write the file that it names.
+
+    Raises RainError for anything wrong with the input; then no calibration file is written.
+    """
+    start = time.monotonic()
+    _check_writable(config.calibration)
+    world = join(options.device)
+    try:
+        with deterministic(world.device, wanted=options.deterministic):
+            return _calibrate(config, options, world, start)
+    finally:
+        leave(world)
+
+
+def plan(config: RainConfig, options: RunOptions) -> Estimate:
+    """What `calibrate` would need, from file headers and token counts; nothing is run."""
+    trio = open_trio(config, options.load)
+    samples = load_samples(config.settings, trio)
+    run = Run(config, options, trio, samples, World(torch.device("cpu")))
+    return run.estimate()
+
+
+def _calibrate(config: RainConfig, options: RunOptions, world: World, start: float) -> Summary:
+    trio = open_trio(config, options.load)
+    samples = load_samples(config.settings, trio)
+    models = _model_records(trio)
+    run = Run(config, options, trio, samples, world)
+    accept = config.settings.accept
+    names = merge_names(trio.config, run.shell.tensors)
+    advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))
+    noted = check_trio(trio, models, run.tensors, samples.markers, accept)
+    job = run.identity(models)
+    with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
+        first, likely = run.walk(work)
+        world.wait()
+        noted += check_thinking(likely, run.shell, trio, samples.reasoning.samples, accept)
+        parts = [read_part(work.part(index)) for index in range(run.parts)]
+        header = {
+            "models": models,
+            "data": record(samples),
+            "settings": config.settings.model_dump(mode="json"),
+            "run": {
+                "dtype": str(run.shell.dtype).removeprefix("torch."),
+                "device": job["device"],
+                "tokenizer": job["tokenizer"],
+                "likelihood": likely.rounded(),
+                **({"deterministic": True} if options.deterministic else {}),
+            },
+            "untouched": untouched(run.matrices, parts),
+            "warnings": [*noted, *advice],
+        }
+        warnings: tuple[str, ...] = ()
+        if world.rank == 0:
+            warnings = write_file(config.calibration, header, parts, names, config.settings)
+    return Summary(
+        path=config.calibration,
+        seconds=time.monotonic() - start,
+        bytes=config.calibration.stat().st_size,
+        layers=len(run.indices),
+        first_layer=first,
+        mean_rank=_mean_rank(parts),
+        samples=samples,
+        layer_passes=run.layer_passes(),
+        warnings=warnings,
+    )
+
+
+def _model_records(trio: Trio) -> dict[str, Any]:
+    return {
+        role: {
+            "reference": str(checkpoint.reference),
+            "revision": checkpoint.revision,
+            "fingerprint": fingerprint(checkpoint.path),
+        }
+        for role, checkpoint in trio.items().items()
+    }
+
+
+def _mean_rank(parts: Sequence[LayerPart]) -> float:
+    ranks = [int(site["rank"]) for part in parts for site in part.sites.values()]
+    return sum(ranks) / len(ranks)
+
+
+def _check_writable(path: Path) -> None:
+    folder = destination(path).parent
+    try:
+        if not path.is_symlink():  # where a link leads to, nobody has asked for a folder
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RainError(
+            f"{folder}: cannot write the calibration file there ({error.strerror}); choose another "
+            "`parameters.calibration`, or give yourself write permission"
+        ) from None

@@ -1,0 +1,131 @@
+"""From the features and task vectors of one input site to its rank, factors and report numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg import projection
+from rain_mergekit.linalg.feature_rows import FeatureRows
+from rain_mergekit.linalg.projection import Factors
+from rain_mergekit.system.memory import give_back
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """What the calibration file records of one site (width d, rank r)."""
+
+    width: int
+    positions: int
+    factors: Factors
+    spectrum: Tensor
+    energies: Tensor
+    kept_energy: float
+    kept_response_energy: float
+    capped: bool
+
+    @property
+    def rank(self) -> int:
+        """Number of protected directions."""
+        return int(self.factors.u.shape[1])
+
+
+def solve_site(
+    name: str,
+    rows: Tensor | FeatureRows,
+    positions: int,
+    instruction_rows: Tensor | FeatureRows | None,
+    deltas: Iterable[Tensor],
+    settings: RainSettings,
+    max_rank: int,
+    read: Sequence[Tensor | FeatureRows] = (),
+) -> SiteResult:
+    """Choose the rank and compute U, V of one site.
+
+    rows: n x d weighted features; instruction_rows: m x d or None (orthogonal);
+    deltas: the task vectors (d_out x d) of the modules that share the site, or blocks of their
+    rows; gone through once, and once more for each of `read`.
+    read: features (n x d) of which only `reading_share` of the response is to be protected.
+    Raises RainError naming the site if the basis would fill the whole space.
+    """
+    try:
+        found = projection.spectrum(rows)
+        give_back()
+        others = [FeatureRows.of(more).near_unit() for more in read]
+        answers = projection.response_energies([found, *others], deltas)
+        energies = answers[0] * found.total
+        give_back()
+        order, wanted = _select(found.values, energies, settings)
+        rank = min(wanted, max_rank)
+        chosen = order[:rank]
+        if rank >= found.width:
+            raise RainError(_full_space(found.width))
+        basis = found.directions(chosen)
+        room = min(max_rank, found.width - 1)
+        for more, answer in zip(others, answers[1:], strict=True):
+            total, share = float(answer.sum()), settings.reading_share
+            basis = projection.covered(basis, more, total, deltas, share, room)
+            give_back()
+        factors = _factors(basis, instruction_rows, settings)
+    except RainError as error:
+        raise RainError(f"{name}: {error}") from None
+    if settings.ridge > 0:
+        weights = projection.ridge_weights(found.values[chosen], settings.ridge)
+        whole = weights.new_ones(basis.shape[1] - rank)
+        factors = projection.soften(factors, torch.cat([weights, whole]))
+    return SiteResult(
+        width=found.width,
+        positions=positions,
+        factors=factors,
+        spectrum=found.values,
+        energies=energies,
+        kept_energy=_share(found.values, chosen, found.total),
+        kept_response_energy=_share(energies, chosen, float(energies.sum())),
+        capped=rank < wanted,
+    )
+
+
+def unconstrained(width: int) -> SiteResult:
+    """The site of an expert to which no protected token was routed: nothing is projected."""
+    none = torch.zeros(width, 0, dtype=torch.float64)
+    empty = torch.zeros(0, dtype=torch.float64)
+    return SiteResult(width, 0, Factors(none, none), empty, empty, 1.0, 1.0, capped=False)
+
+
+def _select(values: Tensor, energies: Tensor, settings: RainSettings) -> tuple[Tensor, int]:
+    """The order in which directions are protected, and how many the rule asks for."""
+    by_value = torch.arange(values.numel(), device=values.device)
+    if settings.rank_by == "response_energy":
+        order = energies.argsort(descending=True, stable=True)
+        return order, projection.count_for_share(energies[order], settings.rank_share)
+    if settings.rank_by == "energy":
+        return by_value, projection.count_for_share(values, settings.rank_share)
+    if settings.rank_by == "tolerance":
+        return by_value, projection.count_above(values, settings.rank_tolerance)
+    if settings.rank_by == "count":
+        return by_value, min(settings.rank_count or 0, values.numel())
+    return by_value, values.numel()
+
+
+def _factors(
+    basis: Tensor, instruction_rows: Tensor | FeatureRows | None, settings: RainSettings
+) -> Factors:
+    if settings.projection == "oblique" and instruction_rows is not None:
+        return projection.oblique_factors(basis, instruction_rows, settings.epsilon)
+    return projection.orthogonal_factors(basis)
+
+
+def _share(energies: Tensor, chosen: Tensor, total: float) -> float:
+    return float(energies[chosen].sum()) / total if total > 0 else 1.0
+
+
+def _full_space(width: int) -> str:
+    return (
+        f"the protected basis fills all {width} directions, so nothing would be merged; "
+        "use rank_by: response_energy or energy, a smaller rank_share, or max_rank"
+    )

@@ -1,0 +1,116 @@
+"""The linear weights of the three models of a calibration: their shapes and task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.capture.input_sites import LinearWeight
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.feature_rows import TASK_ROWS
+from rain_mergekit.models.loading import Trio
+from rain_mergekit.models.model_tensors import ModelTensors
+
+
+class TrioTensors:
+    """Tensors of the three models under the names of the reasoning model's modules."""
+
+    def __init__(self, trio: Trio, model: nn.Module, reasoning: ModelTensors) -> None:
+        self.instruct = ModelTensors(trio.instruct, model)
+        self.pretrained = ModelTensors(trio.pretrained, model)
+        self._models = {
+            "reasoning": reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+
+    def task_vector(
+        self, layer: str, weight: LinearWeight, expert: int | None, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Delta = theta_I - theta_B of one weight in blocks of rows (n, d_in), float32, in order.
+
+        Of all experts, or of one. The blocks are read when asked for. RainError if one is not
+        finite.
+        """
+        name = f"{layer}.{weight.name}"
+        tensors = [self.instruct.get(name), self.pretrained.get(name)]
+        if weight.input_axis == -2:
+            tensors = [tensor.mT for tensor in tensors]
+        if expert is not None:
+            tensors = [tensor[expert] for tensor in tensors]
+        matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
+        for tuned, origin in matrices:
+            yield from self._blocks(name, tuned, origin, device)
+        # Else all of a layer's weights that were looked at stay mapped, and so in memory.
+        for model in (self.instruct, self.pretrained):
+            model.checkpoint.release()
+
+    def of_tokens(self, name: str, rows: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """Delta of a weight with a row for each token, in blocks (n, d_in), float32.
+
+        Only those rows that the mask says, (vocabulary) bool, and that both models have. The weight
+        is never in float32 as a whole.
+        """
+        tuned, origin = self.instruct.of_tokens(name), self.pretrained.of_tokens(name)
+        count = min(len(tuned), len(origin), len(rows))
+        deltas = self._blocks(name, tuned[:count], origin[:count], device)
+        for delta, chosen in zip(deltas, torch.split(rows[:count], TASK_ROWS), strict=True):
+            if bool(chosen.any()):
+                yield delta[chosen.to(device)]
+
+    def _blocks(
+        self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device
+    ) -> Iterator[Tensor]:
+        blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
+        for tuned, origin in zip(*blocks, strict=True):
+            # Moved as stored: converted before, twice as many bytes would go to a GPU.
+            delta = tuned.to(device).to(torch.float32, copy=True)
+            delta -= origin.to(device).to(torch.float32)
+            if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
+                raise RainError(self._not_finite(name, tuned, origin))
+            yield delta
+
+    def _not_finite(self, name: str, instruct: Tensor, pretrained: Tensor) -> str:
+        for model, tensor in ((self.instruct, instruct), (self.pretrained, pretrained)):
+            if not bool(torch.isfinite(tensor).all()):
+                who = f"{model.checkpoint.reference}: tensor {name}"
+                return f"{who} contains NaN or Inf: the checkpoint is damaged, fetch it again"
+        return f"{name}: the difference of the instruct and the pretrained model is beyond float32"
+
+    def check(self, layers: Mapping[str, tuple[int, ...]], matrices: Collection[str]) -> None:
+        """What the calibration will read is there and fits; RainError lists every problem at once.
+
+        Args:
+            layers: the shapes that the reasoning model's config asks for, of all tensors of its
+                decoder layers.
+            matrices: those of them that may be merged: all three models need them, as numbers.
+        """
+        problems = list(self._problems(layers, set(matrices)))
+        if problems:
+            shown = "; ".join(problems[:20])
+            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise RainError(
+                f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
+                "They must be of the same family and size, and not quantised"
+            )
+
+    def _problems(
+        self, layers: Mapping[str, tuple[int, ...]], matrices: Collection[str]
+    ) -> Iterator[str]:
+        for role, tensors in self._models.items():
+            shapes = tensors.shapes(layers)
+            for name, expected in layers.items():
+                found = shapes.get(name)
+                if found is None and (role == "reasoning" or name in matrices):
+                    yield f"{role}: {name} is missing"
+                elif found is not None and found != expected:
+                    yield f"{role}: {name} is {list(found)}, expected {list(expected)}"
+            for name, kind in tensors.coded(matrices).items():
+                yield f"{role}: {name} is stored as {kind}, expected a plain weight"
+
+    def release(self) -> None:
+        """Close all shards."""
+        for tensors in self._models.values():
+            tensors.release()

@@ -1,0 +1,204 @@
+"""Was a calibration file made from this configuration? If not: what differs, exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rain_mergekit.calibration_file.container import LENGTH_BYTES, MAX_HEADER
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import FORMAT, VERSION, ModelRecord
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.fingerprint import fingerprint
+from rain_mergekit.models.loading import LoadOptions, open_model
+from rain_mergekit.models.tokenizer import tokenizer_digest
+from rain_mergekit.system.atomic_file import destination
+from rain_mergekit.system.json_samples import file_digest
+
+# Where the data lie does not matter; their digests are compared instead.
+_PATHS = ("reasoning_data", "instruction_data")
+# Settings that came later, and the value with which everything is as it was before.
+_AS_BEFORE = {"lm_head": "off"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """differences: why the file has to be made (again); unchecked: what could not be compared."""
+
+    differences: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def current(self) -> bool:
+        """Whether the file can be used as it is."""
+        return not self.differences
+
+
+def compare(config: RainConfig, options: LoadOptions) -> Comparison:
+    """Compare the calibration file with the configuration that names it.
+
+    Raises RainError for what a new calibration must not paper over: a foreign file, one of a newer
+    format, models in each other's roles.
+    """
+    path = config.calibration
+    protect_foreign(path)
+    if not path.exists():
+        return Comparison((f"{path} does not exist",))
+    try:
+        file = CalibrationFile.open(path)
+        file.verify()
+    except RainError as error:
+        if _version(_metadata(path)) > VERSION:
+            raise
+        return Comparison((str(error),))
+    try:
+        data, unchecked = _data(file.header, config.settings)
+        models = list(_models(file.models, config, options))
+        models += _tokenizer(file.header, config, options)
+        settings = list(_settings(file.header, config.settings))
+        return Comparison((*settings, *data, *models), tuple(unchecked))
+    finally:
+        file.close()
+
+
+def protect_foreign(path: Path) -> None:
+    """Raise RainError if `path` holds something else than a calibration file, or cannot be one."""
+    there = destination(path).is_file() and path.stat().st_size
+    if there and _metadata(path).get("format") != FORMAT:
+        raise RainError(
+            f"{path} exists and is not a calibration file: it will not be overwritten; correct "
+            "`parameters.calibration`, or move the file away"
+        )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The safetensors metadata, read leniently: of a damaged file too, as far as it goes."""
+    try:
+        with path.open("rb") as file:
+            length = min(int.from_bytes(file.read(LENGTH_BYTES), "little"), MAX_HEADER)
+            text = file.read(length)
+        document = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return _cut_metadata(path)
+    found = document.get("__metadata__") if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _cut_metadata(path: Path) -> dict[str, Any]:
+    """What can be told of a file that ends in, or is broken within, its header."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return {}
+    return {"format": FORMAT} if f'"format":"{FORMAT}"'.encode() in start else {}
+
+
+def _version(metadata: Mapping[str, Any]) -> int:
+    text = str(metadata.get("format_version", ""))
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
+def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
+    recorded = header.get("settings") or {}
+    # The paths are not compared; whatever stands there makes the rest readable.
+    completed = {"reasoning_data": "-", "instruction_data": "-", **recorded}
+    try:
+        made = RainSettings.model_validate(completed)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        yield f"its settings cannot be read ({fields})"
+        return
+    old, new = made.numbers(), wanted.numbers()
+    for name, value in new.items():
+        if name in _PATHS:
+            continue
+        if recorded and name not in recorded:  # it was made before there was this setting
+            if _AS_BEFORE.get(name) == value:
+                continue
+            yield f"rain.{name} is {_short(value)}, and it knows no such setting"
+        elif old[name] != value:
+            yield f"rain.{name} is {_short(value)}, was {_short(old[name])}"
+
+
+def _data(header: Mapping[str, Any], settings: RainSettings) -> tuple[list[str], list[str]]:
+    """Differences, and what cannot be compared because the file is not here."""
+    differences, unchecked = [], []
+    sets = {"reasoning": settings.reasoning_data}
+    if settings.needs_instruction_data and settings.instruction_data is not None:
+        sets["instruction"] = settings.instruction_data
+    recorded = header.get("data") or {}
+    for name, path in sets.items():
+        found = file_digest(path)
+        record = recorded.get(name)
+        digest = record.get("sha256") if isinstance(record, dict) else None
+        if found is None:
+            unchecked.append(f"rain.{name}_data: {path} is not there to be compared")
+        elif digest is None:
+            differences.append(f"rain.{name}_data: it was made without")
+        elif found != digest:
+            differences.append(f"rain.{name}_data: the content of {path} has changed")
+    return differences, unchecked
+
+
+def _models(
+    recorded: Mapping[str, ModelRecord], config: RainConfig, options: LoadOptions
+) -> Iterator[str]:
+    found = {role: _fingerprint(model, options) for role, model in config.models.items()}
+    made = {role: record.fingerprint for role, record in recorded.items()}
+    _refuse_swapped(made, found, config)
+    for role, model in config.models.items():
+        record = recorded[role]
+        if record.fingerprint is None:
+            if record.reference != str(model):
+                yield f"the {role} model is {model}, was {record.reference}"
+            continue
+        parts = [part for part, hexa in record.fingerprint.items() if found[role].get(part) != hexa]
+        if parts and record.reference != str(model):
+            yield f"the {role} model is {model}, was {record.reference}"
+        elif parts:
+            yield f"the {role} model {model} has changed ({', '.join(parts)})"
+
+
+def _tokenizer(
+    header: Mapping[str, Any], config: RainConfig, options: LoadOptions
+) -> Iterator[str]:
+    recorded = (header.get("run") or {}).get("tokenizer")  # older files have none
+    path = open_model(config.reasoning, options).path
+    if recorded is not None and recorded != tokenizer_digest(path):
+        yield f"the tokenizer or the chat template of the reasoning model {path} has changed"
+
+
+def _refuse_swapped(
+    made: Mapping[str, Mapping[str, str] | None],
+    found: Mapping[str, Mapping[str, str]],
+    config: RainConfig,
+) -> None:
+    """The same three models in other roles are a slip, not a new merge."""
+    if any(digests is None for digests in made.values()):
+        return
+    same = [role for role in found if found[role] == made[role]]
+    known = all(any(digests == other for other in made.values()) for digests in found.values())
+    distinct = len({tuple(sorted(digests.items())) for digests in found.values()}) == len(found)
+    if known and distinct and len(same) < len(found):
+        swapped = [role for role in found if role not in same]
+        names = " and ".join(f"{config.models[role]} as {role}" for role in swapped)
+        raise RainError(
+            f"{config.path}: {names}: {config.calibration} was made with these models in each "
+            "other's roles; correct the roles (or delete that file to calibrate this way)"
+        )
+
+
+def _fingerprint(model: Any, options: LoadOptions) -> dict[str, str]:
+    return fingerprint(open_model(model, options).path)
+
+
+def _short(value: object) -> str:
+    return json.dumps(value)

@@ -1,0 +1,179 @@
+"""The folder beside the calibration file that lets an interrupted run go on where it was.
+
+It holds one file a finished layer and, from time to time, all hidden states after a layer. It is
+only used again by a run of the same job: same models, data, settings, dtype and version.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.atomic_file import replacing
+from rain_mergekit.system.distributed import World
+
+LOG = logging.getLogger(__name__)
+# What a work folder may hold: anything else in it is not ours to delete.
+_OURS = re.compile(r"lock|(job|snapshot)\.json|(layer|hidden|process)-.*|\..*\.tmp", re.DOTALL)
+
+
+class WorkDir:
+    """Locked for one process at a time; removed when the calibration file stands.
+
+    Leaving the context by an exception keeps the folder only if there is something to go on from.
+    """
+
+    def __init__(
+        self, calibration: Path, job: Mapping[str, Any], world: World, *, every: float
+    ) -> None:
+        self.path = calibration.with_name(calibration.name + ".work")
+        self._job = json.dumps(job, sort_keys=True)
+        self._world, self._every, self._last = world, every, time.monotonic()
+        self._lock: int | None = None
+
+    def __enter__(self) -> WorkDir:  # noqa: PYI034 - Self needs Python 3.11
+        if self._world.rank == 0:
+            self._lock_folder()
+            try:
+                self._prepare()
+            except BaseException:  # also Ctrl-C: __exit__ is only called once this has returned
+                self._close(keep=self.finished_layer() is not None)
+                raise
+        self._world.wait()
+        return self
+
+    def _prepare(self) -> None:
+        if self._read("job.json") != self._job:
+            self._clear()
+            with replacing(self.path / "job.json") as out:
+                out.write(self._job.encode())
+
+    def _lock_folder(self) -> None:
+        self._refuse_foreign()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RainError(
+                f"{self.path}: another calibration is writing there; wait for it to end, or give "
+                "this one another `parameters.calibration`"
+            ) from None
+        except OSError as error:
+            raise RainError(f"{self.path}: cannot be used as work folder: {error}") from None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._world.wait()
+        if self._lock is None:
+            return
+        self._close(keep=kind is not None and self.finished_layer() is not None)
+
+    def _close(self, *, keep: bool) -> None:
+        if not keep:
+            self._forget()
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        """A folder that happens to have our name may hold somebody's files: leave it alone.
+
+        Nothing of ours is a link: what is written would replace the file to which one leads.
+        """
+        if not self.path.is_dir():
+            return
+        foreign = [p.name for p in self.path.iterdir() if not _OURS.fullmatch(p.name)]
+        foreign += [p.name for p in self.path.rglob("*") if p.is_symlink()]
+        if foreign:
+            raise RainError(
+                f"{self.path}: holds files that are not of a calibration ({min(foreign)}); "
+                "move them, or give the calibration another `parameters.calibration`"
+            )
+
+    def finished_layer(self) -> int | None:
+        """The layer after which hidden states were last saved, or None (also if unreadable)."""
+        text = self._read("snapshot.json")
+        try:
+            return None if text is None else int(json.loads(text)["layer"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def restore(self, streams: Mapping[str, ActivationStore]) -> int:
+        """Load the last saved hidden states; returns the first layer that is still to do."""
+        layer = self.finished_layer()
+        if self._world.rank == 0:
+            self._drop_snapshots(except_for=layer)
+        if layer is None:
+            return 0
+        try:
+            for name, store in streams.items():
+                store.load(self._snapshot(layer, name))
+        except OSError as error:
+            raise RainError(
+                f"{self.path}: cannot be continued ({error}); remove the folder and run again"
+            ) from None
+        LOG.info("continuing after layer %d", layer)
+        return layer + 1
+
+    def save(self, layer: int, streams: Mapping[str, ActivationStore]) -> None:
+        """Save the hidden states after `layer`, if the last time is long enough ago."""
+        if not self._world.agree(time.monotonic() - self._last >= self._every):
+            return
+        for name, store in streams.items():
+            store.save(self._snapshot(layer, name))
+        self._world.wait()
+        if self._world.rank == 0:
+            with replacing(self.path / "snapshot.json") as out:
+                out.write(json.dumps({"layer": layer}).encode())
+            self._drop_snapshots(except_for=layer)
+        self._last = time.monotonic()
+
+    def _drop_snapshots(self, except_for: int | None) -> None:
+        for item in self.path.glob("hidden-*"):
+            if except_for is None or not item.name.startswith(f"hidden-{except_for:05d}."):
+                item.unlink(missing_ok=True)
+
+    def part(self, layer: int) -> Path:
+        """Where the results of one layer lie."""
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+    def _snapshot(self, layer: int, name: str) -> Path:
+        return self.path / f"hidden-{layer:05d}.{name}.{self._world.rank}"
+
+    def _read(self, name: str) -> str | None:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+
+    def _forget(self) -> None:
+        """What is left if this process is killed while it removes the rest is no run to go on."""
+        with suppress(OSError):
+            (self.path / "job.json").unlink()
+
+    def _clear(self) -> None:
+        self._forget()
+        for item in self.path.iterdir():
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            elif item.name != "lock":
+                item.unlink()

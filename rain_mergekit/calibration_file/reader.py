@@ -1,0 +1,159 @@
+"""The calibration file: opened once, validated at once, its tensors read and checked by key."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.calibration_file.container import Entry, parse_json, read_header, read_tensor
+from rain_mergekit.calibration_file.schema import (
+    FORMAT,
+    VERSION,
+    ModelRecord,
+    Plans,
+    SitePlan,
+    TensorPlan,
+    parse_header,
+)
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.factors import Factors
+
+
+class CalibrationFile:
+    """An open calibration file; safe to use from several threads.
+
+    It stays open, so that a file replaced in the middle of a merge cannot mix two calibrations.
+    Nothing but the header is read before a tensor is asked for.
+
+    Attributes:
+        path: the path it was opened by.
+        header: the parsed header JSON.
+        models: what is recorded of each of the three models, by role.
+        sites, tensors: the plans, by name.
+        reads: how often each stored tensor was read from the disk, by key.
+    """
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
+        self._lock = threading.Lock()
+        self._close = weakref.finalize(self, file.close)
+        size = os.fstat(file.fileno()).st_size
+        metadata, self._entries, self._data_start = read_header(file, size)
+        self.header, plans = _plans(metadata, self._entries)
+        self.models: Mapping[str, ModelRecord] = plans.models
+        self.sites: Mapping[str, SitePlan] = plans.sites
+        self.tensors: Mapping[str, TensorPlan] = plans.tensors
+        self._digests = plans.digests
+        self.reads: Counter[str] = Counter()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CalibrationFile:
+        """Open and check everything that needs no tensor data; RainError says what is wrong."""
+        name = os.fspath(path)
+        try:
+            if not stat.S_ISREG(Path(name).stat().st_mode):
+                raise RainError("it is not a regular file")
+            file = Path(name).open("rb")  # noqa: SIM115 - stays open with the object
+            try:
+                return cls(name, file)
+            except BaseException:
+                file.close()
+                raise
+        except FileNotFoundError:
+            raise RainError(
+                f"calibration file {name!r} does not exist: write it with "
+                "`mergekit-rain calibrate CONFIG`, or correct `parameters.calibration`"
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RainError(f"cannot open calibration file {name!r}: {reason}") from None
+        except RainError as error:
+            raise RainError(f"calibration file {name!r} cannot be used: {error}") from None
+
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all stored tensors."""
+        return tuple(self._entries)
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one stored tensor to the CPU and compare its digest; RainError on any difference."""
+        entry = self._entries.get(key)
+        if entry is None:
+            raise RainError(f"calibration file {self.path!r} has no tensor {key!r}")
+        try:
+            with self._lock:
+                tensor, digest = read_tensor(self._file, self._data_start, entry)
+                self.reads[key] += 1
+        except (OSError, ValueError, RainError) as error:
+            raise RainError(
+                f"calibration file {self.path!r}: cannot read tensor {key!r}: {error}"
+            ) from None
+        if digest != self._digests[key]:
+            raise RainError(
+                f"calibration file {self.path!r} was altered: the content of tensor {key!r} does "
+                "not match its digest; calibrate again, or fetch the file again"
+            )
+        return tensor
+
+    def factors(self, site: str) -> Factors:
+        """U and V of one site in float32; RainError when they are not finite."""
+        plan = self.sites[site]
+        if plan.u is None:
+            return Factors(None, None)
+        u = self._finite(plan.u)
+        return Factors(u, u if plan.v in (None, plan.u) else self._finite(str(plan.v)))
+
+    def scale(self, key: str | None) -> Tensor | None:
+        """A row or column vector in float32; None stands for all ones."""
+        return None if key is None else self._finite(key)
+
+    def verify(self) -> None:
+        """Read everything and compare all digests; RainError names the first difference."""
+        for key in self._entries:
+            self.tensor(key)
+
+    def close(self) -> None:
+        """Close the file; it is closed with the object otherwise."""
+        self._close()
+
+    def _finite(self, key: str) -> Tensor:
+        tensor = self.tensor(key).to(torch.float32)
+        if not bool(torch.isfinite(tensor).all()):
+            raise RainError(
+                f"calibration file {self.path!r}: tensor {key!r} holds NaN or infinite values; "
+                "calibrate again"
+            )
+        return tensor
+
+
+def _plans(metadata: dict[str, Any], entries: Mapping[str, Entry]) -> tuple[dict[str, Any], Plans]:
+    """Format, version and digest first: only then does the rest of the header mean anything."""
+    if metadata.get("format") != FORMAT:
+        raise RainError(f"not a calibration file (its metadata does not say format={FORMAT!r})")
+    version = metadata.get("format_version")
+    if not isinstance(version, str) or not version.isdecimal() or not 0 < len(version) < 10:
+        raise RainError(f"format_version must be a whole number, found {version!r:.40}")
+    if int(version) > VERSION:
+        raise RainError(
+            f"it has format version {int(version)} and was written by a newer rain_mergekit; "
+            f"this one reads version {VERSION}: upgrade with `pip install -U rain-mergekit`"
+        )
+    if int(version) < VERSION:
+        raise RainError(f"there is no format version {int(version)}")
+    text = metadata.get("header")
+    if not isinstance(text, str):
+        raise RainError("its metadata has no text named header")
+    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != metadata.get("header_sha256"):
+        raise RainError("its header was altered: the content does not match header_sha256")
+    header = parse_json(text, "the header")
+    return header, parse_header(header, entries)

@@ -1,0 +1,229 @@
+"""The header of a calibration file (format version 1): names, types, and what must fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rain_mergekit.calibration_file.container import Entry
+from rain_mergekit.errors import RainError
+
+FORMAT = "rain-calibration"
+VERSION = 1
+ROLES = ("reasoning", "instruct", "pretrained")
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One of the three models; a fingerprint of None was not recorded and is not checked."""
+
+    reference: str
+    revision: str | None
+    fingerprint: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One input site: `width` d, `rank` r, and the keys of U and V (d, r); None, None at rank 0."""
+
+    width: int
+    rank: int
+    kept_energy: float | None
+    positions: int | None
+    u: str | None
+    v: str | None
+    spectrum: str | None
+    damping: str | None
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One weight: its site (or one for each expert), shape, input axis, and scale vectors.
+
+    tokens: its rows are tokens; a merge that aligns vocabularies may have more of them or fewer.
+    """
+
+    site: str | tuple[str, ...] | None
+    shape: tuple[int, ...]
+    input_axis: int
+    rows: str | None
+    cols: str | None
+    tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The parsed header."""
+
+    models: Mapping[str, ModelRecord]
+    sites: Mapping[str, SitePlan]
+    tensors: Mapping[str, TensorPlan]
+    digests: Mapping[str, str]
+
+
+def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Plans:
+    """Check the header against itself and the stored tensors; RainError names the field."""
+    root = _Fields(header, "", entries)
+    digests = root.table("tensor_sha256")
+    if set(digests) != set(entries):
+        odd = sorted(set(digests) ^ set(entries))
+        raise RainError(f"tensor_sha256 and the stored tensors differ: {odd[:3]!r}")
+    models = {role: _model(root.table("models").table(role)) for role in ROLES}
+    sites = {name: _site(fields) for name, fields in root.table("sites").tables()}
+    tensors = {name: _tensor(fields, sites) for name, fields in root.table("tensors").tables()}
+    _check_remarks(root)
+    return Plans(models, sites, tensors, {key: digests.text(key) for key in digests})
+
+
+class _Fields:
+    """An object of the header; each getter checks the type and names the field when it is wrong."""
+
+    def __init__(self, values: Any, where: str, entries: Mapping[str, Entry]) -> None:
+        self.where = where
+        self.entries = entries
+        if not isinstance(values, dict):
+            self.fail("", "an object", values)
+        self._values = values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def fail(self, name: str, expected: str, found: object) -> NoReturn:
+        path = f"{self.where}.{name}".strip(".") or "the header"
+        raise RainError(f"field {path!r} must be {expected}, found {found!r:.60}")
+
+    def table(self, name: str) -> _Fields:
+        return _Fields(self.get(name), f"{self.where}.{name}".strip("."), self.entries)
+
+    def tables(self) -> list[tuple[str, _Fields]]:
+        return [(name, self.table(name)) for name in self._values]
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            self.fail(name, "a text", value)
+        return value
+
+    def optional_text(self, name: str) -> str | None:
+        return None if self.get(name) is None else self.text(name)
+
+    def natural(self, name: str, least: int, most: int | None = None) -> int:
+        value = self.get(name)
+        if type(value) is not int or value < least or (most is not None and value > most):
+            limit = f" and at most {most}" if most is not None else ""
+            self.fail(name, f"a whole number of at least {least}{limit}", value)
+        return value
+
+    def optional_flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.fail(name, "true or false", value)
+        return value is True
+
+    def optional_number(self, name: str) -> float | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
+            self.fail(name, "a finite number", value)
+        return float(value)
+
+    def key(self, name: str, shape: tuple[int | None, ...]) -> str | None:
+        """A key of a stored floating-point tensor of this shape (None: any size), or null."""
+        key = self.optional_text(name)
+        if key is None:
+            return None
+        entry = self.entries.get(key)
+        if entry is None:
+            self.fail(name, "the key of a stored tensor", key)
+        elif not entry.dtype.is_floating_point or not _fits(entry.shape, shape):
+            self.fail(name, f"a floating-point tensor of shape {list(shape)}", list(entry.shape))
+        return key
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(want in (None, have) for have, want in pairs)
+
+
+def _model(fields: _Fields) -> ModelRecord:
+    digests = None
+    if fields.get("fingerprint") is not None:
+        table = fields.table("fingerprint")
+        digests = {name: table.text(name) for name in table}
+    return ModelRecord(fields.text("reference"), fields.optional_text("revision"), digests)
+
+
+def _site(fields: _Fields) -> SitePlan:
+    width = fields.natural("width", 1)
+    rank = fields.natural("rank", 0, width)
+    u, v = fields.key("u", (width, rank)), fields.key("v", (width, rank))
+    if (u is None) != (rank == 0):
+        fields.fail("u", "null at rank 0 and the key of the basis otherwise", u)
+    if u is None and v is not None:
+        fields.fail("v", "null where u is null", v)
+    return SitePlan(
+        width=width,
+        rank=rank,
+        kept_energy=fields.optional_number("kept_energy"),
+        positions=None if fields.get("positions") is None else fields.natural("positions", 0),
+        u=u,
+        v=v,
+        spectrum=fields.key("spectrum", (None,)),
+        damping=fields.key("damping", (rank,)),
+    )
+
+
+def _tensor(fields: _Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
+    shape = fields.get("shape")
+    if not isinstance(shape, list) or len(shape) not in (2, 3):
+        fields.fail("shape", "a list of 2 or 3 sizes", shape)
+    if not all(type(size) is int and size > 0 for size in shape):
+        fields.fail("shape", "a list of sizes above 0", shape)
+    axis = fields.get("input_axis")
+    if type(axis) is not int or axis not in (-1, -2):
+        fields.fail("input_axis", "-1 or -2", axis)
+    d_in, d_out = shape[axis], shape[-3 - axis]
+    site = fields.get("site")
+    if isinstance(site, list):
+        if len(shape) != 3 or len(site) != shape[0]:
+            fields.fail("site", f"one site, or a list of one for each of {shape[0]} experts", site)
+        site = tuple(site)
+    for name in site if isinstance(site, tuple) else (site,):
+        if name is not None or isinstance(site, tuple):
+            _require_width(fields, sites.get(name) if isinstance(name, str) else None, name, d_in)
+    rows, cols = fields.key("rows", (d_out,)), fields.key("cols", (d_in,))
+    tokens = fields.optional_flag("tokens")
+    if tokens and (len(shape) != 2 or axis != -1):
+        fields.fail("tokens", "true only for a weight with a row for each token", tokens)
+    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens)
+
+
+def _require_width(fields: _Fields, plan: SitePlan | None, name: object, width: int) -> None:
+    if plan is None:
+        fields.fail("site", "the name of a site", name)
+    elif plan.width != width:
+        fields.fail("site", f"a site of width {width}, the input size", f"{name} ({plan.width})")
+
+
+def _check_remarks(root: _Fields) -> None:
+    """Sections for people and reports: types only, and each key must be a stored tensor."""
+    root.optional_text("created_by")
+    for name in ("data", "settings", "run"):
+        if root.get(name) is not None:
+            root.table(name)
+    for name in ("layers", "warnings"):
+        if not isinstance(root.get(name) or [], list):
+            root.fail(name, "a list", root.get(name))
+    for index, layer in enumerate(root.get("layers") or []):
+        fields = _Fields(layer, f"layers.{index}", root.entries)
+        fields.text("name")
+        for key in (stats := fields.table("stats")):
+            if stats.text(key) not in root.entries:
+                stats.fail(key, "the key of a stored tensor", stats.get(key))
+    if not all(isinstance(line, str) for line in root.get("warnings") or []):
+        root.fail("warnings", "a list of texts", root.get("warnings"))

@@ -1,0 +1,196 @@
+"""Layer-by-layer forward passes through a model's own modules.
+
+The model is built on the meta device. Stubs in place of its decoder layers record what each layer
+is called with; every sample passes that shell once. Afterwards one real layer at a time is filled
+from the checkpoint, called with the recorded arguments, and emptied again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.capture.layer_calls import (
+    EndOfShell,
+    LayerCall,
+    PrefixSharing,
+    Record,
+    Stub,
+    TupleExpected,
+    deduplicated,
+)
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.finite import finite
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.empty_model import decoder_layers, empty_model, text_config
+from rain_mergekit.models.model_tensors import ModelTensors
+
+TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]"
+_KEPT_MAPPED = 1 << 20
+
+
+class Shell:
+    """A decoder without weights, and the way to fill one of its layers at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: str
+    ) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
+        self.tensors = ModelTensors(checkpoint, self.model)
+        self.hidden_size = int(text_config(config).hidden_size)
+        self.layers, self.prefix = decoder_layers(self.model, config)
+        self.home, _, self._list = self.prefix.rpartition(".")
+        self.decoder = self.model.get_submodule(self.home)
+        self.as_tuple = False
+
+    def record(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[LayerCall]]]:
+        """Embed each sample: its hidden states (T, d) and one LayerCall a layer.
+
+        Arguments that are prefixes of a longer sample's (rotary tables, positions) share its
+        memory, so callers should pass the longest sample first.
+        """
+        notes: list[Record] = []
+        last = self.layers[-1]
+        stubs = nn.ModuleList(Stub(layer, layer is last, notes) for layer in self.layers)
+        shared = PrefixSharing()
+        _move_buffers(self.decoder, self.device)
+        used = torch.tensor(sorted({token for ids in samples for token in ids}))
+        with self.replaced(stubs), self._surroundings(used), torch.no_grad():
+            for ids in samples:
+                yield self._record_one(ids, notes, shared)
+
+    @contextmanager
+    def replaced(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Other modules in the place of the decoder's layers."""
+        setattr(self.decoder, self._list, layers)
+        try:
+            yield
+        finally:
+            setattr(self.decoder, self._list, self.layers)
+
+    @contextmanager
+    def _surroundings(self, used: Tensor) -> Iterator[None]:
+        """All that the decoder has besides its layers, e.g. embeddings of tokens and positions.
+
+        Of tables by token only the rows of the `used` tokens.
+        """
+        decoder: Any = self.decoder
+        vocabulary = decoder.get_input_embeddings().weight.shape[0]
+        with ExitStack() as stack:
+            for name, module in self.decoder.named_modules():
+                if name.split(".")[0] == self._list or list(module.children()):
+                    continue
+                by_token = isinstance(module, nn.Embedding) and module.num_embeddings >= vocabulary
+                read = partial(self._read_rows, used) if by_token else None
+                prefix = ".".join(part for part in (self.home, name) if part)
+                stack.enter_context(self.filled(module, prefix, read))
+            yield
+
+    def _record_one(
+        self, ids: Sequence[int], notes: list[Record], shared: PrefixSharing
+    ) -> tuple[Tensor, list[LayerCall]]:
+        record = Record(as_tuple=self.as_tuple)
+        notes[:] = [record]
+        try:
+            self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
+        except EndOfShell:
+            pass
+        except (TupleExpected, ValueError) as error:
+            # A ValueError after the first layer: the decoder tried to unpack what it returned.
+            if isinstance(error, ValueError) and len(record.calls) != 1:
+                raise
+            if self.as_tuple:
+                raise RainError(_strange_layers(self.model)) from None
+            self.as_tuple = True
+            return self._record_one(ids, notes, shared)
+        hidden = record.hidden
+        if hidden is None or hidden.shape != (1, len(ids), self.hidden_size):
+            raise RainError(_strange_layers(self.model))
+        shared.begin()
+        calls = deduplicated(shared.call(call, len(ids)) for call in record.calls)
+        return hidden[0].clone(), calls
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The real layer `index` of the checkpoint, on the device, in the forward dtype."""
+        layer = self.layers[index]
+        _move_buffers(layer, self.device)
+        with self.filled(layer, f"{self.prefix}.{index}"), torch.no_grad():
+            yield layer
+
+    @contextmanager
+    def filled(
+        self, module: nn.Module, prefix: str, read: TensorReader | None = None
+    ) -> Iterator[None]:
+        """Fill the empty tensors of `module` from the checkpoint (prefix.name); empty them after.
+
+        RainError if one is missing or has another shape than the model wants.
+        """
+        empty = dict(module.state_dict())
+        stored = {n: t for n, t in empty.items() if t.is_meta or self._has(f"{prefix}.{n}")}
+        read = read or self._read
+        filled = {n: read(f"{prefix}.{n}", t.shape, t.dtype) for n, t in stored.items()}
+        module.load_state_dict(filled, strict=False, assign=True)
+        filled.clear()  # what the module lets go of later must not live on here
+        try:
+            yield
+        finally:
+            module.load_state_dict(stored, strict=False, assign=True)
+            self.tensors.release()
+
+    def _has(self, name: str) -> bool:
+        return name in self.tensors.sources
+
+    def _read(self, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        stored = self._stored(name, expected)
+        tensor = self.numbers(name, stored.to(self.device, dtype))
+        if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
+            self.tensors.release()  # else the stored form stays in memory beside the converted
+        return tensor
+
+    def _read_rows(
+        self, rows: Tensor, name: str, expected: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Only the rows that are used; pages of the table that nobody touches take no memory."""
+        stored = self._stored(name, expected)
+        table = torch.empty(expected, dtype=dtype, device=self.device)
+        table[rows.to(self.device)] = self.numbers(name, stored[rows].to(self.device, dtype))
+        return table
+
+    def numbers(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if it holds nothing but numbers in the type of the forward pass."""
+        if finite(tensor):
+            return tensor
+        raise RainError(
+            f"{self.checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}: "
+            "the checkpoint is damaged, fetch it again (or the type is too narrow: see --dtype)"
+        )
+
+    def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
+        tensor = self.tensors.get(name)
+        if tensor.shape != expected:
+            raise RainError(
+                f"{self.checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"but config.json asks for {tuple(expected)}"
+            )
+        return tensor
+
+
+def _strange_layers(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__}: its layers pass on something else than one vector a token, "
+        "which a calibration layer by layer does not support; the model cannot be calibrated"
+    )
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))

@@ -1,0 +1,89 @@
+"""The streams of hidden states that walk through the layers, and which of their rows are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.capture.layer_calls import LayerCall
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.system.distributed import World
+from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
+
+PositionGroups = Mapping[str, Sequence[int]]
+TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One set of samples on its way through the layers: hidden states, calls, positions of use."""
+
+    name: str
+    store: ActivationStore
+    calls: list[Sequence[LayerCall]]
+    positions: Sequence[PositionGroups]
+    samples: TokenSamples
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+REASONING = "reasoning"
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which samples walk through the layers under one name, and which of their rows are used."""
+
+    name: str
+    samples: TokenSamples
+    positions: Sequence[PositionGroups]
+
+    def part(self, world: World) -> StreamPlan:
+        """The share of one process."""
+        return StreamPlan(self.name, world.part(self.samples), world.part(self.positions))
+
+
+def build_streams(
+    shell: Shell, plans: Sequence[StreamPlan], budget: int, folder: Path, keep_on_device: bool
+) -> dict[str, Stream]:
+    """Embed the samples; `budget` bytes of hidden states stay in memory, the rest goes to disk."""
+    streams: dict[str, Stream] = {}
+    for plan in plans:
+        store = ActivationStore(
+            [len(sample.input_ids) for sample in plan.samples],
+            shell.hidden_size,
+            shell.dtype,
+            budget,
+            folder / f"{plan.name}.activations",
+            shell.device if keep_on_device else torch.device("cpu"),
+        )
+        budget -= store.memory_bytes
+        streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples)
+    try:
+        _embed(shell, plans[0].samples, [streams[REASONING]])
+        if len(plans) > 1:
+            _embed(shell, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
+    except BaseException:  # nobody else knows of their files yet
+        for stream in streams.values():
+            stream.store.close()
+        raise
+    return streams
+
+
+def _embed(shell: Shell, samples: TokenSamples, streams: Sequence[Stream]) -> None:
+    """Embed each sample once, for all streams that carry it; they share its layer calls."""
+    # Longest first, so that shorter samples share the memory of its rotary tables.
+    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
+    calls: list[Sequence[LayerCall]] = [()] * len(samples)
+    recorded = shell.record([samples[index].input_ids for index in order])
+    for index, (hidden, calls[index]) in zip(order, recorded, strict=True):
+        for stream in streams:
+            stream.store.put(index, hidden)
+    for stream in streams:
+        stream.calls.extend(calls)

@@ -1,0 +1,154 @@
+"""Is Delta = W_instruct - W_pretrained of a sensible size? Asked of a few rows, before any work."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, groupby
+from typing import Any
+
+import torch
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rain_mergekit.checks.accept import judge
+from rain_mergekit.errors import RainError
+
+LOG = logging.getLogger(__name__)
+# A tuned model is near its origin, the packaged one at 0.14 of the weights. Two unrelated models
+# of like norms are at sqrt(2), of other norms further: from 1 on the pretrained model is the wrong.
+LARGEST = 1.0
+# Numbers that are rounded to bfloat16 move by less than this. Trained weights may do so too.
+ROUNDING = 2.0**-8
+_CONTENT = ("index", "weights")  # a config may differ and the model be the same
+_TENSORS, _ROWS = 512, 4
+
+
+def check_task_vector(
+    models: Mapping[str, str],
+    fingerprints: Mapping[str, Mapping[str, str]],
+    indices: Mapping[str, ShardedTensorIndex],
+    names: Collection[str],
+    accept: Collection[str],
+) -> list[str]:
+    """Refuse the same model given twice, and a task vector of nothing or larger than the weights.
+
+    Args:
+        models: what to call the models, by role.
+        fingerprints: of `checkpoint.fingerprint`, by role.
+        indices: of their checkpoints, by role.
+        names: the tensors to be merged.
+        accept: checks whose outcome is only a warning.
+    """
+    same = list(_same_models(models, fingerprints, indices, names))
+    if same:
+        return [judge("same_model", problem, accept) for problem in same]
+    size = relative_size(indices["instruct"], indices["pretrained"], names)
+    if size >= LARGEST:
+        tuned, origin = f"instruct model {models['instruct']}", f"pretrained {models['pretrained']}"
+        problem = (
+            f"the task vector is {size:.2g} times as large as the weights of the smaller of the "
+            f"{tuned} and the {origin}: the {tuned} is not tuned from it"
+        )
+        return [judge("large_task_vector", problem, accept)]
+    LOG.info("the task vector is %.3g of the pretrained weights", size)
+    return []
+
+
+def _same_models(
+    models: Mapping[str, str],
+    fingerprints: Mapping[str, Mapping[str, str]],
+    indices: Mapping[str, ShardedTensorIndex],
+    names: Collection[str],
+) -> Iterator[str]:
+    for one, other in combinations(fingerprints, 2):
+        if {one, other} == {"reasoning", "pretrained"} and models[one] == models[other]:
+            continue  # written twice, so meant: the reasoning model stands for the pretrained one
+        who = f"the {one} model {models[one]} and the {other} model {models[other]}"
+        alike = all(fingerprints[one][part] == fingerprints[other][part] for part in _CONTENT)
+        pair = indices[one], indices[other]
+        if alike and first_difference(*pair, indices[one].tensor_paths) is None:
+            yield f"{who} have equal weights: one model is given twice"
+        elif relative_size(*pair, names) <= ROUNDING and first_difference(*pair, names) is None:
+            what = "one model is given twice" if one == "reasoning" else "the task vector is zero"
+            yield f"{who} differ in no tensor to be merged, unless by rounding: {what}"
+
+
+def relative_size(
+    instruct: ShardedTensorIndex, pretrained: ShardedTensorIndex, names: Iterable[str]
+) -> float:
+    """||W_I - W_B|| over the smaller of ||W_I|| and ||W_B||; infinite if that one is zero.
+
+    Over up to 4 rows of up to 512 of the tensors, evenly chosen. Tensors that one model lacks are
+    left out. NaN, which is no larger than anything, where there are none, or a number is none.
+    """
+    both = _in_both(instruct, pretrained, names)
+    chosen = both[:: max(1, -(-len(both) // _TENSORS))]
+    tuned, origin = _sample(instruct, chosen), _sample(pretrained, chosen)
+    change = sum(_square(tuned[name] - row) for name, row in origin.items())
+    weights = min(sum(map(_square, rows.values())) for rows in (tuned, origin))
+    if not both or not math.isfinite(change + weights):  # it is named with its tensor when read
+        return math.nan
+    if not weights:
+        return math.inf if change else 0.0
+    return float((change / weights) ** 0.5)
+
+
+def first_difference(
+    instruct: ShardedTensorIndex, pretrained: ShardedTensorIndex, names: Iterable[str]
+) -> str | None:
+    """The first of the tensors in both that is not equal; reads them whole.
+
+    Numbers of two types are equal if rounding one to the other's can have made the difference.
+    """
+    for name in _in_both(instruct, pretrained, names):
+        with _opened(instruct, name) as one, _opened(pretrained, name) as other:
+            if not _equal(one.get_tensor(name), other.get_tensor(name)):
+                return name
+    return None
+
+
+def _in_both(one: ShardedTensorIndex, other: ShardedTensorIndex, names: Iterable[str]) -> list[str]:
+    return sorted(set(names) & set(one.tensor_paths) & set(other.tensor_paths))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype == other.dtype or not (one.is_floating_point() and other.is_floating_point()):
+        return one.shape == other.shape and bool((one == other).all())
+    coarse = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
+    least = max(torch.finfo(tensor.dtype).smallest_normal for tensor in (one, other))
+    near = torch.isclose(one.float(), other.float(), rtol=coarse, atol=least * coarse)
+    return one.shape == other.shape and bool(near.all())
+
+
+def _sample(index: ShardedTensorIndex, names: Sequence[str]) -> Mapping[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    by_shard = sorted(names, key=lambda name: index.tensor_paths[name])
+    for _, members in groupby(by_shard, key=lambda name: index.tensor_paths[name]):
+        together = list(members)
+        with _opened(index, together[0]) as file:
+            found.update({name: _rows(file.get_slice(name)) for name in together})
+    return found
+
+
+def _rows(view: Any) -> Tensor:
+    height, *rest = view.get_shape()
+    rows = range(0, height, max(1, height // _ROWS))[:_ROWS]
+    # Of a tensor of experts one slice would be a whole matrix: a few rows of some of them.
+    parts = [view[i : i + 1] if len(rest) < 2 else view[i : i + 1, :_ROWS] for i in rows]
+    return torch.cat(parts).double()
+
+
+def _opened(index: ShardedTensorIndex, name: str) -> Any:
+    path = os.path.join(index.base_path, index.tensor_paths[name])
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise RainError(f"{path}: cannot read the checkpoint: {error}") from None
+
+
+def _square(rows: Tensor) -> float:
+    return float(rows.square().sum())

@@ -1,0 +1,162 @@
+"""Does the reasoning model think on its calibration set? The likelihood of the markers tells.
+
+Where the chat template opens the block there is no open marker to look at. There the thinking text
+is compared with what the instruct model makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.output_head import block_rows, finishing
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.empty_model import text_config
+from rain_mergekit.models.loading import read_model_config
+from rain_mergekit.system.distributed import World
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+# Mean probabilities below these are no thinking. Of the testbed's models whose template leaves the
+# opening to them, reasoning models have 1.0, pretrained ones up to 0.48, instruct ones 1e-4. Inside
+# an open block nearly anybody closes it: the close marker tells other markers, hardly other models.
+OPEN_LIMIT, CLOSE_LIMIT = 0.7, 0.01
+# Log-likelihood a token that the thinking text may have more under the instruct model. The
+# testbed's reasoning models are 0.07 or more above their instruct models, on a few samples; real
+# ones that both think may be level.
+LEVEL = 0.02
+_FEW, _TOKENS = 4, 64
+_KINDS = ("close", "open", "thinking")
+_CLOSE, _OPEN, _THINKING = range(3)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Mean probability of each marker's first token, where the calibration set has it.
+
+    `open` is None where the chat template opens the block and leaves the model no choice. Only
+    there, `thinking` is the mean log-likelihood (nats a token) of the text in the block, to the
+    close marker's first token, on a few short samples.
+    """
+
+    open: float | None
+    close: float
+    thinking: float | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a model with these probabilities writes thinking blocks of its own accord."""
+        return self.close >= CLOSE_LIMIT and (self.open is None or self.open >= OPEN_LIMIT)
+
+    def outdone_by(self, other: Likelihood) -> bool:
+        """Whether `other` belongs to a model that would rather write the set's thinking."""
+        if self.thinking is None or other.thinking is None:
+            return False
+        return other.thinking > self.thinking + LEVEL
+
+    def rounded(self) -> dict[str, float | None]:
+        """All to four digits: what a file records must not hang on the last bit of a sum."""
+        return {name: _round(value) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        opening = "" if self.open is None else f"opens the block with probability {self.open:.2g}, "
+        text = "" if self.thinking is None else f", writes {self.thinking:.2g} nats a token in it"
+        return f"{opening}closes it with probability {self.close:.2g}{text}"
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def likelihood(
+    shell: Shell,
+    samples: Sequence[ReasoningTokens],
+    states: Iterable[Tensor],
+    world: World,
+    few: Sequence[ReasoningTokens] = (),
+) -> Likelihood:
+    """From the hidden states (T, d) with which each sample left the last layer.
+
+    Over the samples of all processes; the thinking text over those of them that are in `few`.
+    """
+    rows: list[Tensor] = []
+    targets: list[tuple[int, int]] = []
+    for sample, hidden in zip(samples, states, strict=True):
+        places = _places(sample, thinking=sample in few)
+        rows += [hidden[place - 1].cpu() for _, place in places]
+        targets += [(kind, sample.input_ids[place]) for kind, place in places]
+    totals = torch.zeros(len(_KINDS), 2, dtype=torch.float64)
+    for (kind, _), log in zip(targets, _log_likelihoods(shell, rows, targets), strict=True):
+        value = log if kind == _THINKING else math.exp(log)
+        totals[kind] += torch.tensor([value, 1.0], dtype=torch.float64)
+    found = {
+        name: total / count if count else None
+        for name, (total, count) in zip(_KINDS, world.sum(totals).tolist(), strict=True)
+    }
+    return Likelihood(found["open"], found["close"] or 0.0, found["thinking"])
+
+
+def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]:
+    """What to look at: the kind, and the token's index. The first of all is predicted by nothing.
+
+    Of a block that the template opens, evenly chosen tokens of the text and the close marker.
+    """
+    places = [(_OPEN, start) for start in sample.open_starts]
+    places += [(_CLOSE, start) for start in sample.close_starts]
+    if thinking and not sample.open_starts:
+        for start, end in zip(sample.open_ends, sample.close_starts, strict=True):
+            step = -(-(end + 1 - start) // _TOKENS)
+            places += [(_THINKING, place) for place in range(start, end + 1, max(step, 1))]
+    return [(kind, place) for kind, place in places if place]
+
+
+def _log_likelihoods(
+    shell: Shell, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
+) -> list[float]:
+    if not rows:
+        return []
+    size = block_rows(vocabulary(shell))
+    wanted = torch.tensor([token for _, token in targets])
+    found: list[float] = []
+    with finishing(shell) as logits:
+        for part, tokens in zip(
+            torch.split(torch.stack(list(rows)), size), torch.split(wanted, size), strict=True
+        ):
+            logs = logits(part).float().cpu().log_softmax(-1)
+            found += logs.gather(1, tokens[:, None])[:, 0].tolist()
+    return found
+
+
+def vocabulary(shell: Shell) -> int:
+    """How many tokens the model's head knows."""
+    return int(text_config(shell.model.config).vocab_size)
+
+
+def shortest(samples: Sequence[ReasoningTokens]) -> list[ReasoningTokens]:
+    """The few on which other models of the trio are looked at."""
+    return sorted(samples, key=lambda sample: len(sample.input_ids))[:_FEW]
+
+
+def likelihood_of(
+    checkpoint: Checkpoint, shell: Shell, samples: Sequence[ReasoningTokens]
+) -> Likelihood | None:
+    """The same of another model of the trio, on the few shortest samples; a pass of its own.
+
+    None if its vocabulary ends before the samples' tokens do.
+    """
+    few = shortest(samples)
+    other = Shell(checkpoint, read_model_config(checkpoint), shell.dtype, str(shell.device))
+    if max(max(sample.input_ids) for sample in few) >= vocabulary(other):
+        return None
+    recorded = list(other.record([sample.input_ids for sample in few]))
+    states = [hidden for hidden, _ in recorded]
+    for index in range(len(other.layers)):
+        with other.layer(index) as layer:
+            for number, (_, calls) in enumerate(recorded):
+                states[number] = run_layer(layer, states[number], calls[index])
+    return likelihood(other, few, states, World(shell.device), few)

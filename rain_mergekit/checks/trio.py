@@ -1,0 +1,104 @@
+"""Merges that can be computed and that nobody wants: named, and refused unless accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.checks.accept import judge
+from rain_mergekit.checks.task_vector_size import check_task_vector
+from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood_of
+from rain_mergekit.checks.tokenizers import check_tokenizers
+from rain_mergekit.models.loading import Trio
+from rain_mergekit.system.memory import CALIBRATION, naming_shortage
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+LOG = logging.getLogger(__name__)
+
+
+def check_trio(
+    trio: Trio,
+    records: Mapping[str, Any],
+    names: Collection[str],
+    markers: Markers,
+    accept: Collection[str],
+) -> list[str]:
+    """What can be told before any layer is computed; returns what was accepted, as warnings."""
+    checkpoints = trio.items()
+    models = {role: str(checkpoint.reference) for role, checkpoint in checkpoints.items()}
+    fingerprints = {role: record["fingerprint"] for role, record in records.items()}
+    indices = {role: checkpoint.index for role, checkpoint in checkpoints.items()}
+    found = check_task_vector(models, fingerprints, indices, names, accept)
+    folders = {role: checkpoint.path for role, checkpoint in checkpoints.items()}
+    trust = trio.reasoning.trust_remote_code
+    return found + check_tokenizers(folders, models, markers.words, accept, trust_remote_code=trust)
+
+
+def check_thinking(
+    found: Likelihood,
+    shell: Shell,
+    trio: Trio,
+    samples: Sequence[ReasoningTokens],
+    accept: Collection[str],
+) -> list[str]:
+    """Refuse a reasoning model that does not think on its set; says if one of the others does."""
+    LOG.info("the reasoning model %s", found)
+    if found.thinks:
+        return list(_outdone(found, shell, trio, samples, accept)) if found.open is None else []
+    problem = (
+        f"{trio.reasoning.reference} does not think on the reasoning set (on average it {found})"
+    )
+    if "no_thinking" not in accept:
+        problem += _cause(shell, trio, samples)
+    return [judge("no_thinking", problem, accept)]
+
+
+def _cause(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
+    for role, found in _others(shell, trio, samples):
+        if found.thinks:
+            name = trio.items()[role].reference
+            return f": the {role} model {name} does ({found}), so the two are swapped"
+    return ": the markers, the chat template or the set are another model's"
+
+
+def _outdone(
+    found: Likelihood,
+    shell: Shell,
+    trio: Trio,
+    samples: Sequence[ReasoningTokens],
+    accept: Collection[str],
+) -> Iterator[str]:
+    """The template opens the block, and whoever is asked closes it: the thinking itself tells.
+
+    A pretrained model that likes it better is a warning: it may, of a set that somebody else wrote.
+    """
+    for role, other in _others(shell, trio, samples):
+        if not found.outdone_by(other):
+            continue
+        problem = (
+            f"the {role} model {trio.items()[role].reference} is more likely to write the thinking "
+            f"of the reasoning set ({other.thinking:.2g} nats a token) than the reasoning model "
+            f"{trio.reasoning.reference} ({found.thinking:.2g})"
+        )
+        if role == "instruct":
+            yield judge("no_thinking", f"{problem}, so the two are swapped", accept)
+        else:
+            yield f"{problem}: are the two swapped, or did another model write the set?"
+
+
+def _others(
+    shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]
+) -> Iterator[tuple[str, Likelihood]]:
+    """What the other two models make of the few shortest samples, the instruct model first."""
+    for role in ("instruct", "pretrained"):
+        checkpoint = trio.items()[role]
+        if checkpoint.path == trio.reasoning.path:
+            continue  # it stands for the pretrained one
+        with naming_shortage(f"while the {role} model reads the reasoning set", CALIBRATION):
+            found = likelihood_of(checkpoint, shell, samples)
+        LOG.info("the %s model %s", role, found)
+        if found is not None:
+            yield role, found

@@ -1,0 +1,70 @@
+"""What a configuration will do that its author may not expect, said before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.roles import is_proxy
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, Trio, open_model, read_model_config
+from rain_mergekit.models.merge_names import lost_warning
+
+
+def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str]:
+    """Sentences for the user and for the calibration file; headers are read, no tensors.
+
+    lost: the tensors that mergekit will leave out.
+    """
+    found = [lost_warning(lost)] if lost else []
+    if is_proxy({role: str(model) for role, model in config.models.items()}):
+        found.append(
+            "the reasoning model stands for the pretrained one, so the task vector is instruct "
+            "minus reasoning: where nothing is protected the merge takes back what reasoning "
+            "training did; keep `lambda` low, and measure reasoning afterwards"
+        )
+    different = different_vocabularies(trio.items(), trio.config)
+    if different and not config.tokenizer:
+        found.append(f"{_describe(different)} mergekit will not merge them as they are: {_REMEDY}")
+    return found
+
+
+def require_mergeable(config: RainConfig, options: LoadOptions) -> None:
+    """RainError if mergekit would stop at embeddings of different sizes, after the calibration."""
+    if config.tokenizer:
+        return
+    models = {role: open_model(model, options) for role, model in config.models.items()}
+    different = different_vocabularies(models, read_model_config(models["reasoning"]))
+    if different:
+        raise RainError(f"{config.path}: {_describe(different)} {_REMEDY}")
+
+
+_REMEDY = (
+    "add `tokenizer: {source: base}` to the configuration, which keeps the reasoning model's "
+    "tokens and their embeddings (no new calibration is needed)"
+)
+
+
+def different_vocabularies(
+    models: Mapping[str, Checkpoint], config: object
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes by role of each tensor with a row for each token, where the three do not agree.
+
+    mergekit gathers every tensor of all models and compares the shapes before the merge method is
+    asked, also of those that the method leaves as they are.
+    """
+    text = getattr(config, "get_text_config", lambda: config)()
+    rows = getattr(text, "vocab_size", None)
+    shapes = {role: model.shapes(model.names) for role, model in models.items()}
+    wanted = [name for name, shape in shapes["reasoning"].items() if shape and shape[0] == rows]
+    found = {name: {r: s[name] for r, s in shapes.items() if name in s} for name in sorted(wanted)}
+    return {name: by_role for name, by_role in found.items() if len(set(by_role.values())) > 1}
+
+
+def _describe(different: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
+    parts = [
+        f"{name} ({', '.join(f'{role} {list(shape)}' for role, shape in by_role.items())})"
+        for name, by_role in different.items()
+    ]
+    return f"the vocabularies of the three models differ in size: {', '.join(parts)};"

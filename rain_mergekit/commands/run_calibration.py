@@ -1,0 +1,77 @@
+"""Run a calibration and report it; behind `calibrate`, `merge` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import Summary, calibrate
+from rain_mergekit.calibration.up_to_date import protect_foreign
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.commands.console import Console, counted, duration, size
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.text.calibration_sets import DataSet
+
+_SHOWN_REASONS = 3
+
+
+def run_calibration(config: RainConfig, options: RunOptions, console: Console) -> Summary:
+    """Calibrate and say what was done. Raises RainError; an interruption says how to go on."""
+    protect_foreign(config.calibration)
+    console.say(f"Calibrating on {options.device}: {config.reasoning}")
+    try:
+        summary = calibrate(config, options)
+    except KeyboardInterrupt:
+        work = config.calibration.with_name(config.calibration.name + ".work")
+        hint = f"the finished layers are kept in {work}; the same command goes on from there"
+        kept = (work / "snapshot.json").exists()
+        raise KeyboardInterrupt(hint if kept else "nothing was written") from None
+    report(summary, console)
+    return summary
+
+
+def report(summary: Summary, console: Console) -> None:
+    """Layers, ranks, energy, samples, size, time, warnings."""
+    header = CalibrationFile.open(summary.path).header
+    console.head(f"Wrote {summary.path}")
+    layers = counted(summary.layers, "layer")
+    if summary.first_layer:
+        layers += f" (continued after {summary.first_layer})"
+    console.say(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
+    console.say(f"  {_protection(header['sites'], summary.mean_rank)}")
+    console.say(f"  thinking: {summary.samples.markers}")
+    sets: list[tuple[str, DataSet[Any] | None]] = [
+        ("reasoning samples", summary.samples.reasoning),
+        ("instruction samples", summary.samples.instruction),
+    ]
+    for name, data in sets:
+        if data is not None:
+            console.say(f"  {name}: {len(data.samples)} of {data.total} used")
+            for line in _skipped(data):
+                console.say(f"    skipped {line}")
+    for text in summary.warnings:
+        console.warn(text)
+
+
+def next_step(config_path: str | Path, console: Console) -> None:
+    """What to run after a calibration."""
+    console.say(f"Next: mergekit-yaml {config_path} ./merged")
+
+
+def _protection(sites: dict[str, dict[str, Any]], mean_rank: float) -> str:
+    text = f"mean rank {mean_rank:.1f} over {counted(len(sites), 'input site')}"
+    kept = [site["kept_energy"] for site in sites.values() if site.get("kept_energy") is not None]
+    response = [v for site in sites.values() if (v := site.get("kept_response_energy")) is not None]
+    if kept:
+        text += f", kept energy {fmean(kept):.3f} (lowest {min(kept):.3f})"
+    if response:
+        text += f", of the response {fmean(response):.3f}"
+    return text
+
+
+def _skipped(data: DataSet[Any]) -> list[str]:
+    lines = [f"{source}: {reason}" for source, reason in data.skipped[:_SHOWN_REASONS]]
+    more = len(data.skipped) - _SHOWN_REASONS
+    return lines + ([f"and {more} more"] if more > 0 else [])

@@ -1,0 +1,32 @@
+"""What `verify` and `report` share: running both models over texts, with progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rain_mergekit.commands.console import Console
+    from rain_mergekit.evaluation.texts import Texts
+    from rain_mergekit.evaluation.verify import Measured, Streaming
+    from rain_mergekit.models.checkpoint import Checkpoint
+    from rain_mergekit.text.calibration_sets import DataSet
+
+
+def measure_on(
+    reasoning: Checkpoint, merged: Checkpoint, texts: Texts, how: Streaming, console: Console
+) -> tuple[Measured, DataSet[Any]]:
+    """What was measured, and the set whose samples were used; says which were skipped."""
+    from tqdm import tqdm  # noqa: PLC0415 - keeps --help fast
+
+    from rain_mergekit.evaluation.texts import read_texts  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import measure  # noqa: PLC0415
+    from rain_mergekit.models.loading import read_model_config  # noqa: PLC0415
+
+    samples, data = read_texts(reasoning, texts)
+    if skipped := data.total - len(data.samples):
+        source, reason = data.skipped[0]
+        console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
+    layers = int(read_model_config(reasoning).num_hidden_layers)
+    total = layers * sum(len(sample.input_ids) for sample in samples)
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
+        return measure(reasoning, merged, samples, how, progress.update), data

@@ -1,0 +1,206 @@
+"""The one YAML file that drives both steps: mergekit's part, read by mergekit, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from pydantic import ValidationError
+
+from rain_mergekit.config.settings import RainSettings, parse_settings
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import (
+    finite_number,
+    load_yaml,
+    read_regular,
+    shortened,
+    shown,
+)
+
+_GLOBAL, _OF_A_MODEL = ("calibration", "lambda"), ("role",)
+ROLES = ("instruct", "pretrained")
+
+
+@dataclass(frozen=True)
+class RainConfig:
+    """A parsed configuration: the three models by role, where the calibration lies, settings.
+
+    tokenizer: whether mergekit is told to align the vocabularies.
+    """
+
+    path: str
+    text: str
+    reasoning: ModelReference
+    instruct: ModelReference
+    pretrained: ModelReference
+    calibration: Path
+    settings: RainSettings
+    tokenizer: bool
+
+    @property
+    def models(self) -> dict[str, ModelReference]:
+        """The three references by role."""
+        return {
+            "reasoning": self.reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+
+
+def read_config(path: str | Path) -> RainConfig:
+    """Read and validate; RainError names the file, the field, what was expected and what to do."""
+    source = str(path)
+    text = _read_text(path)
+    data = _parse_yaml(text, source)
+    merge = _merge_configuration(data, source)
+    if merge.merge_method != "rain":
+        raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
+    check_merge(merge, source)
+    if merge.base_model is None:
+        raise RainError(f"{source}: base_model is missing: name the reasoning model there")
+    if not merge.models:
+        raise RainError(
+            f"{source}: list the instruct and the pretrained model under `models:` "
+            "(slices and modules are not supported by rain)"
+        )
+    # The base model may be listed without a role, as mergekit allows; with one it is a proxy.
+    others = [
+        model
+        for model in merge.models
+        if model.model != merge.base_model or "role" in (model.parameters or {})
+    ]
+    roles = _roles(others, merge.base_model, source)
+    return RainConfig(
+        path=source,
+        text=text,
+        reasoning=merge.base_model,
+        instruct=roles["instruct"],
+        pretrained=roles["pretrained"],
+        calibration=_calibration_path(merge, source),
+        settings=parse_settings(data.get("rain"), source),
+        tokenizer=merge.tokenizer is not None or merge.tokenizer_source is not None,
+    )
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return read_regular(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise RainError(f"{path}: cannot read the configuration: {error}") from None
+
+
+def _parse_yaml(text: str, source: str) -> Mapping[str, Any]:
+    try:
+        data = load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RainError(f"{source}: not valid YAML: {shortened(str(error))}") from None
+    if not isinstance(data, dict):
+        raise RainError(f"{source}: expected a mapping with merge_method, base_model, models, rain")
+    return data
+
+
+def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(data)
+    except ValidationError as error:
+        items = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+        raise RainError(
+            f"{source}: mergekit cannot read this: {shortened('; '.join(items))}"
+        ) from None
+    except RuntimeError as error:  # mergekit's own validators
+        raise RainError(f"{source}: mergekit cannot read this: {shortened(str(error))}") from None
+
+
+def _roles(
+    models: Sequence[InputModelDefinition], base: ModelReference, source: str
+) -> dict[str, ModelReference]:
+    if len(models) != 2:
+        raise RainError(
+            f"{source}: models: expected exactly two besides base_model (role instruct and role "
+            f"pretrained), found {len(models)}"
+        )
+    found: dict[str, ModelReference] = {}
+    for item in models:
+        role = (item.parameters or {}).get("role")
+        if role not in ROLES:
+            raise RainError(
+                f"{source}: models: {item.model}: parameters.role is {shown(role)}, expected "
+                "'instruct' or 'pretrained'"
+            )
+        if role == "instruct" and item.model == base:
+            raise RainError(
+                f"{source}: models: {item.model}: base_model cannot have role instruct: there "
+                "would be nothing to merge into it; it can stand for the pretrained model only"
+            )
+        if role in found:
+            raise RainError(
+                f"{source}: models: role {role!r} is given twice ({found[str(role)]} and "
+                f"{item.model}); one model is 'instruct', the other 'pretrained'"
+            )
+        found[str(role)] = item.model
+    return found
+
+
+def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
+    value = (merge.parameters or {}).get("calibration")
+    if not isinstance(value, str) or not value:
+        raise RainError(
+            f"{source}: parameters.calibration is {shown(value)}, expected the path of the "
+            "calibration file (`mergekit-rain calibrate` writes it, the merge reads it)"
+        )
+    if value.startswith("~"):
+        raise RainError(
+            f"{source}: parameters.calibration is {shown(value)}: mergekit takes `~` for the name "
+            "of a folder; write the whole path"
+        )
+    return Path(value)
+
+
+def check_merge(merge: MergeConfiguration, source: str) -> None:
+    """RainError for parameters that rain has not, for a lambda that is no number, and for types."""
+    _require_known(merge.parameters, _GLOBAL, f"{source}: parameters")
+    for item in merge.models or ():
+        _require_known(item.parameters, _OF_A_MODEL, f"{source}: {item.model}: parameters")
+    for value in _values((merge.parameters or {}).get("lambda", 1.0)):
+        if finite_number(value) is None:
+            raise RainError(
+                f"{source}: parameters: lambda must be a finite number, found {value!r:.80}"
+            )
+    for field in ("dtype", "out_dtype"):
+        _require_type(getattr(merge, field), f"{source}: {field}")
+
+
+def _require_known(found: Mapping[str, Any] | None, known: tuple[str, ...], where: str) -> None:
+    """mergekit does not ask a method for names that it does not know: they would do nothing."""
+    for name in found or ():
+        if name not in known:
+            raise RainError(
+                f"{where}: rain has no parameter {shown(name)} here, it would do nothing (known: "
+                f"{', '.join(known)}; `role` belongs to a model, `lambda` to all of them)"
+            )
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """The numbers of a gradient, and those of a list of filters."""
+    if isinstance(value, ConditionalParameter):
+        yield from _values(value.value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _values(item)
+    else:
+        yield value
+
+
+def _require_type(name: str | None, where: str) -> None:
+    try:
+        dtype_from_name(name)
+    except RuntimeError:
+        raise RainError(
+            f"{where} is {shown(name)}, expected a type that mergekit knows, such as bfloat16, "
+            "float16 or float32"
+        ) from None

@@ -1,0 +1,326 @@
+"""The `rain:` section of the YAML: every setting, its default and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import shown
+from rain_mergekit.text.markers import Markers
+
+
+def _no_truth(value: object) -> object:
+    """pydantic takes `true` for 1, YAML takes `yes` and `on` for true: nobody means a number."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")  # noqa: TRY004 - pydantic wants ValueError
+    return value
+
+
+_Number = BeforeValidator(_no_truth)
+Share = Annotated[float, Field(gt=0.0, le=1.0), _Number]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _Number]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+Accepted = Literal["same_model", "large_task_vector", "other_tokens", "no_thinking"]
+
+
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false; it means the word here."""
+    return "off" if value is False else value
+
+
+class MarkerSettings(BaseModel):
+    """The strings that open and close a thinking block."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    open: Annotated[str, Field(min_length=1)]
+    close: Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: object) -> object:
+    """One pair is a list of one."""
+    if value == []:
+        raise ValueError("a pair of texts, or auto, is expected")
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _own_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_RESERVED & set(value)):
+        raise ValueError(f"{', '.join(taken)} cannot be set here")
+    return value
+
+
+# What the conversation itself decides; the rest is the template's own.
+_RESERVED = frozenset(
+    {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+)
+Auto = Annotated[Literal["auto"], Tag("auto")]
+Pairs = Annotated[tuple[MarkerSettings, ...], Tag("pairs")]
+
+
+class RainSettings(BaseModel):
+    """What `mergekit-rain calibrate` does; the same names as in the YAML's `rain:` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reasoning_data: Annotated[
+        str, Field(description="The reasoning set, JSON or JSONL: what must stay as it is.")
+    ]
+    instruction_data: Annotated[
+        str | None,
+        Field(
+            description="The instruction set, JSON or JSONL; needed for the oblique projection and "
+            "for coefficients."
+        ),
+    ] = None
+    markers: Annotated[
+        Auto | Pairs,
+        Discriminator(lambda value: "auto" if isinstance(value, str) else "pairs"),
+        BeforeValidator(_listed),
+        Field(
+            description="The texts that open and close a thinking block: those known that the "
+            "outputs, the chat template or the tokenizer show, or one pair, or several."
+        ),
+    ] = "auto"
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        AfterValidator(_own_arguments),
+        Field(description="Arguments of the chat template, such as enable_thinking: true."),
+    ] = {}
+    window: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Tokens protected after the open marker and before the close marker, "
+            "besides the markers.",
+        ),
+        _Number,
+    ] = 5
+    max_tokens: Annotated[
+        PositiveInt | None,
+        Field(description="Longer samples are skipped, counted and reported; null: no limit."),
+    ] = None
+
+    projection: Annotated[
+        Literal["oblique", "orthogonal"],
+        Field(
+            description="oblique spares what the instruct model does to instruction features; "
+            "orthogonal is the paper's."
+        ),
+    ] = "oblique"
+    rank_by: Annotated[
+        Literal["response_energy", "energy", "tolerance", "count", "full"],
+        Field(
+            description="How many directions are protected at each site: a share of the task "
+            "vector's response to the features, a share of the features' energy, singular values "
+            "above a tolerance, a count, or all that the features span."
+        ),
+    ] = "response_energy"
+    rank_share: Annotated[
+        Share, Field(description="The share for rank_by: response_energy and energy.")
+    ] = 0.99
+    rank_tolerance: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            lt=1.0,
+            description="For rank_by: tolerance; relative to the largest singular value.",
+        ),
+        _Number,
+    ] = 1e-3
+    rank_count: Annotated[
+        PositiveInt | None, Field(description="For rank_by: count, and required there.")
+    ] = None
+    max_rank: Annotated[
+        PositiveInt | None,
+        Field(description="Upper bound of the rank of every site; null: set by size_budget."),
+    ] = None
+    size_budget: Annotated[
+        Share,
+        Field(
+            description="Largest calibration file as a share of the reasoning model's bytes; "
+            "bounds the rank of every site (never below 96) where max_rank is null."
+        ),
+    ] = 0.10
+    epsilon: Annotated[
+        float,
+        Field(
+            ge=1e-8,
+            allow_inf_nan=False,
+            description="Regularisation of the oblique projection, relative to the mean energy of "
+            "an instruction feature; the larger, the closer to orthogonal.",
+        ),
+        _Number,
+    ] = 0.1
+    ridge: Annotated[
+        NonNegative,
+        Field(
+            description="0: protected directions are exact. Above: a direction is protected by "
+            "s²/(s² + ridge · s₁²), so weak ones only partly."
+        ),
+    ] = 0.0
+    instruction_rows: Annotated[
+        PositiveInt,
+        Field(
+            description="Response tokens of the instruction set that the oblique projection uses, "
+            "over all samples (at least one each)."
+        ),
+    ] = 4096
+
+    protect_thinking: Annotated[
+        NonNegative,
+        Field(
+            description="Weight of the thinking block's content beside the marker positions "
+            "(which weigh 1); 0: only the markers are protected."
+        ),
+    ] = 1.0
+    protect_prompt: Annotated[
+        NonNegative,
+        Field(
+            description="Weight of the reasoning set's prompts, in the same way: the thinking "
+            "reads them through attention."
+        ),
+    ] = 0.0
+    protect_response: Annotated[
+        NonNegative,
+        Field(description="Weight of the reasoning set's responses, in the same way."),
+    ] = 0.0
+    reading_share: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            le=1.0,
+            description="What attention reads: at the inputs of queries, keys and values, this "
+            "share of the task vector's response to the reasoning set's prompts, and of that to "
+            "its responses, is protected besides; 0: none.",
+        ),
+        _Number,
+    ] = 0.9
+    content_rows: Annotated[
+        PositiveInt,
+        Field(
+            description="Tokens of the thinking content, of the prompts, and of the responses that "
+            "are used, over all samples (at least one each)."
+        ),
+    ] = 2048
+
+    lm_head: Annotated[
+        Literal["off", "all", "unseen"],
+        BeforeValidator(_yaml_off),
+        Field(
+            description="The map to the vocabulary, merged and projected too: not at all, all of "
+            "its rows, or those of tokens that the instruction set's responses have and the "
+            "reasoning set never has (the only choice where it is the embedding)."
+        ),
+    ] = "off"
+
+    coefficients: Annotated[
+        Literal["off", "normalized", "closed_form"],
+        BeforeValidator(_yaml_off),
+        Field(
+            description="One factor per attention head and layer: none, the closed form divided by "
+            "its mean, or the closed form as it is."
+        ),
+    ] = "off"
+    rho: Annotated[
+        NonNegative,
+        Field(description="Weight of leakage against alignment in the coefficients."),
+    ] = 1.0
+    alpha_min: Annotated[NonNegative, Field(description="Smallest coefficient.")] = 0.5
+    alpha_max: Annotated[NonNegative, Field(description="Largest coefficient.")] = 1.5
+    leakage_from_thinking: Annotated[
+        bool,
+        Field(description="Count attention from the thinking block to the instruction as leakage."),
+    ] = False
+
+    accept: Annotated[
+        tuple[Accepted, ...],
+        Field(
+            description="Checks whose outcome is a warning and no error: same_model (two of the "
+            "models are one), large_task_vector (larger than the weights), other_tokens (the "
+            "tokenizers disagree), no_thinking (the reasoning model does not think on its set)."
+        ),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RainSettings:
+        if self.rank_by == "count" and self.rank_count is None:
+            raise ValueError("rank_by: count needs `rank_count` (how many directions to protect)")
+        if self.alpha_min > self.alpha_max:
+            raise ValueError("alpha_min must not be above alpha_max")
+        if self.needs_instruction_data and self.instruction_data is None:
+            raise ValueError(
+                "instruction_data is missing: the oblique projection, the coefficients and "
+                "lm_head: unseen are measured on it (or set projection: orthogonal, "
+                "coefficients: off and another lm_head)"
+            )
+        return self
+
+    def numbers(self) -> dict[str, Any]:
+        """All settings on which the numbers in the calibration file depend, as JSON has them."""
+        return self.model_dump(mode="json", exclude={"accept"})
+
+    @property
+    def marker_texts(self) -> Markers | None:
+        """The configured markers; None where they are to be found. RainError if unfit."""
+        if isinstance(self.markers, str):
+            return None
+        return Markers.of([(pair.open, pair.close) for pair in self.markers])
+
+    @property
+    def keeps_response(self) -> bool:
+        """Whether the reasoning set's responses are run through the model."""
+        return self.protect_response > 0 or self.reading_share > 0 or self.lm_head == "unseen"
+
+    @property
+    def stores_v(self) -> bool:
+        """Whether V differs from U, so that the calibration file holds both."""
+        return self.projection == "oblique" or self.ridge > 0
+
+    @property
+    def needs_instruction_data(self) -> bool:
+        """Whether anything is measured on the instruction set."""
+        measured = self.projection == "oblique" or self.coefficients != "off"
+        return measured or self.lm_head == "unseen"
+
+
+_PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name
+
+
+def parse_settings(section: object, source: str) -> RainSettings:
+    """Validate the `rain:` section; RainError names the file, each field and what was expected."""
+    if not isinstance(section, Mapping):
+        raise RainError(
+            f"{source}: the `rain:` section is missing; add one with at least "
+            "`reasoning_data` and `instruction_data` (see configs/reference.yml)"
+        )
+    try:
+        return RainSettings.model_validate(dict(section))
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors()[:_PROBLEMS]]
+        raise RainError(f"{source}: rain: " + "; ".join(lines)) from None
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    parts = [str(part) for part in item["loc"] if part not in ("auto", "pairs")]
+    field = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        model = RainSettings if len(parts) == 1 else MarkerSettings
+        known = ", ".join(model.model_fields)
+        return f"unknown setting {shown(field)} (known: {known})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{field[:_NAME]}: {message}, got {shown(item['input'])}" if field else message

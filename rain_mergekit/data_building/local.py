@@ -1,0 +1,86 @@
+"""A model in this process: answers by transformers' own `generate`, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rain_mergekit.data_building.tasks import Sampling, Task, Written
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.fingerprint import fingerprint
+from rain_mergekit.models.generation import continued, load_model, rendered
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.markers import Markers
+
+# Of a model's generation_config.json: what decides how tokens are drawn.
+_DRAWING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class LocalWriter:
+    """Fixed batches, each with a seed of its own, so that an interrupted run goes on the same."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sampling: Sampling,
+        *,
+        device: str,
+        dtype: torch.dtype | None,
+        batch_size: int,
+        chat_template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._checkpoint, self._sampling, self._batch_size = checkpoint, sampling, batch_size
+        self._device, self._dtype = device, dtype
+        self._template = chat_template_kwargs
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
+        self._model: Any = None
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The weights, wherever they lie."""
+        return {"model": fingerprint(self._checkpoint.path)}
+
+    def opens_block(self, prompt: str, markers: Markers) -> bool:
+        """Whether the chat template has written the open marker before the model begins."""
+        return bool(markers.opening(self._head(prompt)))
+
+    def _head(self, prompt: str) -> str:
+        return rendered(self.tokenizer, prompt, self._template)
+
+    def write(
+        self, tasks: Sequence[Task], is_done: Callable[[Task], bool]
+    ) -> Iterator[list[tuple[Task, Written]]]:
+        """One batch after another; prompts of similar length share one. Loads the model late."""
+        heads = {task: self._head(task.prompt) for task in tasks}
+        order = sorted(tasks, key=lambda task: (len(heads[task]), task.key))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            if all(is_done(task) for task in batch):
+                continue
+            answers = self._answer(batch, [heads[task] for task in batch])
+            pairs = zip(batch, answers, strict=True)
+            yield [(task, written) for task, written in pairs if not is_done(task)]
+
+    def _answer(self, batch: Sequence[Task], heads: list[str]) -> list[Written]:
+        if self._model is None:
+            self._model = load_model(self._checkpoint, self._device, self._dtype)
+        seeds = [task.seed(self._sampling.seed) for task in batch]
+        torch.manual_seed(int(hashlib.sha256(repr(seeds).encode()).hexdigest()[:8], 16))
+        texts = continued(
+            self._model, self.tokenizer, heads, self._sampling.max_new_tokens, self._drawing()
+        )
+        return [Written(text, None, finished) for text, finished in texts]
+
+    def _drawing(self) -> dict[str, Any]:
+        """The model's own way of drawing tokens, with what the user has set in its place."""
+        own, asked = self._model.generation_config, self._sampling
+        if asked.temperature == 0 or (asked.temperature is None and not own.do_sample):
+            return {"do_sample": False}
+        found = {name: getattr(own, name, None) for name in _DRAWING}
+        given = {"temperature": asked.temperature, "top_p": asked.top_p}
+        drawing = {**found, **{name: value for name, value in given.items() if value is not None}}
+        return {"do_sample": True, **{n: v for n, v in drawing.items() if v is not None}}

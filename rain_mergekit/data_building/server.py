@@ -1,0 +1,225 @@
+"""A model behind an OpenAI-compatible server: chat completions, several at a time."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from rain_mergekit.data_building.tasks import Sampling, Task, Written
+from rain_mergekit.errors import RainError
+
+# Under these names servers put thinking that they have taken out of the text (vLLM: both).
+_REASONING = ("reasoning_content", "reasoning")
+_MOST_BYTES = 64 * 1024**2
+_TRANSIENT = {408, 409, 425, 429}
+_OF_ONE_PROMPT = {400, 413, 422}  # too long for the model, or refused by its template
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server is; `key_variable` names the environment variable that holds its key.
+
+    extra: further fields of each request, which the server may know or not.
+    """
+
+    url: str
+    model: str
+    timeout: float
+    parallel: int
+    retries: int
+    key_variable: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ServerWriter:
+    """Each answer is one request with a seed of its own; determinism is the server's then."""
+
+    def __init__(self, address: Address, sampling: Sampling, pause: float = 1.0) -> None:
+        self._address, self._sampling, self._pause = address, sampling, pause
+        self._url = _endpoint(address.url)
+        self._headers = {"Content-Type": "application/json", **_key(address.key_variable)}
+        self._opener = _opener(self._url)
+        self.refused: list[str] = []
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Address and name: what the server runs under that name cannot be seen."""
+        return {"server": self._url, "model": self._address.model}
+
+    def write(
+        self, tasks: Sequence[Task], is_done: Callable[[Task], bool]
+    ) -> Iterator[list[tuple[Task, Written]]]:
+        """Answers as they come. RainError if the server cannot be used; other errors are retried.
+
+        A prompt that the server refuses gives no answer; the reason goes to `refused`.
+        """
+        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        found: queue.SimpleQueue[tuple[Task, Written | Exception]] = queue.SimpleQueue()
+        open_tasks = [task for task in tasks if not is_done(task)]
+        for task in open_tasks:
+            waiting.put(task)
+        stop = threading.Event()
+        for _ in range(min(self._address.parallel, len(open_tasks))):
+            # Daemons: an interruption must not wait for answers that may take minutes.
+            arguments = (waiting, found, stop)
+            threading.Thread(target=self._work, args=arguments, daemon=True).start()
+        try:
+            for _ in open_tasks:
+                task, outcome = found.get()
+                if isinstance(outcome, _RefusedError):
+                    self.refused.append(str(outcome))
+                    yield []
+                elif isinstance(outcome, Exception):
+                    raise outcome
+                else:
+                    yield [(task, outcome)]
+        finally:
+            stop.set()
+
+    def _work(
+        self,
+        waiting: queue.SimpleQueue[Task],
+        found: queue.SimpleQueue[tuple[Task, Written | Exception]],
+        stop: threading.Event,
+    ) -> None:
+        while not stop.is_set():
+            try:
+                task = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                found.put((task, self._answer(task, stop)))
+            except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+                found.put((task, error))
+
+    def _answer(self, task: Task, stop: threading.Event) -> Written:
+        """One answer; what may pass is tried again, after pauses that double."""
+        attempt = 0
+        while True:
+            try:
+                return self._ask(task)
+            except _PassingError as error:  # noqa: PERF203 - the pauses take longer
+                if attempt == self._address.retries or stop.wait(self._pause * 2**attempt):
+                    raise RainError(
+                        f"the server {self._url} gives no usable answer: {error}; the answers so "
+                        "far are kept, the same command goes on from there"
+                    ) from None
+                attempt += 1
+
+    def _ask(self, task: Task) -> Written:
+        body = json.dumps(self._body(task)).encode()
+        request = urllib.request.Request(self._url, body, self._headers)  # noqa: S310 - checked
+        try:
+            with self._opener.open(request, timeout=self._address.timeout) as response:
+                data = response.read(_MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._failure(error.code, _detail(error)) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise _PassingError(f"{reason or type(error).__name__}") from None
+        return _parse(data)
+
+    def _body(self, task: Task) -> dict[str, Any]:
+        drawing = {"temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
+        return {
+            "model": self._address.model,
+            "messages": [{"role": "user", "content": task.prompt}],
+            "max_tokens": self._sampling.max_new_tokens,
+            "seed": task.seed(self._sampling.seed),
+            **{name: value for name, value in drawing.items() if value is not None},
+            **self._address.extra,
+        }
+
+    def _failure(self, code: int, detail: str) -> Exception:
+        text = f"HTTP {code}{detail}"
+        if code in _TRANSIENT or code >= 500:
+            return _PassingError(text)
+        if code in _OF_ONE_PROMPT:
+            return _RefusedError(f"refused by the server: {text}")
+        return RainError(
+            f"the server {self._url} refuses to answer as model {self._address.model!r}: {text}; "
+            "correct --server, --model or --api-key-env"
+        )
+
+
+class _PassingError(Exception):
+    """May be gone the next time."""
+
+
+class _RefusedError(Exception):
+    """This prompt gets no answer; others may."""
+
+
+def _endpoint(url: str) -> str:
+    """The address of chat completions; `/v1` is added where no path is given."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise RainError(
+            f"--server {url}: is not the address of a server; expected http://HOST:PORT/v1"
+        )
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _key(variable: str | None) -> dict[str, str]:
+    if variable is None:
+        return {}
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise RainError(f"--api-key-env {variable}: that environment variable holds no key")
+    return {"Authorization": f"Bearer {key}"}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key must not follow to another host."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Treat a redirection as the error that it is here."""
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Proxies as the environment names them, but not for this machine itself."""
+    here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    proxies = [urllib.request.ProxyHandler({})] if here else []
+    return urllib.request.build_opener(_NoRedirect, *proxies)
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """What the server says of its refusal, as a short text."""
+    try:
+        text = error.read(4096).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+    with suppress(ValueError, AttributeError):
+        value = json.loads(text)
+        value = value.get("error", value)
+        text = value if isinstance(value, str) else str(value.get("message", value.get("detail")))
+    line = "".join(char if char.isprintable() else " " for char in text)
+    return f" ({' '.join(line.split())[:200]})" if line.strip() else ""
+
+
+def _parse(data: bytes) -> Written:
+    """The first choice of a chat completion; anything else is no answer."""
+    try:
+        choice = json.loads(data)["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        reasoning = next((message[n] for n in _REASONING if message.get(n) is not None), None)
+        text = message.get("content") or ""
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise _PassingError("what it sends is not a chat completion") from None
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise _PassingError("what it sends is not a chat completion")
+    return Written(text, reasoning, reason == "stop")

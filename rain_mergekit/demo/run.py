@@ -1,0 +1,179 @@
+"""The whole job on a small trained trio that ships with the package, beside task arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mergekit.common import ModelReference
+
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.commands.console import Console, duration
+from rain_mergekit.commands.run_calibration import run_calibration
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.demo.files import (
+    ASKED,
+    CALIBRATION,
+    HELD_OUT,
+    MERGES,
+    REPORT,
+    TRIO,
+    claim,
+    write_report,
+)
+from rain_mergekit.demo.scoring import Record, Score, read_records, score
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.divergence import Drift, drift
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.generation import Answer, generate, load_model
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.system.staged_folder import staged_folder
+from rain_mergekit.text.calibration_sets import load_reasoning
+
+_MOST_TOKENS = 96
+_EXAMPLES = ("upper", "end", "separate")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's row of the table, and what it wrote."""
+
+    label: str
+    scores: Score
+    drift: Drift
+    answers: list[Answer]
+
+
+def run_demo(folder: Path, console: Console) -> list[Result]:
+    """Configure, calibrate, merge, evaluate, report.
+
+    Raises RainError if the folder cannot be used (see `claim`) or a merge fails.
+    """
+    start = time.monotonic()
+    texts = claim(folder)
+    console.head("Three small trained models: reasoning, instruct, pretrained (1.1 M parameters)")
+    console.say(f"  configurations in {folder}: {', '.join(texts)}")
+    console.say()
+    config = read_config(folder / "rain.yml")
+    run_calibration(config, RunOptions(quiet=not console.progress), console)
+    console.say()
+    console.head("Merging with stock mergekit")
+    for name in MERGES:
+        _merge(folder, name, console)
+    console.say()
+    records = read_records(TRIO / "test.jsonl", ASKED)
+    console.head(f"Asking {len(records)} prompts that calibration has not seen")
+    results = _evaluate(folder, records, console)
+    seconds = time.monotonic() - start
+    numbers = {r.label: {**asdict(r.scores), "drift": asdict(r.drift)} for r in results}
+    write_report(folder, {"seconds": round(seconds, 1), "models": numbers})
+    _table(records, results, console)
+    _examples(records, results, console)
+    _next_steps(folder, console)
+    console.say(f"Done in {duration(seconds)}; the numbers are in {folder / REPORT}.")
+    return results
+
+
+def _merge(folder: Path, name: str, console: Console) -> None:
+    """mergekit-yaml in a process of its own, as a user would start it."""
+    config, out = folder / f"{name}.yml", folder / name
+    console.say(f"  mergekit-yaml {shlex.quote(str(config))} {shlex.quote(str(out))}")
+    kept = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    environment = {**kept, "RAIN_MERGEKIT_AUTOLOAD": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config)]
+    with staged_folder(out) as stage:
+        done = subprocess.run(  # noqa: S603 - this interpreter, this package's own files
+            [*command, str(stage), "--quiet"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RainError(f"mergekit-yaml {config} failed: {last}")
+
+
+def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Result]:
+    """Every model's answers, and its drift from the reasoning model on the right outputs."""
+    places = {
+        "reasoning model": TRIO / "reasoning",
+        "instruct model": TRIO / "instruct",
+        **{label: folder / name for name, label in MERGES.items()},
+    }
+    opened = {label: _open(path) for label, path in places.items()}
+    tokenizer = load_tokenizer(opened["reasoning model"])
+    lines = [json.dumps({"prompt": r.prompt, "output": r.output}) + "\n" for r in records]
+    (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")
+    texts = load_reasoning(folder / HELD_OUT, tokenizer, keep_response=True).samples
+    reference = load_model(opened["reasoning model"], "cpu", None)
+    prompts = [record.prompt for record in records]
+    results = []
+    for label, checkpoint in opened.items():
+        console.say(f"  {label}")
+        model = load_model(checkpoint, "cpu", None)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=_MOST_TOKENS)
+        scores = score(records, [answer.thought for answer in answers])
+        results.append(Result(label, scores, drift(reference, model, texts), answers))
+    return results
+
+
+def _open(path: Path) -> Checkpoint:
+    # Not parsed: a folder's name may hold what has a meaning in mergekit's text form.
+    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+
+
+def _table(records: list[Record], results: list[Result], console: Console) -> None:
+    asked = sum(record.constraint is not None for record in records)
+    console.say()
+    console.say(f"{'':<28} thinking    plain |  with a format constraint ({asked}) |")
+    console.head(f"{'percent':<28} complete  correct |  correct  followed     both |   L_think")
+    for result in results:
+        s = result.scores
+        console.say(
+            f"{result.label:<28} {s.complete:>8.1f} {s.plain:>8.1f} | {s.correct:>8.1f}"
+            f" {s.followed:>9.1f} {s.both:>8.1f} | {result.drift.think.mean:>9.4f}"
+        )
+    console.say(
+        '"linear": only the weights that rain changes too; 0.7, 0.8, 1.2: the best strengths'
+    )
+
+
+def _examples(records: list[Record], results: list[Result], console: Console) -> None:
+    console.say()
+    for constraint in _EXAMPLES:
+        index = next(i for i, record in enumerate(records) if record.constraint == constraint)
+        console.head(f"> {records[index].prompt}")
+        for result in results:
+            console.say(f"  {result.label:<28} {_short(result.answers[index].text)}")
+
+
+def _short(text: str, width: int = 60) -> str:
+    """One line; long thinking is cut in its middle, the answer stays visible."""
+    line = " ".join(text.split())
+    if len(line) <= 2 * width:
+        return line
+    return f"{line[:width]} ... {line[-width:]}"
+
+
+def _next_steps(folder: Path, console: Console) -> None:
+    config, merged, data, calibration = (
+        shlex.quote(str(folder / name)) for name in ("rain.yml", "rain", HELD_OUT, CALIBRATION)
+    )
+    against = shlex.quote(str(TRIO / "reasoning"))
+    console.say()
+    console.head("Next")
+    console.say("  Look closer:")
+    console.say(f"    mergekit-rain verify {merged} --against {against} --reasoning-data {data}")
+    console.say("  See it in pictures (pip install 'rain-mergekit[report]'):")
+    console.say(f"    mergekit-rain report {calibration} --merged {merged}")
+    console.say(f"  Another strength: change lambda in {config}, then")
+    console.say(f"    mergekit-rain merge {config} {shlex.quote(str(folder / 'other'))}")
+    console.say(f"  Your own models: copy {config}, put in your three models and your data.")
+    console.say()

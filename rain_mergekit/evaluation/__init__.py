@@ -1,0 +1,4 @@
+"""Measuring a merge: drift of the thinking, moved weights, answers.
+
+Used by the report and the commands.
+"""

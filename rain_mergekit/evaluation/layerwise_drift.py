@@ -1,0 +1,150 @@
+"""Models side by side, one layer of each in memory: drift of features, and of next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.capture.input_sites import SiteMap, capture_inputs
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.output_head import finishing
+from rain_mergekit.capture.streams import REASONING, StreamPlan, build_streams
+from rain_mergekit.evaluation.divergence import CHUNK_LOGITS, Drift, Tally, kl_divergence
+from rain_mergekit.evaluation.marker_distance import Around, Distances
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+Edit = Callable[[nn.Module, str], None]
+Tick = Callable[[int], object]
+
+
+@dataclass
+class SiteDrift:
+    """Energies (sums of squares) at think positions, of one input site of one layer.
+
+    reference: of the reasoning model's features; drift: of what the merged model's differ from
+    them; rounding: of what the merged model's differ from those before its weights were rounded,
+    None where that was not measured.
+    """
+
+    reference: float = 0.0
+    drift: float = 0.0
+    rounding: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """||H* - H_R|| / ||H_R|| (Frobenius)."""
+        return (self.drift / self.reference) ** 0.5 if self.reference else 0.0
+
+    @property
+    def rounding_share(self) -> float | None:
+        """The share of the drift's energy that rounding makes up; None without a drift."""
+        return None if self.rounding is None or not self.drift else self.rounding / self.drift
+
+
+LayerDrift = dict[str, SiteDrift]
+
+
+class Side:
+    """One model and its hidden states; `edit` changes each layer's weights once it is filled."""
+
+    def __init__(self, shell: Shell, edit: Edit | None = None) -> None:
+        self.shell, self._edit = shell, edit
+
+    def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
+        """Embed the samples; `budget` bytes of hidden states stay in memory, the rest on disk."""
+        plan = StreamPlan(REASONING, samples, [{}] * len(samples))
+        streams = build_streams(self.shell, [plan], budget, folder, keep_on_device=False)
+        self._stream = streams[REASONING]
+
+    def fill(self, index: int, stack: ExitStack) -> None:
+        """Load layer `index` until the stack is left."""
+        self._layer = stack.enter_context(self.shell.layer(index))
+        self._index, self._sites = index, SiteMap()
+        if self._edit is not None:
+            self._edit(self._layer, f"{self.shell.prefix}.{index}")
+
+    def advance(self, sample: int, positions: Tensor) -> dict[str, Tensor]:
+        """Run one sample through the layer: its features (n, d) at the positions, by site."""
+        rows: dict[str, Tensor] = {}
+
+        def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
+            if tokens is None:  # else routed to an expert, and in another model to another one
+                rows[site] = inputs[positions].float()
+
+        store, call = self._stream.store, self._stream.calls[sample][self._index]
+        hidden = store.get(sample).to(self.shell.device)
+        with capture_inputs(self._layer, self._sites, pick, partial(len, hidden)):
+            store.put(sample, run_layer(self._layer, hidden, call))
+        return rows
+
+    def final(self, sample: int) -> Tensor:
+        """The hidden states (T, d) of one sample as they are now."""
+        return self._stream.store.get(sample).to(self.shell.device)
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self._stream.store.close()
+
+
+def feature_drift(
+    sides: Sequence[Side], samples: Sequence[ReasoningTokens], tick: Tick
+) -> Iterator[LayerDrift]:
+    """Layer by layer, the drift of the features at think positions, by input site.
+
+    sides: the reasoning model, the merged one, and the merged one before rounding, if known. They
+    must have been embedded, and are at the end of their layers afterwards.
+    """
+    shell = sides[0].shell
+    for index in range(len(shell.layers)):
+        with ExitStack() as stack:
+            for side in sides:
+                side.fill(index, stack)
+            found: LayerDrift = {}
+            for number, sample in enumerate(samples):
+                positions = torch.tensor(sample.think_positions, device=shell.device)
+                _add(found, [side.advance(number, positions) for side in sides])
+                tick(len(sample.input_ids))
+        yield found
+
+
+def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
+    for site, wanted in rows[0].items():
+        total, merged = found.setdefault(site, SiteDrift()), rows[1][site]
+        total.reference += _energy(wanted)
+        total.drift += _energy(merged - wanted.to(merged.device))
+        if len(rows) > 2:
+            total.rounding = (total.rounding or 0.0) + _energy(merged - rows[2][site])
+
+
+def token_drift(
+    reference: Side, model: Side, samples: Sequence[ReasoningTokens], tokens: int
+) -> tuple[Drift, Around]:
+    """`evaluation.drift` of two models at the end of their layers, and by distance from markers.
+
+    tokens: over how many, counted from the first.
+    """
+    chunk = max(16, CHUNK_LOGITS // tokens)
+    tally, distances = Tally(), Distances()
+    with finishing(reference.shell) as wanted, finishing(model.shell) as found:
+        for number, sample in enumerate(samples):
+            blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
+            pairs = zip(*blocks, strict=True)
+            parts = [
+                kl_divergence(wanted(left)[:, :tokens], found(right)[:, :tokens])
+                for left, right in pairs
+            ]
+            apart = torch.cat(parts).double().cpu()
+            tally.add(sample, apart)
+            distances.add(sample, apart)
+    return tally.drift(), distances.around()
+
+
+def _energy(rows: Tensor) -> float:
+    return float(rows.double().square().sum())

@@ -1,0 +1,110 @@
+"""Several strengths of one merge: their configurations, and the table of what they did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.comparable import check_same_tokens
+from rain_mergekit.evaluation.divergence import Drift, drift
+from rain_mergekit.evaluation.texts import Texts, read_texts
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.generation import load_model
+from rain_mergekit.system.atomic_file import replacing
+
+
+class Ruler:
+    """Measures L_think of several models against one, which is loaded once."""
+
+    def __init__(
+        self, reasoning: Checkpoint, texts: Texts, device: str, dtype: torch.dtype | None
+    ) -> None:
+        self._device, self._dtype, self._reasoning = device, dtype, reasoning
+        self._samples = read_texts(reasoning, texts)[0]
+        self._reference = load_model(reasoning, device, dtype)
+
+    def drift(self, merged: Checkpoint) -> Drift:
+        """The merged model's drift; it is loaded as a whole and let go."""
+        check_same_tokens(self._reasoning, merged)
+        model = load_model(merged, self._device, self._dtype)
+        return drift(self._reference, model, self._samples)
+
+
+REPORT = "sweep.json"
+AUTHOR = "mergekit-rain sweep"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strength, the folder of its model (None: removed), and its drift."""
+
+    strength: float
+    folder: str | None
+    drift: Drift
+
+
+def at_strength(config: RainConfig, strength: float) -> RainConfig:
+    """The same merge with `parameters.lambda` as one number, whatever it was."""
+    content = yaml.safe_load(config.text)
+    content["parameters"] = {**(content.get("parameters") or {}), "lambda": strength}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return replace(config, text=text)
+
+
+def folder_name(strength: float) -> str:
+    """Where the model of that strength lies: `lambda-0.25`."""
+    return f"lambda-{strength!r}"
+
+
+def split_numbers(arguments: Iterable[str], option: str) -> list[str]:
+    """Repeat the option before each number that follows it: `--x 1 2` -> `--x 1 --x 2`."""
+    result: list[str] = []
+    following = False
+    for argument in arguments:
+        if following and _is_number(argument):
+            result += [argument] if result[-1] == option else [option, argument]
+            continue
+        following = argument == option or argument.startswith(f"{option}=")
+        result.append(argument)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The table as lines of text, in the order of the rows."""
+    head = f"{'lambda':>8}  {'L_think':>10}  {'L_mid':>10}  {'L_rest':>10}  thinking format"
+    return [head, *(_line(row) for row in rows)]
+
+
+def _line(row: Row) -> str:
+    places = (row.drift.think, row.drift.content, row.drift.rest)
+    numbers = "  ".join(f"{place.mean:>10.3g}" for place in places)
+    return f"{row.strength:>8g}  {numbers}  {row.drift.verdict}"
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write what is measured so far to sweep.json; RainError if it cannot be written."""
+    content = [{**asdict(row), "verdict": row.drift.verdict} for row in rows]
+    text = json.dumps({"created_by": AUTHOR, "rows": content}, indent=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RainError(
+            f"{folder}: cannot be written ({error.strerror or error}); name another output folder"
+        ) from None
+    with replacing(folder / REPORT) as out:
+        out.write(f"{text}\n".encode())

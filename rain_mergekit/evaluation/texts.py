@@ -1,0 +1,87 @@
+"""The texts with thinking that a merge is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.settings import parse_settings
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.system.evenly_spaced import spread
+from rain_mergekit.system.json_samples import file_digest
+from rain_mergekit.text.calibration_sets import DataSet, load_reasoning
+from rain_mergekit.text.marker_detection import find_markers
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+# What parse_settings needs beside, so that no instruction set is asked for.
+_NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which texts with thinking to measure on; count None: all; markers None: found in them."""
+
+    path: str
+    count: int | None = None
+    markers: Markers | None = None
+    window: int = 5
+    max_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
+    """Texts of that file, with markers, window and template as in a calibration's settings."""
+    names = ("markers", "window", "chat_template_kwargs")
+    recorded = {name: settings[name] for name in names if name in settings}
+    try:
+        known = parse_settings({**recorded, "reasoning_data": path, **_NO_OTHER_SET}, path)
+        markers = known.marker_texts
+    except RainError:  # of another program, or another version
+        return Texts(path, count)
+    return Texts(
+        path=path,
+        count=count,
+        markers=markers,
+        window=known.window,
+        chat_template_kwargs=known.chat_template_kwargs,
+    )
+
+
+def recorded_texts(file: CalibrationFile) -> str | None:
+    """The reasoning set that the calibration was made from, if it is still there unchanged."""
+    recorded = (file.header.get("data") or {}).get("reasoning") or {}
+    path, digest = recorded.get("path"), recorded.get("sha256")
+    if not isinstance(path, str):
+        return None
+    found = file_digest(path)
+    return path if found is not None and found == digest else None
+
+
+def read_texts(
+    reasoning: Checkpoint, texts: Texts
+) -> tuple[list[ReasoningTokens], DataSet[ReasoningTokens]]:
+    """The samples to measure on, evenly spaced, and the whole set that they come from."""
+    tokenizer = load_tokenizer(reasoning)
+    data = load_reasoning(
+        texts.path,
+        tokenizer,
+        markers=markers_of(texts, tokenizer),
+        chat_template_kwargs=texts.chat_template_kwargs,
+        window=texts.window,
+        max_tokens=texts.max_tokens,
+        keep_response=True,
+    )
+    count = texts.count or len(data.samples)
+    return [data.samples[index] for index in spread(range(len(data.samples)), count)], data
+
+
+def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:
+    """The markers of the texts, or those that the model of this tokenizer writes."""
+    return texts.markers or find_markers(texts.path, tokenizer, texts.chat_template_kwargs)

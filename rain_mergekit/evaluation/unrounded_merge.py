@@ -1,0 +1,67 @@
+"""The weights of a merge before they were rounded to the type that they are stored in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.evaluation.comparable import check_reasoning
+from rain_mergekit.merge_method.single_tensors import Replay, strength_of
+from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
+from rain_mergekit.models.merge_names import merge_names
+from rain_mergekit.models.model_tensors import ModelTensors
+
+
+class _Merged(ModelTensors):
+    """The reasoning model's tensors; what the merge changes outside of layers is merged.
+
+    That is made once and kept: one float32 matrix of the size of the output head.
+    """
+
+    def __init__(self, shell: Shell, replay: Replay) -> None:
+        super().__init__(shell.checkpoint, shell.model)
+        self._replay, self._made = replay, dict[str, Tensor]()
+
+    def get(self, name: str) -> Tensor:
+        if not self._replay.of_tokens(name):
+            return super().get(name)
+        if name not in self._made:
+            self._made[name] = self._replay.tensor(name, torch.float32)
+        return self._made[name]
+
+
+class Unrounded:
+    """W_R + lambda (S_row Delta S_col)(I - U V^T) in float32, layer by layer.
+
+    From the configuration that mergekit leaves in a merged model's folder and the calibration file
+    that it names; `shell` is the reasoning model's, and gives the merged embedding and output head
+    from then on. RainError says what is missing for it.
+    """
+
+    def __init__(self, folder: str, shell: Shell, options: LoadOptions) -> None:
+        source = Path(folder, "mergekit_config.yml")
+        config = read_config(source)
+        strength = strength_of(config.text, source.name)
+        calibration = CalibrationFile.open(config.calibration)
+        check_reasoning(calibration, shell.checkpoint)
+        tensors = {
+            role: ModelTensors(open_model(config.models[role], options), shell.model)
+            for role in ("instruct", "pretrained")
+        }
+        names = merge_names(read_model_config(shell.checkpoint), shell.tensors)
+        trio = {"reasoning": shell.tensors, **tensors}
+        self._replay = Replay(calibration, trio, names, strength)
+        shell.tensors = _Merged(shell, self._replay)
+
+    def fill(self, layer: nn.Module, prefix: str) -> None:
+        """Put the merged weights in place of a filled layer's; `prefix` is the layer's name."""
+        for name, parameter in layer.named_parameters():
+            whole = f"{prefix}.{name}"
+            if self._replay.listed(whole):
+                parameter.data = self._replay.tensor(whole, torch.float32, parameter.device)
+        self._replay.release()

@@ -1,0 +1,141 @@
+"""All that `verify` measures of a merged model, and the verdict."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
+from rain_mergekit.evaluation.comparable import check_same_tokens
+from rain_mergekit.evaluation.divergence import Drift, common_tokens
+from rain_mergekit.evaluation.layerwise_drift import (
+    LayerDrift,
+    Side,
+    Tick,
+    feature_drift,
+    token_drift,
+)
+from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.texts import Texts, markers_of
+from rain_mergekit.evaluation.unrounded_merge import Unrounded
+from rain_mergekit.instructions.prompts import Asked
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.generation import generate, load_model
+from rain_mergekit.models.loading import LoadOptions, read_model_config
+from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.text.token_positions import ReasoningTokens
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Drift by layer, of the next tokens, and of these by their distance from the markers.
+
+    unrounded: the drift that the merge would have without the rounding of its weights; None where
+    that is not known, with the reason in `unknown`.
+    """
+
+    layers: tuple[LayerDrift, ...]
+    drift: Drift
+    around: Around
+    unrounded: Drift | None
+    unknown: str | None
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How the layers are run; budget: bytes of hidden states in memory, of each model."""
+
+    load: LoadOptions
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    budget: int = 2 * 1024**3
+
+
+def measure(
+    reasoning: Checkpoint,
+    merged: Checkpoint,
+    samples: Sequence[ReasoningTokens],
+    how: Streaming,
+    tick: Tick = lambda _tokens: None,
+) -> Measured:
+    """Run the samples through the models, a layer of each in memory at a time.
+
+    `tick` is told of the tokens that passed a layer.
+    """
+    check_same_tokens(reasoning, merged)
+    sides = [_side(reasoning, how), _side(merged, how)]
+    tokens = common_tokens(*(side.shell.model for side in sides))
+    unknown = None
+    try:
+        sides.append(_unrounded(reasoning, merged, sides[0], how))
+    except RainError as error:
+        unknown = str(error)
+    with tempfile.TemporaryDirectory(prefix="rain-verify-") as folder:
+        try:
+            for number, side in enumerate(sides):
+                side.embed(samples, how.budget // len(sides), Path(folder, str(number)))
+            layers = tuple(feature_drift(sides, samples, tick))
+            found = [token_drift(sides[0], side, samples, tokens) for side in sides[1:]]
+        finally:
+            for side in sides:
+                side.close()
+    unrounded = found[1][0] if len(found) > 1 else None
+    return Measured(layers, *found[0], unrounded, unknown)
+
+
+def _side(checkpoint: Checkpoint, how: Streaming) -> Side:
+    config = read_model_config(checkpoint)
+    on_cpu = torch.device(how.device).type == "cpu"
+    own = torch.float32 if on_cpu else getattr(config, "dtype", None) or torch.bfloat16
+    return Side(Shell(checkpoint, config, how.dtype or own, how.device))
+
+
+def _unrounded(reasoning: Checkpoint, merged: Checkpoint, anchor: Side, how: Streaming) -> Side:
+    if anchor.shell.dtype != torch.float32:
+        raise RainError("it takes --dtype float32 to see it")
+    shell = Shell(reasoning, read_model_config(reasoning), torch.float32, how.device)
+    return Side(shell, Unrounded(merged.path, shell, how.load).fill)
+
+
+def answers_of(
+    checkpoint: Checkpoint,
+    asked: Sequence[Asked],
+    texts: Texts,
+    limit: int,
+    how: Streaming,
+    tick: Tick = lambda _done: None,
+) -> Behaviour:
+    """What the model, loaded as a whole, writes to the prompts in at most `limit` tokens each.
+
+    texts: what it is measured on, for the markers and the arguments of the chat template.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, how.device, how.dtype)
+    prompts = [prompt.text for prompt in asked]
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=limit,
+        markers=markers_of(texts, tokenizer),
+        chat_template_kwargs=texts.chat_template_kwargs,
+        batch_size=16,
+        tick=tick,
+    )
+    return behaviour(asked, answers, tokenizer)
+
+
+def verdict(drift: Drift, merged: Behaviour | None, reasoning: Behaviour | None) -> str:
+    """`kept`, `at risk` or `damaged`: by L_think, and by the blocks that were broken."""
+    if merged is not None and reasoning is not None and breaks_more(merged, reasoning):
+        return "damaged"
+    return drift.verdict

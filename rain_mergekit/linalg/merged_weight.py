@@ -1,0 +1,70 @@
+"""Eq. 16: the merged weight of one matrix, in row blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.linalg.factors import Factors
+
+# A block's two float32 temporaries stay in a core's second-level cache; a GPU wants few launches.
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU = 2**17, 2**25
+MIN_BLOCK_ROWS = 128  # with fewer rows the products would do little else than read U and V
+
+
+def merged_weight(
+    reasoning: Tensor,
+    instruct: Tensor,
+    pretrained: Tensor,
+    factors: Factors,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    strength: float,
+    input_axis: int = -1,
+) -> Tensor:
+    """Compute W_R + λ (S_row Δ S_col)(I - U Vᵀ), with Δ = W_I - W_B (Eq. 16).
+
+    Scales come first and the projection last, so that the change is zero on the protected
+    features whatever the scales are. Blocks of output rows keep the temporaries in the cache.
+
+    Args:
+        reasoning: W_R, (d_out, d_in); (d_in, d_out) with `input_axis` -2.
+        instruct: W_I, of the same shape, dtype and device.
+        pretrained: W_B, likewise.
+        factors: U and V.
+        rows: the scales S_row (d_out); None for ones.
+        cols: the scales S_col (d_in); None for ones.
+        strength: λ.
+        input_axis: the axis of the input features, -1 or -2.
+
+    Returns:
+        A new tensor like `reasoning`; computed in float32, or in float64 for float64 weights.
+    """
+    dtype = torch.float64 if reasoning.dtype == torch.float64 else torch.float32
+    device = reasoning.device
+    result = torch.empty_like(reasoning, memory_format=torch.contiguous_format)
+    views = (result, reasoning, instruct, pretrained)
+    out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
+    scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
+    u, v = (f if f is None else f.to(device, dtype) for f in (factors.u, factors.v))
+    # out of the type's range it is infinite, and so is the result: torch would refuse the number
+    strength = float(torch.tensor(strength, dtype=dtype, device="cpu"))
+    step = _block_rows(out)
+    space = torch.empty(2, min(step, out.shape[0]), out.shape[1], dtype=dtype, device=device)
+    for start in range(0, out.shape[0], step):
+        block = slice(start, start + step)
+        delta, other = space[:, : out[block].shape[0]]
+        delta.copy_(tuned[block]).sub_(other.copy_(origin[block]))
+        if scale_rows is not None:
+            delta *= scale_rows[block, None]
+        if scale_cols is not None:
+            delta *= scale_cols
+        if u is not None and v is not None:
+            delta.addmm_(delta @ u, v.mT, alpha=-1)
+        out[block] = other.copy_(base[block]).add_(delta, alpha=strength)
+    return result
+
+
+def _block_rows(out: Tensor) -> int:
+    elements = BLOCK_ELEMENTS if out.device.type == "cpu" else BLOCK_ELEMENTS_GPU
+    return max(MIN_BLOCK_ROWS, elements // max(1, out.shape[1]))

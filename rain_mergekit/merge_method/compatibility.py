@@ -1,0 +1,276 @@
+"""Does a calibration belong to the models of this merge? Asked before any tensor is merged."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.errors import RainError
+
+_LISTED, _TOKENS = 20, 4096
+_LAYER = re.compile(r"\.\d+\.")
+_log = logging.getLogger(__name__)
+
+
+def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
+    """Compare the reasoning model's fingerprint, and all shapes of the three models.
+
+    Args:
+        calibration: the open calibration.
+        models: mergekit's input id by role. Models that mergekit has not opened (tensors merged in
+            memory) cannot be checked here and are left out.
+
+    Raises:
+        RainError: one message with everything that does not fit.
+    """
+    opened = {
+        role: LoaderCache().get(model).index
+        for role, model in models.items()
+        if isinstance(model, ModelReference) and model in LoaderCache.loaders
+    }
+    other: str | None = None
+    if "reasoning" in opened:
+        folder = opened["reasoning"].base_path
+        other = _other_reasoning_model(calibration, models["reasoning"], folder)
+    problems: list[str] = []
+    for role, index in opened.items():
+        problems += _problems(calibration, f"{role} model {models[role]}", index)
+    problems += _unlisted_problems(calibration, models, opened)
+    if problems:
+        more = len(problems) - _LISTED
+        lines = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
+        raise RainError(
+            f"calibration file {calibration.path!r} does not fit these models:\n  "
+            + "\n  ".join([other, *lines] if other else lines)
+            + "\nMerge the models that it was made for, or calibrate again with these."
+        )
+    if other:
+        raise RainError(
+            f"calibration file {calibration.path!r} {other}; set base_model to the recorded "
+            "model, or calibrate again"
+        )
+    if "reasoning" in opened:
+        _compare_tokenizer(calibration, opened["reasoning"].base_path)
+    if len(opened) == len(models) and all(index.is_safetensors for index in opened.values()):
+        _check_others(calibration, models, opened)
+
+
+def _compare_tokenizer(calibration: CalibrationFile, folder: str) -> None:
+    """A warning only: the weights are the calibrated ones, and a repaired file may be meant."""
+    from rain_mergekit.models.tokenizer import tokenizer_digest  # noqa: PLC0415 - loads transformers
+
+    recorded = (calibration.header.get("run") or {}).get("tokenizer")
+    if recorded is not None and recorded != tokenizer_digest(folder):
+        _log.warning(
+            "the tokenizer or the chat template of %s has changed since the calibration %s: what "
+            "is protected was found with the ones before",
+            folder,
+            calibration.path,
+        )
+
+
+def check_source(model: object, name: str, tensor: Tensor) -> None:
+    """Refuse slices that move layers: `tensor` must be what `model` stores under `name`.
+
+    The bases belong to a layer's own inputs, and mergekit tells a method only the name that the
+    tensor will have in the result. One row of the checkpoint is compared.
+    """
+    with _stored_slice(model, name) as stored:
+        if stored is None:
+            return
+        row = stored[:1]
+    if not torch.equal(row.to(tensor.dtype), tensor[:1].to("cpu")):
+        raise RainError(
+            f"{name} of the result is made from another tensor of {model}: the slices move layers, "
+            "and a calibration holds for layers in their own places; merge first, move then"
+        )
+
+
+def check_tokens(model: object, name: str, tensor: Tensor, rows: Tensor) -> None:
+    """Refuse a vocabulary in another order: a token's row must be where `model` stores it.
+
+    rows: as the calibration has them; those that are not zero are compared, block by block.
+    """
+    with _stored_slice(model, name) as stored:
+        if stored is None:
+            return
+        count = min(stored.get_shape()[0], tensor.shape[0], len(rows))
+        for start in range(0, count, _TOKENS):
+            block = slice(start, min(count, start + _TOKENS))
+            merged = rows[block] != 0
+            own = stored[block].to(tensor.dtype)[merged]
+            if not torch.equal(own, tensor[block].to("cpu")[merged]):
+                raise RainError(
+                    f"{name}: its rows are in another order than those of {model}, for which the "
+                    "calibration says which of them are merged; use `tokenizer: {source: base}`"
+                )
+
+
+@contextmanager
+def _stored_slice(model: object, name: str) -> Iterator[Any]:
+    """The tensor as `model` stores it, to read parts of; None where mergekit has no such file."""
+    index = None
+    if isinstance(model, ModelReference) and model in LoaderCache.loaders:
+        index = LoaderCache().get(model).index
+    if index is None or not index.is_safetensors or name not in index.tensor_paths:
+        yield None
+        return
+    with safe_open(Path(index.base_path) / index.tensor_paths[name], framework="pt") as file:
+        yield file.get_slice(name)
+
+
+def _other_reasoning_model(
+    calibration: CalibrationFile, model: ModelReference, folder: str
+) -> str | None:
+    from rain_mergekit.models.fingerprint import fingerprint  # noqa: PLC0415 - loads transformers
+
+    record = calibration.models["reasoning"]
+    if record.fingerprint is None:
+        _log.warning(
+            "calibration file %s has no fingerprint: whether it was made for %s is not checked",
+            calibration.path,
+            model,
+        )
+        return None
+    found = fingerprint(folder)
+    different = [part for part, hexa in record.fingerprint.items() if found.get(part) != hexa]
+    if not different:
+        return None
+    return (
+        f"was made for another reasoning model: it records {record.reference}, and the base_model "
+        f"{model} differs in {', '.join(different)}{_hint(calibration, found)}"
+    )
+
+
+def _check_others(
+    calibration: CalibrationFile, models: Mapping[str, Any], indices: Mapping[str, Any]
+) -> None:
+    """Other models than the recorded ones may be meant; not if nothing can come of them."""
+    from rain_mergekit.checks.task_vector_size import check_task_vector  # noqa: PLC0415 - likewise
+    from rain_mergekit.checks.tokenizers import check_tokenizers  # noqa: PLC0415 - likewise
+    from rain_mergekit.models.fingerprint import fingerprint  # noqa: PLC0415 - loads transformers
+
+    found = {role: fingerprint(index.base_path) for role, index in indices.items()}
+    made = {role: calibration.models[role].fingerprint for role in found}
+    other = [role for role in found if made[role] is not None and made[role] != found[role]]
+    for role in other:
+        recorded = calibration.models[role].reference
+        _log.warning("the calibration was made with another %s model: %s", role, recorded)
+    if other or None in made.values():
+        names = {role: str(model) for role, model in models.items()}
+        accepted = (calibration.header.get("settings") or {}).get("accept")
+        accept = accepted if isinstance(accepted, list) else ()
+        # a number may be another token in another model, and sampled rows would not belong together
+        inner = [name for name, plan in calibration.tensors.items() if not plan.tokens]
+        noted = check_task_vector(names, found, indices, inner, accept)
+        folders = {role: indices[role].base_path for role in ("reasoning", *other)}
+        noted += check_tokenizers(folders, names, _markers(calibration), accept)
+        for text in noted:
+            _log.warning("%s", text)
+
+
+def _markers(calibration: CalibrationFile) -> list[str]:
+    """The texts around thinking that the file names; that part of a header is free in form."""
+    data = calibration.header.get("data")
+    pairs = data.get("markers") if isinstance(data, Mapping) else None
+    lists = [pair for pair in pairs if isinstance(pair, list)] if isinstance(pairs, list) else []
+    return [text for pair in lists for text in pair if isinstance(text, str)]
+
+
+def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
+    for role in ("instruct", "pretrained"):
+        if calibration.models[role].fingerprint == found:
+            return f" (it is the {role} model of the calibration: are the models swapped?)"
+    return ""
+
+
+def _problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
+    """What of a model is not as the calibration has it: shapes, numbers, missing tensors."""
+    from rain_mergekit.models.checkpoint import PLAIN_TYPES, header_entries  # noqa: PLC0415 - transformers
+
+    if not index.is_safetensors:
+        return []  # pickled shards have no header to look at: each tensor is checked when merged
+    plans = calibration.tensors
+    entries = header_entries(index, plans)
+    problems = [
+        f"{who}: {name} has shape {list(shape)}, the calibration expects {list(plan.shape)}"
+        for name, (_, shape) in entries.items()
+        if shape[(plan := plans[name]).tokens :] != plan.shape[plan.tokens :]
+    ]
+    problems += [
+        f"{who}: {name} is stored as {kind}, expected a plain weight: it is quantised"
+        for name, (kind, _) in entries.items()
+        if kind not in PLAIN_TYPES
+    ]
+    # a head that one model lacks is its embedding: mergekit looks there
+    absent = [name for name, plan in plans.items() if name not in entries and not plan.tokens]
+    if absent:
+        found = _stored_otherwise(index, absent)
+        problems += [f"{who}: {name} is missing" for name in absent if name not in found]
+    return sorted(problems)
+
+
+def _unlisted_problems(
+    calibration: CalibrationFile, models: Mapping[str, Any], opened: Mapping[str, Any]
+) -> Iterator[str]:
+    """Shapes that differ in the listed layers, where the reasoning model's tensors are taken.
+
+    mergekit compares them too, one by one when each has its turn.
+    """
+    from rain_mergekit.models.checkpoint import header_shapes  # noqa: PLC0415 - loads transformers
+
+    indices = {role: index for role, index in opened.items() if index.is_safetensors}
+    if "reasoning" not in indices:
+        return
+    own = indices.pop("reasoning")
+    layers = set(map(_layer, calibration.tensors)) - {None}
+    others = (name for name in own.tensor_paths if name not in calibration.tensors)
+    expected = header_shapes(own, (name for name in others if _layer(name) in layers))
+    for role, index in indices.items():
+        for name, shape in sorted(header_shapes(index, expected).items()):
+            if shape != expected[name]:
+                yield (
+                    f"{role} model {models[role]}: {name} has shape {list(shape)}, the reasoning "
+                    f"model's is {list(expected[name])}"
+                )
+
+
+def _layer(name: str) -> str | None:
+    """The name up to the number of its layer."""
+    found = _LAYER.search(name)
+    return None if found is None else name[: found.end()]
+
+
+def _stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:
+    """Those of the names that mergekit finds under an alias, or puts together of others."""
+    from rain_mergekit.models.merge_names import listed_names  # noqa: PLC0415 - loads transformers
+
+    config = AutoConfig.from_pretrained(index.base_path)
+    listed = listed_names(config) or {}
+    keys = set(index.tensor_paths)
+    aliased = {listed[key] for key in keys if key in listed}
+    return {
+        name
+        for name in names
+        if name in aliased
+        or can_convert_checkpoint_keys(config.model_type, _of_the_layer(keys, name), name)
+    }
+
+
+def _of_the_layer(keys: set[str], name: str) -> set[str]:
+    """Only keys of the same layer: matching all keys of a large model takes minutes."""
+    layer = _LAYER.search(name)
+    return keys if layer is None else {key for key in keys if layer[0] in key}

@@ -1,0 +1,269 @@
+"""`merge_method: rain`, a merge method of mergekit: applies a calibration file to each tensor."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import GroupMergeMethod, TensorGroup
+from torch import Tensor
+
+from rain_mergekit import _autoload
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
+from rain_mergekit.config.roles import assign_roles, is_proxy, proxy_roles
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.factors import Factors
+from rain_mergekit.linalg.finite import finite
+from rain_mergekit.linalg.merged_weight import merged_weight
+from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
+from rain_mergekit.merge_method.spec import (
+    NAME,
+    Planned,
+    rain_spec,
+    reported,
+    role_name,
+)
+
+_SLICE = re.compile(r"\.slices\[\d+\]$")
+# Threads of `--multi-gpu` make a GPU the default device, and parts of files would be read to it.
+_HOST = "cpu"
+_FETCH = ": that checkpoint is damaged, fetch it again"
+_FETCH_OR_LEAVE = f"{_FETCH}; or leave the tensor as it is, by a filter of `lambda` that gives it 0"
+_NARROW = ": a lower `lambda`, or `dtype: bfloat16` or float32"
+_log = logging.getLogger(__name__)
+
+
+class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
+    """RAIN-Merging (arXiv 2602.22538): W_R + λ (S_row Δ S_col)(I - U Vᵀ) for the listed tensors.
+
+    Everything that the calibration file does not list stays the base model's, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._planned = Planned()
+        self._files = CalibrationCache()
+        self._bases = BasisCache()
+        self._checked: Recent[None] = Recent(8)
+        self.spec = rain_spec(self._calibration, self._role)
+
+    def _calibration(self, value: object) -> CalibrationFile:
+        with reported():
+            calibration = self._open(value)
+        self._planned.calibration, self._planned.roles = calibration, ()
+        return calibration
+
+    def _open(self, value: object) -> CalibrationFile:
+        if isinstance(value, CalibrationFile):
+            return value
+        if isinstance(value, (str, PathLike)) and str(value):
+            return self._files.open(str(fspath(value)))
+        raise RainError(
+            "merge_method: rain needs `parameters: {calibration: PATH}`, the file that "
+            "`mergekit-rain calibrate CONFIG` writes" + (f"; found {value!r}" if value else "")
+        )
+
+    def _role(self, value: object) -> str | None:
+        role = role_name(value)
+        self._planned.roles += (role,)
+        return role
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Require the base model and two others; when planning, also that they fit the file.
+
+        One other is enough if the calibration was made with the reasoning model as the pretrained
+        one: mergekit shows a method each model once, and the base model without its role.
+        Loaded tensors (a group named after one) may lack inputs that are optional in mergekit.
+        """
+        calibration, roles = self._planned.take()
+        others = [model for model in input_ids if model != base_id]
+        whole = group_name is None or _SLICE.search(group_name) is not None
+        with reported():
+            _require_inputs(input_ids, others, base_id, group_name)
+            if len(others) > 2 or (whole and not others):
+                raise RainError(
+                    "merge_method: rain merges exactly two models into base_model, one with "
+                    f"`role: instruct` and one with `role: pretrained`; found {len(others)}: "
+                    f"{', '.join(map(str, others)) or 'none'}"
+                )
+            if calibration is not None and others and len(others) == len(roles) and not whole:
+                explicit = dict(zip(others, roles, strict=True))
+                self._models(calibration, base_id, others, explicit)
+
+    def _models(
+        self,
+        calibration: CalibrationFile,
+        base: Hashable,
+        others: Sequence[Hashable],
+        explicit: Mapping[Hashable, str | None],
+    ) -> dict[str, Hashable]:
+        """The model of each role; the first time, check that the calibration is theirs."""
+        recorded = _recorded(calibration)
+        models: dict[str, Hashable] = {"reasoning": base, "pretrained": base}
+        if len(others) == 1:
+            models |= proxy_roles(others[0], explicit.get(others[0]), recorded)
+        else:
+            models |= assign_roles(others, explicit, recorded)
+        key = (calibration, *sorted((role, model) for role, model in models.items()))
+        self._checked.get(key, lambda: _check_models(calibration, models))
+        return models
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor; returns a copy of the base tensor where nothing is to be done."""
+        self._planned.take()  # tensors merged in memory are validated first and bound afterwards
+        with reported(), torch.no_grad():
+            return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+        calibration: CalibrationFile = parameters["calibration"]
+        name, base = group.metadata.name, group.base
+        others = [entry.id for entry in group.non_base]
+        if name is None:
+            raise RainError("rain merges tensors by name: pass the tensor's name")
+        plan = calibration.tensors.get(name)
+        wanted = 1 if is_proxy(_recorded(calibration)) else 2
+        if len(others) < wanted and plan is not None:
+            found = ", ".join(str(entry.id) for entry in group.entries)
+            raise RainError(f"{name}: the calibration lists it, but only {found} has it")
+        models: Mapping[str, Hashable] = {}
+        if len(others) >= wanted:
+            models = self._models(calibration, base.id, others, parameters["role"])
+        reasoning: Tensor = base.tensor
+        if plan is None or parameters["lambda"] == 0:
+            _require_finite(reasoning, name, f"the reasoning model {base.id}{_FETCH}")
+            if parameters["lambda"] != 0:
+                _warn_of_unused(group, name)
+            return reasoning.clone()  # itself would keep its whole mapped shard in memory
+        tensors = {entry.id: entry.tensor for entry in group.entries}
+        weights = reasoning, tensors[models["instruct"]], tensors[models["pretrained"]]
+        shape = tuple(reasoning.shape)  # mergekit has made sure that all are alike
+        if shape[plan.tokens :] != plan.shape[plan.tokens :]:  # of tokens there may be others
+            raise RainError(
+                f"{name} has shape {list(reasoning.shape)}, the calibration expects "
+                f"{list(plan.shape)}: it was made for another model"
+            )
+        merged = self.merged(calibration, plan, weights, parameters["lambda"])
+        if not finite(merged):  # as it is whenever an input is not: no pass over those is needed
+            for role, weight in zip(ROLES, weights, strict=True):
+                remedy = _FETCH if role == "reasoning" else _FETCH_OR_LEAVE
+                _require_finite(weight, name, f"the {role} model {models[role]}{remedy}")
+            _require_finite(merged, name, f"the result in {merged.dtype}{_NARROW}")
+        if plan.tokens:
+            _check_tokens(base.id, name, reasoning, calibration.scale(plan.rows))
+        else:
+            _check_source(base.id, name, reasoning)
+        return merged
+
+    def merged(
+        self,
+        calibration: CalibrationFile,
+        plan: TensorPlan,
+        weights: tuple[Tensor, Tensor, Tensor],
+        strength: float,
+    ) -> Tensor:
+        """One matrix, or each expert of a 3-D tensor with its own basis or the shared one."""
+        device = weights[0].device
+        rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
+        if plan.tokens and rows is not None:
+            rows = _of_length(rows, weights[0].shape[0])
+
+        def factors(site: str | None) -> Factors:
+            none = Factors(None, None)
+            return none if site is None else self._bases.get(calibration, site, device)
+
+        if len(plan.shape) == 2 and not isinstance(plan.site, tuple):
+            basis = factors(plan.site)
+            return merged_weight(*weights, basis, rows, cols, strength, plan.input_axis)
+        sites = plan.site if isinstance(plan.site, tuple) else (plan.site,) * plan.shape[0]
+        merged = torch.empty_like(weights[0])
+        for expert, site in enumerate(sites):
+            w_r, w_i, w_b = (weight[expert] for weight in weights)
+            merged[expert] = merged_weight(
+                w_r, w_i, w_b, factors(site), rows, cols, strength, plan.input_axis
+            )
+        return merged
+
+
+def _recorded(calibration: CalibrationFile) -> dict[str, str]:
+    return {role: model.reference for role, model in calibration.models.items()}
+
+
+def _require_inputs(
+    ids: Sequence[Hashable], others: Sequence[Hashable], base: Hashable | None, group: str | None
+) -> None:
+    if base is None:
+        raise RainError("merge_method: rain needs `base_model`, the reasoning model")
+    where = f" ({group})" if group else ""
+    if base not in ids:
+        raise RainError(f"the reasoning model (base_model {base}) is not among the inputs{where}")
+    if len(set(ids)) != len(ids) or len(others) != len(ids) - 1:
+        twice = sorted({str(model) for model in ids if list(ids).count(model) > 1})
+        raise RainError(f"given more than once: {', '.join(twice)}{where}")
+
+
+def _check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
+    from rain_mergekit.merge_method.compatibility import check_models  # noqa: PLC0415 - see register
+
+    with torch.device(_HOST):
+        check_models(calibration, models)
+
+
+def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
+    from rain_mergekit.merge_method.compatibility import check_source  # noqa: PLC0415 - see register
+
+    with torch.device(_HOST):
+        check_source(model, name, tensor)
+
+
+def _check_tokens(model: Hashable, name: str, tensor: Tensor, rows: Tensor | None) -> None:
+    from rain_mergekit.merge_method.compatibility import check_tokens  # noqa: PLC0415 - see register
+
+    if rows is not None:  # else all are treated alike, in whatever order
+        with torch.device(_HOST):
+            check_tokens(model, name, tensor, rows)
+
+
+def _of_length(rows: Tensor, count: int) -> Tensor:
+    """The scales of so many tokens: padding may have gone, and new tokens are left alone."""
+    return torch.cat([rows[:count], rows.new_zeros(max(0, count - len(rows)))])
+
+
+def _require_finite(tensor: Tensor, name: str, who: str) -> None:
+    if not finite(tensor):
+        raise RainError(f"{name} holds NaN or infinite values in {who}")
+
+
+def _warn_of_unused(group: TensorGroup, name: str) -> None:
+    """What the merge leaves out may be damaged: then the rest of that model may be, too."""
+    for entry in group.non_base:
+        if not finite(entry.tensor):
+            _log.warning(
+                "%s holds NaN or infinite values in %s; the result takes the base model's",
+                name,
+                entry.id,
+            )
+
+
+def register() -> None:
+    """Make `merge_method: rain` known to mergekit in this process; calling it again is harmless.
+
+    While mergekit is being imported this runs in the middle of it, so nothing that needs the
+    rest of mergekit may be imported before a merge starts.
+    """
+    from mergekit.merge_methods import registry  # noqa: PLC0415
+
+    if NAME not in {method.spec.name for method in registry.registered_methods()}:
+        registry.register(RainMerge())
+
+
+_autoload.resume()

@@ -1,0 +1,107 @@
+"""How `merge_method: rain` presents itself to mergekit: parameters, inputs, errors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+)
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.roles import OTHER
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import finite_number
+
+NAME = "rain"
+
+
+class RainMergeError(RainError, click.ClickException):
+    """What stops a merge; mergekit's commands print it as one `Error:` and exit with 1."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn RainError into the kind that mergekit's commands print."""
+    try:
+        yield
+    except RainMergeError:
+        raise
+    except RainError as error:
+        raise RainMergeError(str(error)) from error
+
+
+class Planned(threading.local):
+    """What mergekit resolved for the tensor that it is planning, before it validates the inputs.
+
+    mergekit shows a method its parameters one by one and its models separately; the two meet only
+    when a tensor is merged. Collecting them lets a plan that cannot work fail while planning.
+    """
+
+    calibration: CalibrationFile | None = None
+    roles: tuple[str | None, ...] = ()
+
+    def take(self) -> tuple[CalibrationFile | None, tuple[str | None, ...]]:
+        """Give what was collected and forget it."""
+        collected = (self.calibration, self.roles)
+        self.calibration, self.roles = None, ()
+        return collected
+
+
+@dataclass(frozen=True)
+class _Checked(ParameterSpec):  # type: ignore[misc] # mergekit publishes no types
+    """A parameter that is never "required" for mergekit, whose message would be a traceback."""
+
+    check: Callable[[Any], Any] = str
+
+    def validate(self, value: Any) -> Any:
+        return self.check(value)
+
+
+def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]) -> Any:
+    """The method's MergeMethodSpec; both functions check a value and return what to use."""
+    shared, non_base = ParameterScope.SHARED, ParameterScope.NON_BASE
+    return MergeMethodSpec(
+        name=NAME,
+        pretty_name="RAIN-Merging",
+        reference_url="https://arxiv.org/abs/2602.22538",
+        parameters=(
+            _parameter("calibration", str, shared, None, open_calibration),
+            _parameter("lambda", float, shared, 1.0, strength),
+            _parameter("role", str, non_base, None, role),
+        ),
+        # An optional tensor of one input is the base's own or is left out; see validate_inputs.
+        contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1, max_non_base=2),
+        optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
+    )
+
+
+def _parameter(
+    name: str, kind: type, scope: ParameterScope, default: object, check: Callable[[Any], Any]
+) -> ParameterSpec:
+    return _Checked(name, kind, scope, default=default, check=check)
+
+
+def strength(value: object) -> float:
+    """λ as a finite float."""
+    number = finite_number(value)
+    if number is None:
+        raise RainMergeError(f"lambda must be a finite number, found {value!r:.80}")
+    return number
+
+
+def role_name(value: object) -> str | None:
+    """`instruct`, `pretrained`, or None."""
+    if value is not None and value not in tuple(OTHER):
+        raise RainMergeError(f"role must be instruct or pretrained, found {value!r}")
+    return None if value is None else str(value)

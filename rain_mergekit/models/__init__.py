@@ -1,0 +1,4 @@
+"""Checkpoints and what transformers and mergekit know of them.
+
+Tensors, fingerprints, tokenizers, names in a merge, empty models, attention, experts, generation.
+"""

@@ -1,0 +1,221 @@
+"""Read-only access to a model's checkpoint, through mergekit's own references and loaders."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import first_line
+
+_READ = (".json", ".safetensors", ".bin")
+# What reading JSON that is not as it should be raises, and a shard that is none.
+_BROKEN = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    SafetensorError,
+)
+# Other types hold codes that mean nothing without scales, which lie in tensors of their own.
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+# The hub client raises its HTTP library's own errors when there is no network; that library
+# changes with the version of the client.
+_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+
+
+class Checkpoint:
+    """The tensors of one model; nothing is read before it is asked for."""
+
+    def __init__(
+        self,
+        reference: ModelReference,
+        *,
+        cache_dir: str | None = None,
+        lora_cache_dir: str | None = None,
+        lora_merge_dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.reference = reference
+        self.trust_remote_code = trust_remote_code
+        self.path = _local_path(
+            reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust_remote_code
+        )
+        index = open_index(self.path, reference)
+        self.names = frozenset(index.tensor_paths)
+        self._loader = LazyTensorLoader(index, lazy_unpickle=False)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that a hub reference resolved to (by its cache path), else as asked."""
+        folder = Path(self.path)
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.name
+        revision: str | None = self.reference.model.revision
+        return revision
+
+    @property
+    def index(self) -> ShardedTensorIndex:
+        """Which tensor lies in which shard."""
+        return self._loader.index
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards on disk."""
+        shards = {shard.filename for shard in self.index.shards}
+        return sum(os.path.getsize(os.path.join(self.path, shard)) for shard in shards)
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of those of the named tensors that exist, from the file headers alone."""
+        return header_shapes(self.index, names)
+
+    def types(self, names: Iterable[str]) -> dict[str, str]:
+        """How those of the named tensors that exist are stored, in safetensors' words (`BF16`)."""
+        return {name: stored for name, (stored, _) in header_entries(self.index, names).items()}
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor to the CPU; RainError names the model if it is missing or broken."""
+        try:
+            tensor: Tensor = self._loader.get_tensor(name)
+        except KeyError:
+            raise RainError(f"{self.reference}: tensor {name} is not in the checkpoint") from None
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RainError(f"{self.reference}: cannot read tensor {name}: {error}") from None
+        return tensor
+
+    def release(self) -> None:
+        """Drop the open shard, so that its mapped pages can be freed."""
+        self._loader.flush()
+
+
+def _local_path(
+    reference: ModelReference,
+    cache_dir: str | None,
+    lora_dir: str | None,
+    lora_dtype: str | None,
+    trust: bool,
+) -> str:
+    if reference.lora is not None and lora_dir is None:
+        raise RainError(
+            f"{reference}: a model with an adapter is merged into a cache first; "
+            "name the folder with --lora-merge-cache"
+        )
+    try:
+        merged = reference.merged(
+            cache_dir=lora_dir, trust_remote_code=trust, lora_merge_dtype=lora_dtype
+        )
+        return str(merged.local_path(cache_dir=cache_dir))
+    except pickle.UnpicklingError:  # peft and transformers load weights alone
+        raise RainError(
+            f"{reference}: a pickle file there holds more than weights, and could run code; take "
+            "safetensors files from where you trust them"
+        ) from None
+    except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:
+        raise RainError(
+            f"{reference}: model not found: expected a local folder or a hub name that can be "
+            f"downloaded ({first_line(error)})"
+        ) from None
+
+
+def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
+    """Which tensor lies in which shard; RainError unless all shards are there and readable."""
+    _require_files(path, reference)
+    try:
+        index = ShardedTensorIndex.from_disk(path)
+        if not all(isinstance(shard.filename, str) for shard in index.shards):
+            raise TypeError("its index names something else than files")
+    except _BROKEN as error:
+        _require_permission(reference, [Path(path), *Path(path).glob("*.safetensors")])
+        raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
+    if not index.is_safetensors:
+        raise RainError(
+            f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
+            "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
+        )
+    outside = sorted({s.filename for s in index.shards if _leaves_folder(s.filename)})
+    if outside:
+        raise RainError(
+            f"{reference}: its index names files outside of its folder: {', '.join(outside)}; "
+            "fetch the model again from where you trust it"
+        )
+    missing = sorted(
+        {shard.filename for shard in index.shards if not _exists(path, shard.filename)}
+    )
+    if missing:
+        raise RainError(
+            f"{reference}: shard(s) named by the index are missing: {', '.join(missing)}"
+        )
+    _require_permission(reference, [Path(path, shard.filename) for shard in index.shards])
+    return index
+
+
+def _require_files(path: str, reference: ModelReference) -> None:
+    """Whoever opens a pipe waits for ever."""
+    here = Path(path).glob("*") if os.path.isdir(path) else ()
+    odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
+    if odd:
+        raise RainError(
+            f"{reference}: cannot read the checkpoint: no regular file: {', '.join(sorted(odd))}"
+        )
+
+
+def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:
+    """Of what they may not read the loaders say that it is not there."""
+    closed = [str(path) for path in paths if path.exists() and not os.access(path, os.R_OK)]
+    if closed:
+        raise RainError(
+            f"{reference}: cannot read the checkpoint: permission denied for {', '.join(closed)}"
+        )
+
+
+def _leaves_folder(filename: str) -> bool:
+    return os.path.isabs(filename) or ".." in Path(filename).parts
+
+
+def _exists(path: str, filename: str) -> bool:
+    return os.path.exists(os.path.join(path, filename))
+
+
+@contextmanager
+def open_shard(folder: str, filename: str) -> Iterator[Any]:
+    """One shard, opened by safetensors; RainError if it cannot be read."""
+    path = os.path.join(folder, str(filename))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RainError(f"{path}: cannot read the checkpoint: no regular file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise RainError(
+            f"{path}: cannot read the checkpoint: {first_line(error)}; fetch the file again"
+        ) from None
+
+
+def header_shapes(index: ShardedTensorIndex, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the named tensors from the safetensors headers, each shard opened once."""
+    return {name: shape for name, (_, shape) in header_entries(index, names).items()}
+
+
+def header_entries(
+    index: ShardedTensorIndex, names: Iterable[str]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of the named tensors, in the same way.
+
+    Of those that are really there: an index may name more, by mistake or after a conversion.
+    """
+    wanted = set(names)
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for shard in index.shards:
+        keys = wanted.intersection(shard.contained_keys)
+        if keys:
+            with open_shard(index.base_path, shard.filename) as file:
+                views = {key: file.get_slice(key) for key in keys.intersection(file.keys())}
+                entries |= {k: (v.get_dtype(), tuple(v.get_shape())) for k, v in views.items()}
+    return entries

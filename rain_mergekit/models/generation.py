@@ -1,0 +1,146 @@
+"""Greedy answers of a model to many prompts, in batches padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.thinking_blocks import Thought, split_thinking
+
+
+def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -> Any:
+    """The whole model in evaluation mode; dtype None: float32 on the CPU, else its own.
+
+    Raises RainError if it cannot be loaded, or has weights missing (they would be random).
+    """
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    model: Any
+    found: Any
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            checkpoint.path,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RainError(f"{checkpoint.reference}: cannot be loaded: {lines[0]}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise RainError(
+            f"{checkpoint.reference}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
+    return model.to(device).eval()
+
+
+_DEFAULT_MARKERS = Markers()
+_GREEDY: Mapping[str, Any] = {"do_sample": False}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote to one prompt; `finished`: it ended its turn within the token limit."""
+
+    prompt: str
+    text: str
+    thought: Thought
+    finished: bool
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tick: Callable[[int], object] = lambda _done: None,
+) -> list[Answer]:
+    """One answer to each prompt, in their order; `tick` is told of every finished batch.
+
+    Prompts go through the chat template as a user's turn. Greedy: the same call gives the same
+    answers, up to rounding that depends on the padding. Raises RainError without a chat template.
+    """
+    heads = [rendered(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    order = sorted(range(len(heads)), key=lambda index: len(heads[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        written = continued(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
+        for index, (text, finished) in zip(batch, written, strict=True):
+            opened = bool(markers.opening(heads[index]))
+            thought = split_thinking(text, markers, opened_by_template=opened)
+            answers[index] = Answer(prompts[index], text, thought, finished)
+        tick(len(batch))
+    return [answers[index] for index in range(len(heads))]
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The chat template with the prompt as a user's turn; RainError if there is no template."""
+    if not tokenizer.chat_template:
+        raise RainError(f"the tokenizer {tokenizer.name_or_path} has no chat template")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+    )
+    return str(text)
+
+
+def continued(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: list[str],
+    limit: int,
+    drawing: Mapping[str, Any] = _GREEDY,
+) -> list[tuple[str, bool]]:
+    """Text and whether it ended within `limit` tokens, without the token that ends a turn.
+
+    drawing: how tokens are drawn, in transformers' GenerationConfig's terms.
+    """
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    encoded = [tokenizer(head, add_special_tokens=False)["input_ids"] for head in heads]
+    width = max(len(ids) for ids in encoded)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        **drawing,
+        max_new_tokens=limit,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    with torch.inference_mode():
+        produced = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    rows: list[list[int]] = produced[:, width:].tolist()
+    return [_until_end(tokenizer, row, ends) for row in rows]
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _until_end(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int]
+) -> tuple[str, bool]:
+    length = next((i for i, token in enumerate(row) if token in ends), None)
+    return str(tokenizer.decode(row[:length])), length is not None

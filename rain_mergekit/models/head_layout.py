@@ -1,0 +1,169 @@
+"""How attention heads lie in the rows and columns of the modules around them.
+
+The only place that knows head layouts, and all of it is tables: by a module's own name inside the
+attention module, checked against its shape. Input sites need no table (see observe.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.linalg.coefficients import expand_key_value, expand_query
+
+
+class Kind(Enum):
+    """What a linear module's output rows, or input columns, belong to."""
+
+    QUERY = "query"  # rows: one block for each query head
+    KEY_VALUE = "key_value"  # rows: one block for each key/value head
+    OUTPUT = "output"  # columns: one block for each query head
+    BLOCKS = "blocks"  # rows: all query heads, then all key heads, then all value heads
+    GROUPS = "groups"  # rows: for each key/value head its query heads, its key, its value
+    LAYER = "layer"  # no heads: one value for the whole module
+
+
+# By the last part of a module's name, inside the attention module.
+_NAMES: Mapping[str, Kind] = {
+    "q_proj": Kind.QUERY,  # with an output gate: for each head its query, then its gate
+    "q_b_proj": Kind.QUERY,  # latent attention: for each head its two parts of the query
+    "kv_b_proj": Kind.QUERY,  # latent attention: for each head its key, then its value
+    "gate_proj": Kind.QUERY,
+    "g_proj": Kind.QUERY,
+    "k_proj": Kind.KEY_VALUE,
+    "v_proj": Kind.KEY_VALUE,
+    "o_proj": Kind.OUTPUT,
+    "out_proj": Kind.OUTPUT,
+    "dense": Kind.OUTPUT,
+    "c_proj": Kind.OUTPUT,
+    "qkv_proj": Kind.BLOCKS,
+    "c_attn": Kind.BLOCKS,
+    "query_key_value": Kind.GROUPS,
+}
+# Latent attention's projections to the low rank.
+_SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj")
+# What makes queries, keys and values, apart or as one.
+_READING = frozenset(
+    {"q_proj", "k_proj", "v_proj", *_SHARED, "q_b_proj", "kv_b_proj"}
+    | {"qkv_proj", "c_attn", "query_key_value"}
+)
+# Where a family departs from that.
+_FAMILIES: Mapping[str, Mapping[str, Kind]] = {"gpt_bigcode": {"c_attn": Kind.GROUPS}}
+
+
+def reads(name: str) -> bool:
+    """Whether a module (or the site named after it) gives attention its queries, keys or values."""
+    return name.rpartition(".")[2] in _READING
+
+
+@dataclass(frozen=True)
+class ModuleScale:
+    """S_row (d_out) and S_col (d_in) of Eq. 16; None stands for ones."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of one layer's attention, as its computation showed them.
+
+    module: the attention module's name within the layer. width: of a query and a key;
+    value_width: of a value.
+    """
+
+    module: str
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    model_type: str = ""
+
+    def kind(self, name: str, matrix: tuple[int, int]) -> Kind:
+        """What rows and columns of a module (d_out, d_in) belong to, by name and shape.
+
+        A module whose shape does not fit the heads gets one value as a whole: coarse, not wrong.
+        """
+        parent, _, last = name.rpartition(".")
+        if parent != self.module:
+            return Kind.LAYER
+        kind = _FAMILIES.get(self.model_type, {}).get(last) or _NAMES.get(last, Kind.LAYER)
+        return kind if _FITS[kind](self, matrix) else Kind.LAYER
+
+    def lacks_heads(self, name: str, matrix: tuple[int, int]) -> bool:
+        """Whether it lies in the attention module and takes one value all the same.
+
+        The projections to a low rank that all heads share are meant to.
+        """
+        parent, _, last = name.rpartition(".")
+        inside = parent == self.module and last not in _SHARED
+        return inside and self.kind(name, matrix) is Kind.LAYER
+
+    def scales(self, name: str, alpha: Tensor, matrix: tuple[int, int]) -> ModuleScale:
+        """Row and column factors of module `name` (d_out, d_in) for coefficients (n_heads)."""
+        kind = self.kind(name, matrix)
+        if kind is Kind.OUTPUT:
+            return ModuleScale(None, expand_query(alpha, matrix[1] // self.heads))
+        return ModuleScale(_ROWS[kind](self, alpha, matrix[0]), None)
+
+    @property
+    def fused(self) -> int:
+        """Rows of queries, keys and values together."""
+        return self.heads * self.width + self.kv_heads * (self.width + self.value_width)
+
+    def fits_query(self, matrix: tuple[int, int]) -> bool:
+        """Whether the rows are one block for each head, of a size that a head can have."""
+        size, rest = divmod(matrix[0], self.heads)
+        known = (self.width, 2 * self.width, self.value_width)
+        latent = self.kv_heads == self.heads and size > self.value_width
+        return rest == 0 and (size in known or latent)
+
+    def fits_key_value(self, matrix: tuple[int, int]) -> bool:
+        """Whether the rows are one key or one value for each key/value head."""
+        return matrix[0] in (self.kv_heads * self.width, self.kv_heads * self.value_width)
+
+
+def _layer(_layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return alpha.mean().repeat(rows)
+
+
+def _query(layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return expand_query(alpha, rows // layout.heads)
+
+
+def _key_value(layout: HeadLayout, alpha: Tensor, rows: int) -> Tensor:
+    return expand_key_value(alpha, layout.kv_heads, rows // layout.kv_heads)
+
+
+def _blocks(layout: HeadLayout, alpha: Tensor, _rows: int) -> Tensor:
+    keys = expand_key_value(alpha, layout.kv_heads, layout.width)
+    values = expand_key_value(alpha, layout.kv_heads, layout.value_width)
+    return torch.cat([expand_query(alpha, layout.width), keys, values])
+
+
+def _groups(layout: HeadLayout, alpha: Tensor, _rows: int) -> Tensor:
+    queries = alpha.view(layout.kv_heads, -1)
+    shared = queries.mean(1, keepdim=True)
+    keys, values = shared.expand(-1, layout.width), shared.expand(-1, layout.value_width)
+    return torch.cat([queries.repeat_interleave(layout.width, 1), keys, values], 1).flatten()
+
+
+_ROWS: Mapping[Kind, Callable[[HeadLayout, Tensor, int], Tensor]] = {
+    Kind.LAYER: _layer,
+    Kind.QUERY: _query,
+    Kind.KEY_VALUE: _key_value,
+    Kind.BLOCKS: _blocks,
+    Kind.GROUPS: _groups,
+}
+_FITS: Mapping[Kind, Callable[[HeadLayout, tuple[int, int]], bool]] = {
+    Kind.LAYER: lambda _layout, _matrix: True,
+    Kind.QUERY: HeadLayout.fits_query,
+    Kind.KEY_VALUE: HeadLayout.fits_key_value,
+    Kind.OUTPUT: lambda layout, matrix: matrix[1] == layout.heads * layout.value_width,
+    Kind.BLOCKS: lambda layout, matrix: matrix[0] == layout.fused,
+    Kind.GROUPS: lambda layout, matrix: matrix[0] == layout.fused,
+}

@@ -1,0 +1,128 @@
+"""The three models of one calibration, checked against each other before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from transformers import AutoConfig
+
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
+
+
+def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
+    """The model of that reference, or in that folder; RainError if it cannot be found."""
+    if Path(name).is_dir():  # a folder's name may hold what has a meaning in a reference
+        return open_model(ModelReference.model_validate({"model": {"path": name}}), options)
+    try:
+        reference = ModelReference.parse(name)
+    except (RuntimeError, ValueError) as error:
+        raise RainError(f"{name}: is not a model reference: {error}") from None
+    return open_model(reference, options)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How checkpoints are found and opened; the names are those of mergekit's options."""
+
+    transformers_cache: str | None = None
+    lora_merge_cache: str | None = None
+    trust_remote_code: bool = False
+    lora_merge_dtype: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LoadOptions:
+        """The options of these names among those of a command, ours or mergekit's."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Reasoning, instruct and pretrained checkpoint, and the reasoning model's config."""
+
+    reasoning: Checkpoint
+    instruct: Checkpoint
+    pretrained: Checkpoint
+    config: Any
+
+    def items(self) -> Mapping[str, Checkpoint]:
+        """The checkpoints by role."""
+        return {
+            "reasoning": self.reasoning,
+            "instruct": self.instruct,
+            "pretrained": self.pretrained,
+        }
+
+
+def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
+    """The checkpoint of that reference; RainError if it cannot be found."""
+    return Checkpoint(
+        reference,
+        cache_dir=options.transformers_cache,
+        lora_cache_dir=options.lora_merge_cache,
+        lora_merge_dtype=options.lora_merge_dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
+    """Open the checkpoints and read the reasoning model's config; no tensor is read."""
+    opened = {role: open_model(reference, options) for role, reference in config.models.items()}
+    model_config = read_model_config(opened["reasoning"])
+    _require_architecture(opened["reasoning"], model_config)
+    for role in ("instruct", "pretrained"):
+        other = read_model_config(opened[role])
+        _require_architecture(opened[role], other)
+        if other.model_type != model_config.model_type:
+            raise RainError(
+                f"{opened[role].reference} ({role}) is a {other.model_type!r} model, but the "
+                f"reasoning model is {model_config.model_type!r}; the three must share one family"
+            )
+    return Trio(**opened, config=model_config)
+
+
+def _require_architecture(checkpoint: Checkpoint, config: Any) -> None:
+    found = getattr(config, "architectures", None)
+    if not isinstance(found, list) or len(found) != 1:
+        raise RainError(
+            f"{checkpoint.reference}: its config names {shown(found)} as `architectures`, expected "
+            "a list of one: mergekit cannot merge it otherwise"
+        )
+
+
+def read_model_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config; RainError names the model if it cannot be read."""
+    _check_depth(checkpoint)
+    try:
+        return AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except Exception as error:  # noqa: BLE001 - transformers' classes of configs raise anything
+        line = first_line(error)
+        raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
+
+
+# Under these names configs say how many layers there are.
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Layers without tensors would be built all the same, however many the config asks for."""
+    try:
+        config = json.loads(read_regular(Path(checkpoint.path, "config.json")))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong, or finds it elsewhere
+    parts = [config, *(config.values() if isinstance(config, dict) else ())]
+    for name, value in ((n, p.get(n)) for p in parts if isinstance(p, dict) for n in _DEPTHS):
+        if isinstance(value, int) and value > len(checkpoint.names):
+            raise RainError(
+                f"{checkpoint.reference}: cannot read its config: {name} is {shown(value)}, but "
+                f"the checkpoint has {len(checkpoint.names)} tensors"
+            )

@@ -1,0 +1,125 @@
+"""The names that mergekit gives to a model's tensors, and the tensors that it omits."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from mergekit.architecture import arch_info_for_config
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.model_tensors import ModelTensors, Source
+
+# Buffers that older checkpoints carry and that every model computes anew.
+_DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the merge; `expert` and `shape` where it is a part of a tensor of the model."""
+
+    name: str
+    expert: int | None = None
+    shape: tuple[int, ...] = ()
+
+
+_LAYER = re.compile(r"\.\d+\.")
+Names: TypeAlias = Callable[[str], "tuple[Target, ...]"]
+
+
+def merge_names(config: Any, tensors: ModelTensors) -> Names:
+    """The names under which mergekit merges a tensor of the model; none if it leaves it out.
+
+    Where mergekit has no table for the architecture it takes the model's own names. Of these it
+    leaves out what is not in every layer and not in the checkpoint under that very name, like the
+    experts of models that begin with dense layers.
+    """
+    listed = listed_names(config)
+    templates = Counter(_template(name) for name in tensors.known)
+    depth = max(templates.values())
+
+    def names(name: str) -> tuple[Target, ...]:
+        if listed is None:
+            everywhere = not _LAYER.search(name) or templates[_template(name)] == depth
+            return (Target(name),) if everywhere or name in tensors.checkpoint.names else ()
+        source = tensors.sources.get(name, Source([]))
+        single = [name] if source.converter else [name, *(part for part, _ in source.parts)]
+        known = next((listed[candidate] for candidate in single if candidate in listed), None)
+        if known is not None:
+            return (Target(known),)
+        return _experts(source, listed, tensors)
+
+    return names
+
+
+def _template(name: str) -> str:
+    """The name with the layer left open, as mergekit groups names."""
+    return _LAYER.sub(".*.", name, count=1)
+
+
+def _experts(
+    source: Source, listed: Mapping[str, str], tensors: ModelTensors
+) -> tuple[Target, ...]:
+    """The checkpoint's tensors that the model holds as one, an expert each."""
+    if any(part not in listed for part, _ in source.parts):
+        return ()
+    shapes = tensors.checkpoint.shapes(part for part, _ in source.parts)
+    targets, counts = [], dict.fromkeys((pattern for _, pattern in source.parts), 0)
+    for part, pattern in source.parts:
+        targets.append(Target(listed[part], counts[pattern], shapes[part]))
+        counts[pattern] += 1
+    return tuple(targets)
+
+
+def listed_names(config: Any) -> dict[str, str] | None:
+    """Every name in mergekit's table for the architecture, with the name that it writes.
+
+    None for an architecture without a table. RainError if mergekit's own table fails.
+    """
+    architecture = arch_info_for_config(config) if config.architectures else None
+    if architecture is None:
+        return None
+    listed: dict[str, str] = {}
+    try:
+        weights = architecture.all_weights(config)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise RainError(
+            f"mergekit cannot merge the architecture {config.model_type!r}, by no method: its "
+            f"table does not fit the config that transformers reads ({line:.100})"
+        ) from None
+    for weight in weights:
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+            listed.setdefault(name, weight.name)
+    return listed
+
+
+def left_out(tensors: ModelTensors, names: Names) -> dict[str, tuple[str, ...]]:
+    """Tensors of the model that a merge leaves out, under whatever merge method.
+
+    With each, what the checkpoint calls it or its parts. mergekit writes what its architecture
+    file lists; e.g. it lists no attention biases for Llama.
+    """
+    return {
+        name: tuple(part for part, _ in source.parts)
+        for name, source in sorted(tensors.sources.items())
+        if not names(name) and not name.endswith(_DERIVED)
+    }
+
+
+def lost_tensors(tensors: ModelTensors, names: Names) -> tuple[str, ...]:
+    """The checkpoint's names of all that a merge leaves out."""
+    return tuple(sorted(part for parts in left_out(tensors, names).values() for part in parts))
+
+
+def lost_warning(lost: Sequence[str]) -> str:
+    """One sentence for the user."""
+    shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+    return (
+        f"mergekit leaves out {len(lost)} tensors of the reasoning model "
+        f"({shown}) under every merge method: `mergekit-rain merge` adds them afterwards; a model "
+        "merged with mergekit-yaml will lack them"
+    )

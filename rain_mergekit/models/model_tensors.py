@@ -1,0 +1,156 @@
+"""A checkpoint's tensors under the names that transformers' modules use.
+
+A checkpoint may name them otherwise, or hold one tensor an expert where the module has one for all;
+transformers publishes the conversions, and they are applied a tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint
+from rain_mergekit.models.empty_model import embedding_weight
+
+
+@dataclass
+class Source:
+    """What one tensor of the model is made of: checkpoint names and patterns, and how."""
+
+    parts: list[tuple[str, str | None]]
+    converter: Any = None
+
+    @property
+    def name(self) -> str | None:
+        """The only checkpoint tensor, if it is taken as it stands."""
+        return self.parts[0][0] if self.converter is None else None
+
+
+class ModelTensors:
+    """Reads tensors of `checkpoint` by the names of `model` (built without weights).
+
+    Of the last conversion the result is kept, for readers that want one expert after the other.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self._model: Any = model
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self.sources = _sources(checkpoint.names, self._model, self._shapes)
+        self._last: dict[str, Tensor] = {}
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names of all tensors of the model."""
+        return frozenset(self._shapes)
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of those of the named tensors that can be read, without reading them."""
+        known = {name: self.sources[name] for name in names if name in self.sources}
+        direct = {source.name: name for name, source in known.items() if source.name is not None}
+        shapes = {direct[key]: s for key, s in self.checkpoint.shapes(direct).items()}
+        converted = {name: self._shapes[name] for name, source in known.items() if source.converter}
+        return shapes | converted
+
+    def coded(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the named tensors that are stored as something else than plain numbers: as what.
+
+        Weights of a quantised checkpoint are like that.
+        """
+        parts = {part: n for n in names if n in self.sources for part, _ in self.sources[n].parts}
+        types = self.checkpoint.types(parts)
+        return {parts[part]: kind for part, kind in types.items() if kind not in PLAIN_TYPES}
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU, as stored; RainError names the model if it is missing."""
+        source = self.sources.get(name)
+        if source is None:
+            raise RainError(f"{self.checkpoint.reference}: tensor {name} is not in the checkpoint")
+        if source.name is not None:
+            return self.checkpoint.get(source.name)
+        if name not in self._last:
+            self._last = self._converted(name, source, self.checkpoint.get)
+        return self._last[name]
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding of tokens."""
+        return embedding_weight(self._model)
+
+    def of_tokens(self, name: str) -> Tensor:
+        """A weight with a row for each token, as stored: the embedding where `name` is missing.
+
+        An output head that is not in the checkpoint is the embedding, and mergekit takes it so.
+        """
+        return self.get(name if name in self.sources else self.embedding)
+
+    def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """One converted tensor from parts that `read` gives by their names in the checkpoint."""
+        return self._converted(name, self.sources[name], read)[name]
+
+    def _converted(
+        self, name: str, source: Source, read: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        converter = deepcopy(source.converter)
+        first = _first_target(name, converter)
+        for key, pattern in source.parts:
+            converter.add_tensor(first, key, pattern, partial(read, key))
+        found: Mapping[str, Any] = converter.convert(
+            first, model=self._model, config=self._model.config
+        )
+        tensors = {key: t[0] if isinstance(t, list) else t for key, t in found.items()}
+        if name not in tensors or tuple(tensors[name].shape) != self._shapes[name]:
+            raise RainError(
+                f"{self.checkpoint.reference}: {name} cannot be put together from "
+                f"{len(source.parts)} tensors of the checkpoint (the first: {source.parts[0][0]})"
+            )
+        return tensors
+
+    def release(self) -> None:
+        """Close the open shard and let go of the last conversion."""
+        self._last = {}
+        self.checkpoint.release()
+
+
+def _sources(
+    names: Iterable[str], model: Any, known: dict[str, tuple[int, ...]]
+) -> dict[str, Source]:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    prefix = model.base_model_prefix
+    found: dict[str, Source] = {}
+    for name in sorted(names, key=_natural):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None
+        if pattern is None:
+            if renamed in known:
+                found[renamed] = Source([(name, None)])
+            continue
+        converter = by_pattern[pattern]
+        for target in converter.target_patterns:
+            full = renamed.replace(converter.target_patterns[0], target)
+            found.setdefault(full, Source([], converter)).parts.append((name, pattern))
+    return {name: source for name, source in found.items() if name in known}
+
+
+def _first_target(name: str, converter: Any) -> str:
+    """The name under which a conversion with several results is asked for."""
+    first, *others = converter.target_patterns
+    target = next((other for other in others if other in name), None)
+    return name if target is None else name.replace(target, first)
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Expert 10 comes after expert 9."""
+    return tuple((int(p), "") if p.isdigit() else (-1, p) for p in name.split("."))

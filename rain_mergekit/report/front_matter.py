@@ -1,0 +1,91 @@
+"""The YAML block at the head of a model card: tags are added as text, the rest stays as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import load_yaml, shortened
+
+_BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*\n)*?)---[ \t]*(?:\r?\n|\Z)")
+
+
+def with_tags(text: str, tags: Sequence[str]) -> str:
+    """The card with these tags in its front matter; those that are there are not repeated.
+
+    Comments, order and style of the block stay. RainError if it is not YAML that can be added to.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
+    found = _BLOCK.match(text)
+    if found is None:
+        lines = ["---", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+        return newline.join(lines) + text
+    block = found["yaml"]
+    old = _load(block)
+    new = _added(block, old, tags, newline)
+    if new == block:
+        return text
+    before, after = found.span("yaml")
+    _check(new, old, tags)
+    return text[:before] + new + text[after:]
+
+
+def _load(block: str) -> dict[str, Any]:
+    try:
+        content = load_yaml(block)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = shortened(str(error))
+        raise RainError(f"its front matter is not valid YAML: {text}") from None
+    if content is not None and not isinstance(content, dict):
+        raise RainError("its front matter is not a mapping (key: value)")
+    return content or {}
+
+
+def _listed(tags: object) -> list[Any]:
+    if tags is None:
+        return []
+    return tags if isinstance(tags, list) else [tags]
+
+
+def _added(block: str, content: dict[str, Any], tags: Sequence[str], newline: str) -> str:
+    missing = [tag for tag in tags if tag not in _listed(content.get("tags"))]
+    if not missing:
+        return block
+    if "tags" not in content:
+        return block + newline.join(["tags:", *(f"- {tag}" for tag in missing), ""])
+    node = _tags_node(block)
+    start, end = node.start_mark.index, node.end_mark.index
+    if isinstance(node, yaml.SequenceNode) and node.value and not node.flow_style:
+        last = node.value[-1].end_mark.index
+        line_end = block.find("\n", last)
+        place = len(block) if line_end < 0 else line_end + 1
+        indent = " " * node.start_mark.column
+        lines = "".join(f"{indent}- {tag}{newline}" for tag in missing)
+        return block[:place] + lines + block[place:]
+    everything = [*_listed(content["tags"]), *missing]
+    flow = json.dumps(everything, ensure_ascii=False, default=str)
+    space = "" if block[:start].endswith(" ") else " "
+    return block[:start] + space + flow + block[end:]
+
+
+def _tags_node(block: str) -> Any:
+    root = yaml.compose(block, Loader=yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return next(value for key, value in pairs if key.value == "tags")
+
+
+def _check(block: str, old: dict[str, Any], tags: Sequence[str]) -> None:
+    """What was added as text must be what was meant; YAML has many forms."""
+    had = _listed(old.get("tags"))
+    wanted = [*had, *(tag for tag in tags if tag not in had)]
+    try:
+        new: object = load_yaml(block)
+    except (yaml.YAMLError, ValueError):
+        new = None
+    if new != {**old, "tags": wanted}:
+        raise RainError("its front matter has `tags` in a form that cannot be added to: use a list")

@@ -1,0 +1,188 @@
+"""The part of a model card that says how the model was merged, between two comments."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.summary import Data, Summary, summarise
+from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.verification_record import Recorded, load
+from rain_mergekit.report.front_matter import with_tags
+from rain_mergekit.system.atomic_file import replacing
+from rain_mergekit.system.terminal_safe import clean
+from rain_mergekit.system.untrusted_input import read_regular, within
+
+BEGIN = "<!-- rain-mergekit: begin; `mergekit-rain card` rewrites what follows -->"
+END = "<!-- rain-mergekit: end -->"
+TAGS = ("mergekit", "merge", "rain-merging")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LONGEST = 200
+_INTRO = """\
+{reasoning} with the instruction following of {instruct}, merged by
+[RAIN-Merging](https://arxiv.org/abs/2602.22538) with rain-mergekit. The difference between the
+instruct model and the pretrained model that it was tuned from was added where the reasoning model's
+thinking does not notice it:
+
+    W = W_reasoning + λ · (S_row · Δ · S_col) · (I − U Vᵀ),    Δ = W_instruct − W_pretrained"""  # noqa: RUF001
+_CITATION = """\
+```bibtex
+@inproceedings{huang2026rainmerging,
+  title     = {{RAIN-Merging}: A Gradient-Free Method to Enhance Instruction Following in Large
+               Reasoning Models with Preserved Thinking Format},
+  author    = {Huang, Zhehao and Liu, Yuhang and Lin, Baijiong and Lou, Yixin and He, Zhengbao and
+               Tian, Hanling and Li, Tao and Huang, Xiaolin},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2026},
+  note      = {arXiv:2602.22538}
+}
+```"""
+
+
+def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -> bool:
+    """Add or renew our part of `folder`/README.md; says whether the file changed.
+
+    calibration: the calibration file, where it is not at the path that the configuration names.
+    Raises RainError if the folder is no merge of ours, the calibration is missing, or the card has
+    our comments or its front matter in a form that cannot be kept.
+    """
+    config = read_config(Path(folder, "mergekit_config.yml"))
+    file = CalibrationFile.open(calibration or config.calibration)
+    try:
+        summary = summarise(file)
+    finally:
+        file.close()
+    path = within(folder, "README.md")
+    old = _read(path)
+    try:
+        new = with_section(with_tags(old, TAGS), section(config, summary, load(folder)))
+    except RainError as error:
+        raise RainError(f"{path}: {error}") from None
+    if new == old:
+        return False
+    with replacing(path) as out:
+        out.write(new.encode("utf-8"))
+    return True
+
+
+def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Put the README.md of `folder`, if there is one, in place of that of the merge in `new`.
+
+    What people wrote into it stays; where it shows the configuration of the earlier merge as
+    mergekit prints it, the new one takes its place.
+    """
+    try:
+        text = read_regular(within(folder, "README.md"))
+        was, now = (f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new))
+    except FileNotFoundError:
+        return
+    if text.count(was) == 1:
+        text = text.replace(was, now)
+    Path(new, "README.md").write_bytes(text)
+
+
+def _config_text(folder: str | os.PathLike[str]) -> str:
+    file = Path(folder, "mergekit_config.yml")
+    return read_regular(file).decode("utf-8", errors="replace") if file.exists() else "\0"
+
+
+def with_section(text: str, content: str) -> str:
+    """The card with `content` between our comments; the first time, they go to the end."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    part = f"{BEGIN}\n{content}\n{END}".replace("\n", newline)
+    if BEGIN not in text and END not in text:
+        gap = "" if not text.strip() else newline * (1 if text.endswith("\n") else 2)
+        return f"{text}{gap}{part}{newline}"
+    start, end = text.find(BEGIN), text.find(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < start:
+        raise RainError(
+            "the two comments around our part of the card are not one pair: remove them "
+            "and what is between them, it will be added again"
+        )
+    return text[:start] + part + text[end + len(END) :]
+
+
+def section(config: RainConfig, summary: Summary, measured: Recorded | None = None) -> str:
+    """Method, models, strength, data, projection, measurement and citation, as Markdown."""
+    models = summary.models
+    intro = _INTRO.format(
+        reasoning=_model(models["reasoning"]), instruct=_model(models["instruct"])
+    )
+    told = [*_rows(config, summary), *(_measurement(measured) if measured else ())]
+    rows = [f"| {name} | {text} |" for name, text in told]
+    table = "\n".join(["| | |", "|---|---|", *rows])
+    return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\nPlease cite:\n\n{_CITATION}"
+
+
+def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
+    for role, reference in summary.models.items():
+        yield f"{role} model", _model(reference)
+    strength = (yaml.safe_load(config.text).get("parameters") or {}).get("lambda", 1.0)
+    yield "strength λ", _code(strength if isinstance(strength, str) else json.dumps(strength))
+    for name, data in summary.data.items():
+        yield f"calibration, {name} data", _data(data)
+    yield "projection", _projection(summary)
+    yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
+    if (head := summary.settings.get("lm_head", "off")) != "off":
+        yield "output head, merged and projected too", _code(head)
+    yield "calibrated with", _code(summary.created_by)
+
+
+def _measurement(found: Recorded) -> Iterator[tuple[str, str]]:
+    numbers = f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere"
+    verdict = f"the thinking format is {_code(found.verdict)}"
+    yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
+    about = f"{found.samples} samples, SHA-256 {_code(found.sha256)}"
+    yield "measured on", f"{_code(found.data)}, {about}"
+
+
+def _projection(summary: Summary) -> str:
+    kind = _code(summary.settings.get("projection", "not recorded"))
+    if not summary.sites:
+        return "none"
+    ranks = [site.rank for site in summary.sites]
+    text = f"{kind}, mean rank {fmean(ranks):.1f} over {len(ranks)} input sites"
+    if kept := [site.kept for site in summary.sites if site.kept is not None]:
+        text += f", kept energy {fmean(kept):.3f}"
+    if response := [site.response for site in summary.sites if site.response is not None]:
+        text += f", of the response {fmean(response):.3f}"
+    return text
+
+
+def _data(data: Data) -> str:
+    # The name alone: the folders of whoever calibrated are of no use to a reader.
+    name = re.split(r"[/\\]", data.path)[-1]
+    used = "?" if data.used is None else data.used
+    total = "?" if data.total is None else data.total
+    return f"{_code(name)}, {used} of {total} samples, SHA-256 {_code(data.sha256 or 'unknown')}"
+
+
+def _model(reference: str) -> str:
+    if _HUB_NAME.fullmatch(reference) and not os.path.exists(reference):
+        return f"[{reference}](https://huggingface.co/{reference})"
+    return _code(reference)
+
+
+def _code(value: object) -> str:
+    """A value as code on one line; nothing in it can end the code, the table or our part."""
+    text = clean(" ".join(str(value).split()))[:_LONGEST]
+    for char, shown in (("`", "'"), ("|", "/"), ("<", "‹"), (">", "›")):  # noqa: RUF001
+        text = text.replace(char, shown)
+    return f"`{text}`" if text else "`?`"
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_regular(path).decode("utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RainError(f"{path}: cannot read the model card: {error}") from None

@@ -1,0 +1,206 @@
+"""Calibration sets: read them, render them through the chat template, find token positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.json_samples import StrPath, read_samples
+from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.rendering import Renderer, UnusableError
+from rain_mergekit.text.samples import (
+    InstructionSample,
+    InstructionSpec,
+    ReasoningSample,
+    parse_instruction,
+    parse_reasoning,
+)
+from rain_mergekit.text.token_positions import (
+    Encoded,
+    InstructionTokens,
+    ReasoningTokens,
+    SpanPositions,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedTokenizerBase
+
+
+S = TypeVar("S", ReasoningSample, InstructionSample)
+T = TypeVar("T")
+_DEFAULT_MARKERS = Markers()
+
+
+@dataclass(frozen=True)
+class DataSet(Generic[T]):
+    """The usable part of a calibration set.
+
+    ``sha256`` is of the file's bytes; ``total`` counts the file's samples. ``skipped`` holds
+    (source, reason), for a whole sample or for one instruction of a sample that is still used.
+    """
+
+    path: str
+    sha256: str
+    total: int
+    samples: tuple[T, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def read_reasoning(path: StrPath) -> list[ReasoningSample]:
+    """Read ``{prompt, output}`` or ``{prompt, reasoning, response}`` samples (JSON or JSONL).
+
+    Raises RainError naming file, line and field.
+    """
+    return read_samples(path, parse_reasoning)[1]
+
+
+def read_instruction(path: StrPath) -> list[InstructionSample]:
+    """Read instruction samples with their ``related_prompt_list`` of spans (JSON or JSONL).
+
+    Raises RainError naming file, line and field.
+    """
+    return read_samples(path, parse_instruction)[1]
+
+
+def load_reasoning(
+    path: StrPath,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    window: int = 5,
+    max_tokens: int | None = None,
+    keep_response: bool = False,
+) -> DataSet[ReasoningTokens]:
+    """Tokenise a reasoning set; ids end with the last close marker unless ``keep_response``.
+
+    A sample that cannot be used is skipped with its reason. Raises RainError for a broken file,
+    an unfit tokenizer, a template that refuses a sample, or if no sample is left.
+    """
+
+    def convert(sample: ReasoningSample, _: list[str]) -> ReasoningTokens:
+        tokens = _encode(sample, renderer, tokenizer)
+        length = len(tokens.input_ids) if keep_response else tokens.end
+        _check_length(length, max_tokens)
+        think = tokens.think(window)
+        return ReasoningTokens(
+            source=sample.source,
+            input_ids=tokens.input_ids[:length],
+            think_positions=think,
+            content_positions=tuple(sorted(set(tokens.inside()) - set(think))),
+            response_positions=tokens.response() if keep_response else (),
+            open_starts=tuple(block.open.start for block in tokens.blocks if block.lead),
+            open_ends=tuple(block.open.stop for block in tokens.blocks),
+            close_starts=tuple(block.close.start for block in tokens.blocks),
+        )
+
+    _check_options(window, max_tokens)
+    renderer = Renderer(tokenizer, markers, chat_template_kwargs)
+    return _load(path, parse_reasoning, convert)
+
+
+def load_instruction(
+    path: StrPath,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    markers: Markers = _DEFAULT_MARKERS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    window: int = 5,
+    max_tokens: int | None = None,
+) -> DataSet[InstructionTokens]:
+    """Tokenise an instruction set and find the tokens of every instruction's spans.
+
+    A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
+    RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
+    sample is left.
+    """
+
+    def convert(sample: InstructionSample, notes: list[str]) -> InstructionTokens:
+        tokens = _encode(sample, renderer, tokenizer)
+        _check_length(len(tokens.input_ids), max_tokens)
+        return InstructionTokens(
+            source=sample.source,
+            input_ids=tokens.input_ids,
+            think_positions=tokens.think(window),
+            thinking_positions=tokens.inside(),
+            response_positions=tokens.response(),
+            spans=_all_spans(sample, tokens, notes),
+        )
+
+    _check_options(window, max_tokens)
+    renderer = Renderer(tokenizer, markers, chat_template_kwargs)
+    return _load(path, parse_instruction, convert)
+
+
+def _load(
+    path: StrPath, parse: Callable[[str, object], S], convert: Callable[[S, list[str]], T]
+) -> DataSet[T]:
+    """Convert every sample; ``convert`` may add reasons for parts that it left out."""
+    digest, samples = read_samples(path, parse)
+    used: list[T] = []
+    skipped: list[tuple[str, str]] = []
+    for sample in samples:
+        notes: list[str] = []
+        try:
+            used.append(convert(sample, notes))
+        except UnusableError as exc:
+            notes = [str(exc)]
+        skipped += [(sample.source, note) for note in notes]
+    if not used:
+        reasons = "; ".join(f"{source}: {reason}" for source, reason in skipped[:3])
+        raise RainError(f"{path}: none of its {len(samples)} samples can be used ({reasons}).")
+    return DataSet(str(path), digest, len(samples), tuple(used), tuple(skipped))
+
+
+def _encode(
+    sample: ReasoningSample | InstructionSample,
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Encoded:
+    return encode(tokenizer, renderer.render(sample))
+
+
+def _all_spans(
+    sample: InstructionSample, tokens: Encoded, notes: list[str]
+) -> tuple[SpanPositions, ...]:
+    """Positions of the usable instructions; a span missing from the whole sample ends it."""
+    shared = tokens.in_response(sample.unrelated_response_spans)
+    found: list[SpanPositions] = []
+    for spec in sample.instructions:
+        try:
+            found.append(_spans(spec, tokens, shared))
+        except UnusableError as exc:  # noqa: PERF203 - an instruction stands for itself
+            notes.append(f"instruction {spec.instruction_id!r}: {exc}")
+    if not found:
+        raise UnusableError("; ".join(notes) or "it lists no instruction")
+    return tuple(found)
+
+
+def _spans(spec: InstructionSpec, tokens: Encoded, shared: tuple[int, ...]) -> SpanPositions:
+    if not spec.prompt_spans or not spec.response_spans:
+        missing = "response_spans" if spec.prompt_spans else "prompt_spans"
+        raise UnusableError(f"its {missing} are empty")
+    prompt = tokens.in_prompt(spec.prompt_spans)
+    related = tokens.in_response(spec.response_spans)
+    unrelated = tokens.in_response(spec.unrelated_response_spans)
+    if not prompt or not related:
+        raise UnusableError("no token holds one of its spans")
+    # a token of both satisfies the instruction, so attention from it is no leakage
+    rest = sorted({*shared, *unrelated} - set(related))
+    return SpanPositions(spec.instruction_id, prompt, related, tuple(rest))
+
+
+def _check_length(length: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and length > max_tokens:
+        raise UnusableError(f"{length} tokens, more than max_tokens = {max_tokens}")
+
+
+def _check_options(window: int, max_tokens: int | None) -> None:
+    if window < 0:
+        raise RainError(f"window must be 0 or more tokens, found {window}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise RainError(f"max_tokens must be 1 or more, found {max_tokens}.")

@@ -1,0 +1,150 @@
+"""From a sample's text to the one string the model sees, and where its parts are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.text.chat_template import ChatTemplate, Message
+from rain_mergekit.text.markers import Block, Markers, Span, first
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rain_mergekit.text.samples import InstructionSample, ReasoningSample
+
+
+_ASKING = ("user", "system", "developer")
+
+
+class UnusableError(Exception):
+    """A sample, or one instruction of it, that has to be skipped; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One rendered sample; all places are [start, end) character ranges, in order.
+
+    `prompt` holds the texts of users and system, `blocks` every thinking block.
+    """
+
+    text: str
+    prompt: tuple[Span, ...]
+    blocks: tuple[Block, ...]
+
+
+class Renderer:
+    """Puts samples through a tokenizer's chat template.
+
+    Raises RainError if the tokenizer has no chat template or no character offsets (slow tokenizer).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        markers: Markers,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs or {})
+        if not getattr(tokenizer, "is_fast", False):
+            raise RainError(
+                f"The tokenizer {self._template.name} gives no character offsets; a fast tokenizer "
+                "(tokenizer.json) is needed."
+            )
+        self.markers = markers
+
+    def render(self, sample: ReasoningSample | InstructionSample) -> Rendered:
+        """The rendered conversation, continued by ``output`` or by the assembled parts.
+
+        Raises RainError if the template refuses the sample, UnusableError if the prompt or a
+        thinking block cannot be located without doubt.
+        """
+        messages = sample.conversation
+        head = self._template.render(sample.source, messages, sample.tools)
+        places = self._template.locate(head, messages, sample.tools)
+        if places is None:
+            raise UnusableError("the chat template does not keep the prompt's text as it is")
+        opened = self._opening(head[places[-1][1] :])
+        if sample.output is None:
+            body = self._assemble(opened, sample.reasoning or "", sample.response)
+        else:
+            body = self._without_opening(sample.output, opened)
+        roles = [m["role"] for m in messages if m["role"] != "assistant"]
+        asked = (place for place, role in zip(places, roles, strict=True) if role in _ASKING)
+        lead = head[places[-1][1] : len(head) - len(opened)] if opened else ""
+        earlier = self._earlier(head, messages, places, lead)
+        last = self._last(head, opened, body)
+        if sample.output is None and len(last) > 1:
+            raise UnusableError("its thinking or its response holds markers of its own")
+        return Rendered(head + body, tuple(asked), (*earlier, *last))
+
+    def _opening(self, tail: str) -> str:
+        """The open marker and the white space after it that the template ends with, or ""."""
+        opened = self.markers.opening(tail)
+        words = self.markers.opens if self.markers.loose else self._words()
+        if first(tail, words, 0, len(tail) - len(opened)) is not None:
+            raise UnusableError(
+                "the chat template writes a thinking block of its own after the prompt; if it "
+                "can be told to think, do so by rain.chat_template_kwargs, such as "
+                "{enable_thinking: true}"
+            )
+        return opened
+
+    def _words(self) -> tuple[str, ...]:
+        return (*self.markers.opens, *self.markers.closes())
+
+    def _marker(self, opened: str) -> str:
+        found = first(opened, self.markers.opens, 0, len(opened))
+        return opened[slice(*found)] if found else ""
+
+    def _assemble(self, opened: str, reasoning: str, response: str | None) -> str:
+        """Open marker, reasoning, close marker and response, with the format's own white space."""
+        after_open, before_close, after_close = self.markers.gaps
+        start = "" if opened else self.markers.open
+        gap = "" if opened[-1:].isspace() else after_open
+        closes = self.markers.closes(self._marker(opened) or self.markers.open)
+        answer = "" if response is None else f"{after_close}{response}"
+        return f"{start}{gap}{reasoning}{before_close}{closes[0]}{answer}"
+
+    def _without_opening(self, output: str, opened: str) -> str:
+        """``output`` less the open marker that the template has already written."""
+        if not opened or output.startswith(opened):
+            return output[len(opened) :]
+        bare, marker = output.lstrip(), self._marker(opened)
+        return bare[len(marker) :] if bare.startswith(marker) else output
+
+    def _last(self, head: str, opened: str, body: str) -> list[Block]:
+        """The blocks of what the model wrote last: at least one, and nothing wrong with them."""
+        at = len(head) - len(opened)
+        given = first(head, self.markers.opens, at, len(head)) if opened else None
+        blocks, wrong = self.markers.scan(head + body, len(head), opened=given)
+        if not (blocks or wrong):
+            wrong = [f"no {self.markers.open!r} after the prompt"]
+        if wrong:
+            raise UnusableError(wrong[0])
+        return blocks
+
+    def _earlier(
+        self, head: str, messages: Sequence[Message], places: Sequence[Span], lead: str
+    ) -> Iterator[Block]:
+        """The blocks of the model's earlier turns that the template has kept.
+
+        What is wrong there, and empty blocks, the template wrote: neither is a reason to skip.
+        """
+        for start, stop in _turns(messages, places):
+            for block in self.markers.scan(head, start, stop)[0]:
+                if head[block.open[1] : block.close[0]].strip():
+                    given = bool(lead) and head.endswith(lead, 0, block.open[0])
+                    yield Block(block.open, block.close, given)
+
+
+def _turns(messages: Sequence[Message], places: Sequence[Span]) -> Iterator[Span]:
+    """The ranges that hold the model's earlier turns, between the other texts."""
+    passed = 0
+    for message, following in pairwise(messages):
+        passed += message["role"] != "assistant"
+        if message["role"] == "assistant" and following["role"] != "assistant" and passed:
+            yield places[passed - 1][1], places[passed][0]
