@@ -18,7 +18,7 @@ from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_instruction
 
 REASONING = TRIO / "reasoning"
-SHIPPED = Path(__file__).parents[1] / "calibration" / "instruction.jsonl"
+SHIPPED = Path(__file__).parents[2] / "calibration" / "instruction.jsonl"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def characters(text: str, spans: list[str]) -> set[int]:
 
 @needs_rules
 def test_the_page_lists_every_rule_with_its_arguments() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "building-data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "building-data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+:\w+)` \| (.*?) \|", page, re.MULTILINE)
     listed = {kind: set(re.findall(r"`(\w+)`", told)) - {"de"} for kind, told in rows}
     rules = ifeval.load("here")

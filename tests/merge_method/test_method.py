@@ -18,6 +18,7 @@ from merging import (
     Calibration,
     Trio,
     add_site,
+    check_merge,
     config,
     make_calibration,
     make_model,
@@ -51,25 +52,6 @@ def calibration(trio: Trio) -> Calibration:
 @pytest.fixture(scope="module")
 def file(calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibration.write(tmp_path_factory.mktemp("file") / "trio.rain.safetensors")
-
-
-def check_merge(
-    found: dict[str, torch.Tensor], trio: Trio, calibration: Calibration, strength: float
-) -> None:
-    """Listed tensors equal the dense float64 computation; all others are bit-identical."""
-    base = trio.weights("reasoning")
-    listed = calibration.header["tensors"]
-    assert len(listed) == 7 * LAYERS
-    assert set(base) <= set(found)
-    for name, tensor in base.items():
-        assert found[name].dtype == tensor.dtype
-        if name not in listed:
-            assert torch.equal(found[name], tensor), name
-            continue
-        wanted = calibration.expected(trio, name, strength)
-        rtol, atol = (1e-5, 1e-5) if tensor.dtype == torch.float32 else (2**-7, 1e-6)
-        torch.testing.assert_close(found[name].double(), wanted, rtol=rtol, atol=atol)
-        assert not torch.equal(found[name], tensor), name
 
 
 def test_merge_in_its_own_process_equals_dense_computation(

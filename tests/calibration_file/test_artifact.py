@@ -33,7 +33,7 @@ from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
 from rain_mergekit.system import atomic_file
 
-DOC = Path(__file__).parents[1] / "docs" / "calibration-file.md"
+DOC = Path(__file__).parents[2] / "docs" / "calibration-file.md"
 RECORD = {"reference": "org/model", "revision": "abc", "fingerprint": {"weights": "00"}}
 HEADER: dict[str, Any] = {
     "created_by": "tests",

@@ -20,6 +20,7 @@ from architectures import (
     make,
     recorded_scales,
     recorded_tokens,
+    store_as_modules,
 )
 from click.testing import CliRunner
 from merging import merge
@@ -74,15 +75,6 @@ def tied(folder: Path) -> bool:
     config = AutoConfig.from_pretrained(folder / "reasoning")
     model = auto_class(config).from_pretrained(folder / "reasoning")
     return bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-
-
-def store_as_modules(folder: Path) -> None:
-    """The checkpoint as transformers' modules have it, experts in one tensor."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    state = {n: w.clone().contiguous() for n, w in model.state_dict().items() if n != "lm_head"}
-    # Written anew: mergekit still maps the other file, in this process.
-    (folder / "model.safetensors").unlink()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def add_buffers(folder: Path, names: tuple[str, ...]) -> None:
@@ -306,7 +298,7 @@ def test_what_mergekit_leaves_out_takes_one_lambda(tmp_path: Path) -> None:
 
 def test_the_page_shows_what_the_package_finds() -> None:
     text = architecture_table.PAGE.read_text(encoding="utf-8")
-    assert text == architecture_table.page(text), "run: python tests/architecture_table.py"
+    assert text == architecture_table.page(text), "run: python tests/support/architecture_table.py"
 
 
 def test_attention_of_no_known_layout_is_scaled_by_layer_and_said(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.text import calibration_sets
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
 PAIRS = {
     "qwen2.5-1.5b-r1-distill": "Qwen2.5-1.5B",

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from merging import TEMPLATE, Calibration, Trio, config, make_calibration, merge, merge_process
-from test_method import check_merge
+from merging import (
+    TEMPLATE,
+    Calibration,
+    Trio,
+    check_merge,
+    config,
+    make_calibration,
+    merge,
+    merge_process,
+)
 from tiny import MODULES, Dense, Tiny, read_weights, unaccepted
 from tokenizers import Tokenizer, models
 from transformers import (

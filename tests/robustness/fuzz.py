@@ -1,4 +1,4 @@
-"""The fuzz tests' inputs in large numbers: `python tests/fuzz.py 100000 [part of a test's name]`.
+"""The fuzz tests' inputs in large numbers: `python tests/robustness/fuzz.py 100000 [part of name]`.
 
 The same as the tests do, without what makes each of them known to pytest and Hypothesis; and while
 they run, any file that is opened outside of the tests' own folder, any process, connection or
@@ -16,10 +16,14 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-import test_artifact
-import test_fuzz_readers as readers
+# Where the tests lie that hold the inputs, and their helpers.
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS / folder) for folder in ("support", "calibration_file")]
 
-from rain_mergekit.calibration_file.writer import write_calibration
+import test_artifact  # noqa: E402
+import test_fuzz_readers as readers  # noqa: E402
+
+from rain_mergekit.calibration_file.writer import write_calibration  # noqa: E402
 
 
 def tests(folder: Path) -> Iterator[tuple[str, Callable[..., None]]]:

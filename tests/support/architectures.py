@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import Tiny, chosen_positions, make_tokenizer, save, write_sets
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -520,3 +521,12 @@ def layer_means(path: Path) -> dict[str, float]:
     with safe_open(path, framework="pt") as file:
         layers = json.loads(file.metadata()["header"])["layers"]
         return {one["name"]: float(file.get_tensor(one["stats"]["alpha"]).mean()) for one in layers}
+
+
+def store_as_modules(folder: Path) -> None:
+    """The checkpoint as transformers' modules have it, experts in one tensor."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = {n: w.clone().contiguous() for n, w in model.state_dict().items() if n != "lm_head"}
+    # Written anew: mergekit still maps the other file, in this process.
+    (folder / "model.safetensors").unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,6 @@
-"""The table of docs/settings.md, from RainSettings; `python tests/settings_table.py` writes it.
+"""The table of docs/settings.md, from RainSettings.
+
+`python tests/support/settings_table.py` writes it.
 
 Names, types, limits and defaults come from the JSON schema that pydantic derives, so the table
 says what the code accepts.
@@ -14,7 +16,7 @@ import yaml
 
 from rain_mergekit.config.settings import RainSettings
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 BEGIN = "<!-- made from rain_mergekit/config/settings.py: begin -->\n"
 END = "<!-- made from rain_mergekit/config/settings.py: end -->\n"
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false"}

@@ -1,4 +1,7 @@
-"""The table of docs/architectures.md, made from models: `python tests/architecture_table.py`."""
+"""The table of docs/architectures.md, made from models.
+
+`python tests/support/architecture_table.py` writes it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from rain_mergekit.models.attention import AttentionCall, observe_attention
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.head_layout import HeadLayout, Kind
 
-PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
 HEAD = """| architecture | stage 1: projected | stage 2: by head | stays the reasoning model's |
 |---|---|---|---|

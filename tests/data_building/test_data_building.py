@@ -36,7 +36,8 @@ SHORT = ("--max-new-tokens", 96)
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server process on this machine over the trio's reasoning model."""
-    command = [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(REASONING)]
+    server = Path(__file__).parents[1] / "support" / "openai_server.py"
+    command = [sys.executable, str(server), str(REASONING)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = process.stdout.readline().strip()

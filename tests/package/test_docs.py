@@ -200,7 +200,7 @@ def test_settings_page_is_what_the_code_accepts() -> None:
     before, table, after = settings_table.parts(settings_table.PAGE.read_text(encoding="utf-8"))
     assert before
     assert after
-    assert table == settings_table.table(), "run: python tests/settings_table.py"
+    assert table == settings_table.table(), "run: python tests/support/settings_table.py"
 
 
 def test_every_setting_is_described() -> None:

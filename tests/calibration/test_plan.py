@@ -179,6 +179,6 @@ def test_the_page_says_what_the_plan_says(
         work = Workload([1446] * 150, [730] * 365, 2048 + 150 * 13, 4015, 1, itemsize, 4096)
         found = formulas.estimate(shape, work, budget=BUDGET, rank=228, oblique=True, stores_v=True)
         peaks.append(f"{found.peak / 1024**3:.1f} GiB")
-    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith(f"| {model} |"))
     assert row.split(" | ")[5:8] == [*peaks, f"{found.read_bytes / 1e9:.0f} GB |"]

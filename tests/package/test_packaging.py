@@ -69,7 +69,8 @@ def test_the_source_distribution_gives_the_same_wheel(
     with tarfile.open(built[1]) as sdist:
         names = [name.partition("/")[2] for name in sdist.getnames()]
         sdist.extractall(tmp_path, filter="data")
-    assert {"tests/test_packaging.py", "docs/settings.md", ".ci/run", "LICENSE"} <= set(names)
+    expected = {"tests/package/test_packaging.py", "docs/settings.md", ".ci/run", "LICENSE"}
+    assert expected <= set(names)
     assert not [name for name in names if re.search(r"(^|/)(\.git/|shared/|__pycache__)", name)]
     (again,) = build(next(tmp_path.iterdir()), tmp_path / "dist", "-t", "wheel")
     assert again.read_bytes() == built[0].read_bytes()

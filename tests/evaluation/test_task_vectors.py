@@ -13,9 +13,9 @@ import calibrations
 import numpy as np
 import pytest
 import torch
+from architectures import store_as_modules
 from commands import refused, succeed
 from merging import Calibration, Trio, make_calibration
-from test_architectures import store_as_modules
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.evaluation.task_vectors import TaskVectors, measure, overlap, principal

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uv
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _UV = uv.find_uv_bin()
 _OURS = ("rain_mergekit", "_rain_mergekit", "__editable__")
 

@@ -258,3 +258,22 @@ def _prepare(folder: Path, content: Mapping[str, Any]) -> list[str]:
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(dict(content)))
     return [str(path), str(folder / "merged"), "--quiet"]
+
+
+def check_merge(
+    found: dict[str, torch.Tensor], trio: Trio, calibration: Calibration, strength: float
+) -> None:
+    """Listed tensors equal the dense float64 computation; all others are bit-identical."""
+    base = trio.weights("reasoning")
+    listed = calibration.header["tensors"]
+    assert len(listed) == 7 * LAYERS
+    assert set(base) <= set(found)
+    for name, tensor in base.items():
+        assert found[name].dtype == tensor.dtype
+        if name not in listed:
+            assert torch.equal(found[name], tensor), name
+            continue
+        wanted = calibration.expected(trio, name, strength)
+        rtol, atol = (1e-5, 1e-5) if tensor.dtype == torch.float32 else (2**-7, 1e-6)
+        torch.testing.assert_close(found[name].double(), wanted, rtol=rtol, atol=atol)
+        assert not torch.equal(found[name], tensor), name
