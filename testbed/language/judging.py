@@ -1,0 +1,147 @@
+"""One model on one list of prompts: what it says, and how far it is from the reasoning model."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rain_mergekit.text.calibration_sets import load_reasoning
+from testbed.intervals import Ratio
+from testbed.language.generating import Output, generate
+from testbed.language.scoring import numbers, score, split
+from testbed.models import load_model, load_tokenizer
+from testbed.records import Record, read_lines, write_lines
+
+BATCH = 16
+TEXTS = 64  # of the prompts, evenly spaced, on which L_think is measured
+
+
+class Judge:
+    """The prompts of one file and the reasoning model's view of the markers in right texts."""
+
+    def __init__(
+        self,
+        reasoning: Path,
+        prompts: Path,
+        *,
+        divergence: bool = True,
+        plain: int | None = None,
+    ) -> None:
+        """`plain`: how many of the prompts without a constraint are used (all unless given)."""
+        every = read_lines(prompts)
+        without = [record for record in every if not record["constraints"]][:plain]
+        self.records = [*(record for record in every if record["constraints"]), *without]
+        part = "" if plain is None else f", {plain} plain"
+        self.digest = hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] + part
+        self._reasoning = reasoning
+        self._texts: list[tuple[list[int], list[int]]] = []
+        self._wanted: list[torch.Tensor] = []
+        if divergence:
+            self._texts = _marked(self.records, load_tokenizer(reasoning))
+            self._wanted = _at_markers(load_model(reasoning), self._texts)
+
+    def generation(self, folder: Path) -> list[Output]:
+        """The model's replies to all prompts."""
+        prompts = [record["prompt"] for record in self.records]
+        return generate(load_model(folder), load_tokenizer(folder), prompts)
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """All numbers of one model."""
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        outputs = generate(model, tokenizer, [record["prompt"] for record in self.records])
+        return self._judged(outputs, self._divergence(model))
+
+    def ceiling(self, instruct: Path, reasoning: Sequence[Output]) -> dict[str, Any]:
+        """The instruct model goes on where the reasoning model's thinking ends."""
+        heads = [split(output.text).head for output in reasoning]
+        prompts = [record["prompt"] for record in self.records]
+        model, tokenizer = load_model(instruct), load_tokenizer(instruct)
+        after = generate(model, tokenizer, prompts, heads)
+        joined = [
+            Output(head + output.text, output.tokens, output.ended)
+            for head, output in zip(heads, after, strict=True)
+        ]
+        return self._judged(joined, {})
+
+    def _judged(self, outputs: Sequence[Output], more: dict[str, Ratio]) -> dict[str, Any]:
+        pairs = zip(self.records, outputs, strict=True)
+        scores = [score(record, o.text, o.tokens, o.ended) for record, o in pairs]
+        found = numbers(self.records, scores, more)
+        return {**found, "prompts": self.digest, "outputs": [o.text for o in outputs]}
+
+    def _divergence(self, model: PreTrainedModel) -> dict[str, Ratio]:
+        """Mean KL(reasoning model ‖ model) of the next token at the think positions."""
+        if not self._texts:
+            return {}
+        values, weights = np.zeros(len(self.records)), np.zeros(len(self.records))
+        every = _spaced(len(self.records))
+        got = _at_markers(model, self._texts)
+        for index, wanted, found in zip(every, self._wanted, got, strict=True):
+            values[index] = float((wanted.exp() * (wanted - found)).sum())
+            weights[index] = len(wanted)
+        return {"L_think": Ratio(values, weights)}
+
+
+def _spaced(count: int) -> list[int]:
+    return sorted({round(i * (count - 1) / (TEXTS - 1)) for i in range(TEXTS)})
+
+
+def _marked(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids up to the close marker and the think positions, as the calibration finds them."""
+    chosen = [records[index] for index in _spaced(len(records))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "texts.jsonl"
+        write_lines(path, ({"prompt": r["prompt"], "output": r["output"]} for r in chosen))
+        samples = load_reasoning(path, tokenizer).samples
+    if len(samples) != len(chosen):
+        raise ValueError("some of the right texts cannot be used")
+    return [(list(s.input_ids), list(s.think_positions)) for s in samples]
+
+
+@torch.inference_mode()
+def _at_markers(
+    model: PreTrainedModel, texts: Sequence[tuple[list[int], list[int]]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of the next token at the think positions of each text."""
+    found: list[torch.Tensor] = []
+    for start in range(0, len(texts), BATCH):
+        chosen = texts[start : start + BATCH]
+        width = max(len(ids) for ids, _ in chosen)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in chosen])
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        for row, (_, positions) in enumerate(chosen):
+            logits = model.get_output_embeddings()(hidden[row, positions])
+            found.append(logits.float().log_softmax(-1))
+    return found
+
+
+def model_digest(folder: Path) -> str:
+    """Digest of a model's weights and of how it reads its prompt."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        found.update((folder / name).read_bytes() if (folder / name).exists() else b"")
+    return found.hexdigest()[:16]
+
+
+def cached(path: Path, key: dict[str, Any], make: Any) -> dict[str, Any]:
+    """The row in the file if it was made from the same things, else a new one, written there."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("key") == key:
+            return found
+    row = {"key": key, **make()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+    return row

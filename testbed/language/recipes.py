@@ -1,0 +1,107 @@
+"""The rows of the board: mergekit configurations with a strength left open."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Config = dict[str, Any]
+Recipe = Callable[[Path, float], Config]
+BETWEEN = (0.2, 0.35, 0.5, 0.65)  # the instruct model's share
+ADDED = (0.3, 0.5, 0.7, 1.0)  # its task vector's factor
+FLOAT = {"dtype": "float32", "out_dtype": "bfloat16"}  # one rounding, at the end
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: its strengths are tried on validation prompts, the best one is judged."""
+
+    name: str
+    strengths: tuple[float, ...]
+    recipe: Recipe
+    rain: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() or c == "." else "-" for c in self.name.lower())
+
+
+def _models(trio: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+    return [{"model": str(trio / role), "parameters": dict(p)} for role, p in parameters.items()]
+
+
+def _merge(method: str, trio: Path, base: str | None, models: Config, **parameters: Any) -> Config:
+    made = {"merge_method": method, "models": _models(trio, models), **FLOAT}
+    if base:
+        made["base_model"] = str(trio / base)
+    return {**made, "parameters": parameters} if parameters else made
+
+
+def task_arithmetic(trio: Path, strength: float) -> Config:
+    """θ_R + λ(θ_I - θ_B) on every tensor."""
+    models = {"instruct": {"weight": strength}, "pretrained": {"weight": -strength}}
+    return _merge("task_arithmetic", trio, "reasoning", models)
+
+
+def linear(trio: Path, share: float) -> Config:
+    models = {"reasoning": {"weight": 1 - share}, "instruct": {"weight": share}}
+    return _merge("linear", trio, None, models)
+
+
+def slerp(trio: Path, share: float) -> Config:
+    return _merge("slerp", trio, "reasoning", {"reasoning": {}, "instruct": {}}, t=share)
+
+
+def nuslerp(trio: Path, share: float) -> Config:
+    """On the task vectors."""
+    models = {"reasoning": {"weight": 1 - share}, "instruct": {"weight": share}}
+    return _merge("nuslerp", trio, "pretrained", models)
+
+
+def sparse(method: str, density: float) -> Recipe:
+    """Both task vectors thinned and added to the pretrained model, as in mergekit's examples."""
+
+    def recipe(trio: Path, strength: float) -> Config:
+        models = {
+            "reasoning": {"weight": 1.0, "density": density},
+            "instruct": {"weight": strength, "density": density},
+        }
+        return _merge(method, trio, "pretrained", models, normalize=True)
+
+    return recipe
+
+
+def rivals() -> list[Row]:
+    """Merge methods that mergekit has."""
+    return [
+        Row("task_arithmetic", ADDED, task_arithmetic),
+        Row("linear", BETWEEN, linear),
+        Row("ties 0.2", ADDED, sparse("ties", 0.2)),
+        Row("ties 0.5", ADDED, sparse("ties", 0.5)),
+        Row("slerp", BETWEEN, slerp),
+        Row("dare_ties 0.5", ADDED, sparse("dare_ties", 0.5)),
+        Row("nuslerp", BETWEEN, nuslerp),
+    ]
+
+
+def rain_rows(path: Path) -> list[Row]:
+    """Rows of a YAML list of `{name, strengths, models, rain, parameters}`.
+
+    `models` names the roles besides the reasoning model (instruct and pretrained unless given).
+    The board adds the trio's two calibration sets and the path of the calibration file.
+    """
+    return [_rain_row(entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+def _rain_row(entry: Mapping[str, Any]) -> Row:
+    roles = entry.get("models", ["instruct", "pretrained"])
+
+    def recipe(trio: Path, strength: float) -> Config:
+        models = {role: {"role": role} for role in roles}
+        parameters = {**entry.get("parameters", {}), "lambda": strength}
+        return _merge("rain", trio, "reasoning", models, **parameters)
+
+    strengths = tuple(float(s) for s in entry.get("strengths", [1.0]))
+    return Row(str(entry["name"]), strengths, recipe, rain=entry.get("rain", {}) or {"": None})

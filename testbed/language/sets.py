@@ -1,0 +1,128 @@
+"""A trio's JSON lines: prompts to choose and to judge on, and both calibration sets."""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from testbed.language.generating import Output, generate
+from testbed.language.scoring import split
+from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
+from testbed.records import write_lines
+
+Record = dict[str, Any]
+VALIDATION, TEST = (48, 0, 48), (64, 64, 128)  # known wordings, held-out wordings, no constraint
+PLAIN, CONSTRAINED, INSTRUCTION = 100, 120, 160
+# where a constraint shows in one place of the answer alone
+_PLACES = {
+    "begin": r"^\W*\w+!",
+    "postscript": r"P\.S\..*$",
+    "title": r"<<[^<>]+>>",
+    "bold": r"\*\*[^*]+\*\*",
+}
+
+
+def dice(seed: int, purpose: str) -> random.Random:
+    """Random numbers for one purpose, independent of what ran before."""
+    return random.Random(f"language/{seed}/{purpose}")
+
+
+def prompt_record(task: Task) -> Record:
+    """A prompt with everything needed to judge what a model makes of it."""
+    return {
+        "prompt": task.prompt,
+        "kind": task.problem.kind,
+        "answer": task.problem.answer,
+        "constraints": [[asked.name, asked.parameter] for asked in task.asked],
+        "held_out_wording": task.held_out_wording,
+        "calibrated": task.calibrated,
+        "output": task.block + task.answer(),
+    }
+
+
+def write_prompts(seed: int, out: Path) -> None:
+    """The prompts to choose strengths on and the ones to judge on; no model is needed."""
+    for name, counts in (("validation", VALIDATION), ("test", TEST)):
+        rng = dice(seed, name)
+        tasks = []
+        for part, count in enumerate(counts):
+            for index in range(count):
+                asked = 0 if part == 2 else 2 if index % 4 == 3 else 1
+                tasks.append(_fresh(rng, name, asked, part == 1, tasks))
+        write_lines(out / f"{name}.jsonl", (prompt_record(task) for task in tasks))
+
+
+def _fresh(
+    rng: random.Random,
+    split_name: str,
+    asked: int,
+    held_out: bool,
+    seen: list[Task],
+    **allowed: Any,
+) -> Task:
+    """A task that is not among those seen."""
+    prompts = {task.prompt for task in seen}
+    while True:
+        task = draw_task(rng, split_name, asked, held_out, **allowed)
+        if task.prompt not in prompts:
+            return task
+
+
+def write_sets(
+    seed: int, out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The reasoning model's own outputs, and answers that follow what is asked."""
+    rng, plain, asked = dice(seed, "calibration"), [], []
+    allowed = calibrated_only()
+    for _ in range(PLAIN * 3 // 2):
+        plain.append(_fresh(rng, "calibration", 0, False, plain, **allowed))
+    for index in range(INSTRUCTION):
+        asked.append(_fresh(rng, "calibration", 1 + (index % 4 == 3), False, asked, **allowed))
+    said = generate(model, tokenizer, [task.prompt for task in (*plain, *asked)])
+    right = [t_o for t_o in zip(plain, said[: len(plain)], strict=True) if _sound(*t_o)]
+    whole = [
+        (task, output)
+        for task, output in zip(asked, said[len(plain) :], strict=True)
+        if output.ended and split(output.text).whole
+    ]
+    kept = [*right[:PLAIN], *whole[:CONSTRAINED]]
+    write_lines(out / "reasoning.jsonl", ({"prompt": t.prompt, "output": o.text} for t, o in kept))
+    pairs = zip(asked, said[len(plain) :], strict=True)
+    write_lines(out / "instruction.jsonl", (instruction_record(t, o) for t, o in pairs))
+
+
+def _sound(task: Task, output: Output) -> bool:
+    parts = split(output.text)
+    return output.ended and parts.whole and is_right(parts.answer, task.problem.answer)
+
+
+def instruction_record(task: Task, own: Output) -> Record:
+    """The model's own thinking where it is sound, else the right one, and the answer asked for."""
+    parts = split(own.text)
+    block = parts.head if _sound(task, own) else task.block
+    answer = task.answer()
+    if not follows(answer, [(asked.name, asked.parameter) for asked in task.asked]):
+        raise ValueError(f"the answer to {task.prompt!r} does not follow")
+    return {
+        "prompt": task.prompt,
+        "output": block + answer,
+        "related_prompt_list": [_related(asked, answer) for asked in task.asked],
+        "unrelated_response_spans": [],
+    }
+
+
+def _related(asked: Asked, answer: str) -> Record:
+    pattern = _PLACES.get(asked.name)
+    if asked.name == "end":
+        pattern = re.escape(asked.parameter)
+    found = re.search(pattern, answer) if pattern else None
+    span = found[0] if found else answer
+    rest = [part.strip() for part in answer.split(span)] if found else []
+    return {
+        "instruction_id": asked.name,
+        "prompt_spans": [asked.wording],
+        "response_spans": [span],
+        "unrelated_response_spans": [part for part in rest if part],
+    }

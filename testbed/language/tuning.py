@@ -1,0 +1,124 @@
+"""A plain fine-tune on one CPU: AdamW, loss on what is learnt alone, resumable."""
+
+import hashlib
+import json
+import logging
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from testbed.language.lessons import LESSONS, Encoded, batches, encode
+
+LOG = logging.getLogger(__name__)
+SAVE_EVERY = 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights, apart from the kind of CPU and the version of torch."""
+
+    role: str
+    seed: int
+    steps: int
+    batch: int = 8
+    rate: float = 3e-4
+    warmup: int = 10
+    lessons: str = ""  # digest of the texts
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+def tune(pretrained: Path, out: Path, role: str, seed: int, steps: int) -> None:
+    """Train one of the two models; a finished one of the same recipe is left alone."""
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    plain = Recipe(role, seed, steps)
+    rng = random.Random(f"language/{seed}/{role}")
+    encoded = [encode(tokenizer, LESSONS[role](rng)) for _ in range(plain.steps * plain.batch)]
+    digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
+    recipe = Recipe(role, seed, steps, lessons=digest)
+    if _finished(out, recipe):
+        LOG.info("%s: finished before", role)
+        return
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    train(model, recipe, batches(encoded, recipe.batch, rng), out.with_suffix(".checkpoint"))
+    model.bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "recipe.json").write_text(json.dumps({**asdict(recipe), "digest": recipe.digest}))
+    out.with_suffix(".checkpoint").unlink(missing_ok=True)
+
+
+def _finished(out: Path, recipe: Recipe) -> bool:
+    written = out / "recipe.json"
+    return written.exists() and json.loads(written.read_text())["digest"] == recipe.digest
+
+
+def train(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    made: list[list[Encoded]],
+    checkpoint: Path,
+    save_every: int = SAVE_EVERY,
+) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / recipe.warmup, max(0.03, 1 - step / recipe.steps))
+    )
+    first = _resume(model, optimizer, schedule, recipe, checkpoint)
+    started, seen = time.monotonic(), 0
+    for step in range(first, recipe.steps):
+        loss = _loss(model, made[step])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seen += sum(len(ids) for ids, _ in made[step])
+        speed = seen / (time.monotonic() - started)
+        LOG.info(
+            "%s %d/%d loss %.3f %.0f tok/s", recipe.role, step + 1, recipe.steps, loss.item(), speed
+        )
+        if (step + 1) % save_every == 0 and step + 1 < recipe.steps:
+            parts = (model.state_dict(), optimizer.state_dict(), schedule.state_dict())
+            torch.save((recipe.digest, step + 1, *parts), checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
+
+
+def _resume(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    recipe: Recipe,
+    checkpoint: Path,
+) -> int:
+    if not checkpoint.exists():
+        return 0
+    digest, step, *states = torch.load(checkpoint, weights_only=True)
+    if digest != recipe.digest:
+        return 0
+    for part, state in zip((model, optimizer, schedule), states, strict=True):
+        part.load_state_dict(state)
+    return int(step)
+
+
+def _loss(model: PreTrainedModel, batch: list[Encoded]) -> torch.Tensor:
+    """Mean cross entropy of the learnt tokens; the output head sees their positions alone."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    learnt = torch.zeros(len(batch), width, dtype=torch.bool)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, (tokens, wanted) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        learnt[row, : len(tokens)] = torch.tensor(wanted, dtype=torch.bool)
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1][learnt[:, 1:]])
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][learnt[:, 1:]])

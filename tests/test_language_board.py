@@ -1,0 +1,152 @@
+"""The real-language testbed: lessons, training, generation, rows."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rain_mergekit.demo.files import TRIO
+from testbed.language.board import further
+from testbed.language.generating import generate
+from testbed.language.judging import cached
+from testbed.language.lessons import LESSONS, batches, encode
+from testbed.language.origin import split_halves
+from testbed.language.recipes import FLOAT, rain_rows, rivals
+from testbed.language.scoring import numbers as judged
+from testbed.language.scoring import score, split
+from testbed.language.sets import prompt_record
+from testbed.language.table import table
+from testbed.language.tasks import (
+    draw_task,
+)
+from testbed.language.tuning import Recipe, train
+from testbed.models import load_model, load_tokenizer, render
+from testbed.records import read_lines
+
+
+def dice(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - nothing secret is drawn
+
+
+def test_what_each_model_learns() -> None:
+    tokenizer = load_tokenizer(TRIO / "pretrained")
+    for role, lesson_of in LESSONS.items():
+        rng = dice(6)
+        for _ in range(150):
+            lesson = lesson_of(rng)
+            ids, learnt = encode(tokenizer, lesson)
+            assert len(ids) == len(learnt)
+            said = "".join(turn.learnt for turn in lesson)
+            kept = [i for i, flag in zip(ids, learnt, strict=True) if flag]
+            text = str(tokenizer.decode(kept)).replace(str(tokenizer.eos_token), "")
+            assert text == said
+            assert ("<think>" in said) == (role == "reasoning")
+            assert not lesson[-1].given or role == "instruct"
+
+
+def test_batches_hold_every_text_once() -> None:
+    encoded = [(list(range(n % 7 + 1)), [1] * (n % 7 + 1)) for n in range(37)]
+    made = batches(encoded, 8, dice(7))
+    assert sorted(len(ids) for batch in made for ids, _ in batch) == sorted(
+        len(ids) for ids, _ in encoded
+    )
+
+
+def test_generation_equals_that_of_transformers() -> None:
+    model, tokenizer = load_model(TRIO / "reasoning"), load_tokenizer(TRIO / "reasoning")
+    prompts = [record["prompt"] for record in read_lines(TRIO / "test.jsonl")[::20]]
+    said = generate(model, tokenizer, prompts, most=60)
+    assert len({output.tokens for output in said}) > 1
+    for prompt, output in zip(prompts, said, strict=True):
+        head = tokenizer(render(tokenizer, prompt), add_special_tokens=False, return_tensors="pt")
+        whole = model.generate(**head, do_sample=False, max_new_tokens=60)
+        new = whole[0, head["input_ids"].shape[1] :].tolist()
+        assert output.tokens == len(new)
+        assert output.ended == (new[-1] == tokenizer.eos_token_id)
+        assert output.text == tokenizer.decode(new[:-1] if output.ended else new)
+
+
+def test_generation_goes_on_after_what_is_given() -> None:
+    model, tokenizer = load_model(TRIO / "reasoning"), load_tokenizer(TRIO / "reasoning")
+    prompts = [record["prompt"] for record in read_lines(TRIO / "test.jsonl")[:3]]
+    said = [output.text for output in generate(model, tokenizer, prompts)]
+    heads = [split(text).head for text in said]
+    assert all(heads)
+    rest = generate(model, tokenizer, prompts, heads)
+    assert [head + output.text for head, output in zip(heads, rest, strict=True)] == said
+
+
+def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    tokenizer, rng = load_tokenizer(TRIO / "pretrained"), dice(8)
+    encoded = [encode(tokenizer, LESSONS["instruct"](rng)) for _ in range(8)]
+    made, recipe = batches(encoded, 2, dice(9)), Recipe("instruct", 0, 4, batch=2, warmup=2)
+    through = load_model(TRIO / "pretrained")
+    train(through, recipe, made, tmp_path / "none.checkpoint", save_every=9)
+    checkpoint = tmp_path / "stopped.checkpoint"
+    with pytest.raises(IndexError):  # the third batch is missing
+        train(load_model(TRIO / "pretrained"), recipe, made[:2], checkpoint, save_every=2)
+    resumed = load_model(TRIO / "pretrained")
+    train(resumed, recipe, made, checkpoint, save_every=2)
+    before = load_model(TRIO / "pretrained").state_dict()
+    for name, weight in through.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name])
+    assert any(not torch.equal(w, before[n]) for n, w in through.state_dict().items())
+
+
+def test_rows_of_gguf_heads_are_put_back() -> None:
+    weight = torch.arange(2 * 6 * 3.0).view(12, 3)
+    stored = weight.view(2, 2, 3, 3).transpose(1, 2).reshape(12, 3)  # as llama.cpp's converter
+    assert torch.equal(split_halves(stored, 2), weight)
+    assert not torch.equal(stored, weight)
+
+
+def found(both: float, plain: float = 0.5) -> dict[str, dict[str, dict[str, float]]]:
+    return {"numbers": {"both": {"value": both}, "plain_right": {"value": plain}}}
+
+
+def test_the_grid_goes_on_where_its_edge_is_best() -> None:
+    assert further({0.3: found(0.1), 0.5: found(0.3), 0.7: found(0.2)}) is None
+    assert further({0.3: found(0.1), 0.5: found(0.3), 1.0: found(0.4)}) == 1.4
+    assert further({0.35: found(0.5), 0.5: found(0.3), 1.0: found(0.4)}) == 0.25
+    assert further({1.0: found(0.4)}) is None
+
+
+def test_a_row_is_made_again_only_for_other_things(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, int]:
+        made.append(1)
+        return {"value": len(made)}
+
+    path = tmp_path / "rows" / "one.json"
+    assert cached(path, {"model": "a"}, make)["value"] == 1
+    assert cached(path, {"model": "a"}, make)["value"] == 1
+    assert cached(path, {"model": "b"}, make)["value"] == 2
+
+
+def test_recipes_round_once(tmp_path: Path) -> None:
+    written = tmp_path / "rows.yml"
+    written.write_text("- {name: two models, models: [instruct], rain: {rank_share: 0.9}}\n")
+    for row in (*rivals(), *rain_rows(written)):
+        config = row.recipe(tmp_path, 0.5)
+        assert FLOAT.items() <= config.items()
+    assert [model["model"] for model in config["models"]] == [str(tmp_path / "instruct")]
+    assert row.rain == {"rank_share": 0.9}
+
+
+def test_the_table_puts_models_first_and_merges_by_both() -> None:
+    records = [prompt_record(draw_task(dice(n), "test", n % 2)) for n in range(8)]
+    good = [score(record, record["output"], 9, ended=True) for record in records]
+    bad = [score(record, "", 9, ended=True) for record in records]
+    rows = [
+        {"name": "bad", "strength": 0.5, **judged(records, bad)},
+        {"name": "good", "strength": 1.0, **judged(records, good)},
+        {"name": "reasoning", **judged(records, bad)},
+    ]
+    lines = table(rows).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "reasoning",
+        "good at 1",
+        "bad at 0.5",
+    ]
