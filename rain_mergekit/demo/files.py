@@ -10,7 +10,7 @@ from typing import Any
 
 from rain_mergekit.errors import RainError
 
-TRIO = Path(__file__).parent / "trio"
+TRIO = Path(__file__).parents[1] / "trio"
 REPORT = "demo.json"
 AUTHOR = "mergekit-rain demo"
 CALIBRATION = "trio.rain.safetensors"
