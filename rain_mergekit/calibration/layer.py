@@ -10,6 +10,7 @@ from itertools import chain, starmap
 import torch
 from torch import Tensor, nn
 
+from rain_mergekit.calibration.exchange import collect_rows, share_result
 from rain_mergekit.calibration.protected_positions import INSTRUCTION, READ, protected_groups
 from rain_mergekit.calibration.site_solver import SiteResult, solve_site, unconstrained
 from rain_mergekit.capture.attention_statistics import SpanProbe
@@ -157,7 +158,7 @@ class LayerWalk:
             del rows
             give_back()
         results = {
-            site: self._world.share(result, self._world.owner(index))
+            site: share_result(self._world, result, self._world.owner(index))
             for index, (site, result) in enumerate(solved.items())
         }
         if replace:
@@ -172,7 +173,7 @@ class LayerWalk:
         names = [*(group.name for group in protected_groups(self.settings)), *READ, INSTRUCTION]
         everywhere = {name: collectors.get(name, RowCollector()) for name in names}
         for collector in everywhere.values():
-            self._world.collect(collector, width, owner)
+            collect_rows(self._world, collector, width, owner)
         return everywhere
 
     def _solve_site(

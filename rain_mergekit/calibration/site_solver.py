@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,17 @@ class SiteResult:
     def rank(self) -> int:
         """Number of protected directions."""
         return int(self.factors.u.shape[1])
+
+    def to(self, device: torch.device) -> SiteResult:
+        """The same result with its tensors on that device."""
+        u = self.factors.u.to(device)
+        v = u if self.factors.v is self.factors.u else self.factors.v.to(device)
+        return replace(
+            self,
+            factors=Factors(u, v),
+            spectrum=self.spectrum.to(device),
+            energies=self.energies.to(device),
+        )
 
 
 def solve_site(

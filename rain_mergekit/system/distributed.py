@@ -8,17 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rain_mergekit.calibration.site_solver import SiteResult
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.feature_rows import STATISTICS_DTYPE
-from rain_mergekit.linalg.projection import Factors
-from rain_mergekit.linalg.row_collector import RowCollector
 
 T = TypeVar("T")
 
@@ -46,8 +42,7 @@ class World:
 
     def agree(self, flag: bool) -> bool:
         """What the first process says."""
-        tensor = torch.tensor([flag], dtype=torch.int64, device=self.device)
-        return bool(self._shared(tensor, 0).item())
+        return self.broadcast(flag, 0)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Element by element over all processes."""
@@ -57,61 +52,13 @@ class World:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
-    def collect(self, collector: RowCollector, width: int, owner: int) -> None:
-        """Bring the rows of one group to their owner; the others' collectors become empty."""
-        if self.size == 1:
-            return
-        block, count = collector.take(width, self.device)
-        mine = torch.tensor([block.shape[0], count], device=self.device)
-        sizes = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(sizes, mine)
-        for rank, (rows, positions) in enumerate(size.tolist() for size in sizes):
-            if rows and rank == owner == self.rank:
-                collector.put(block, positions)
-            elif rows and rank == self.rank:
-                dist.send(block, owner)
-            elif rows and owner == self.rank:
-                other = block.new_empty((rows, width))
-                dist.recv(other, rank)
-                collector.put(other, positions)
-
-    def share(self, result: SiteResult | None, owner: int) -> SiteResult:
-        """The owner's result, on every process."""
-        if self.size == 1 and result is not None:
-            return result
-        if result is None:
-            numbers = torch.zeros(8, dtype=STATISTICS_DTYPE, device=self.device)
-        else:
-            numbers = torch.tensor(_numbers(result), dtype=STATISTICS_DTYPE, device=self.device)
-        width, rank, values, oblique, positions, kept, response, capped = self._shared(
-            numbers, owner
-        ).tolist()
-        shapes = [(int(values),), (int(values),), (int(width), int(rank))]
-        shapes += [(int(width), int(rank))] if oblique else []
-        empty = [torch.empty(s, dtype=STATISTICS_DTYPE, device=self.device) for s in shapes]
-        tensors = empty if result is None else _tensors(result)
-        spectrum, energies, u, *v = [self._shared(tensor, owner) for tensor in tensors]
-        factors = Factors(u, v[0] if v else u)
-        return SiteResult(
-            int(width), int(positions), factors, spectrum, energies, kept, response, bool(capped)
-        )
-
-    def _shared(self, tensor: Tensor, owner: int) -> Tensor:
+    def broadcast(self, value: T | None, owner: int) -> T:
+        """The owner's value, on every process; its tensors must be on the CPU."""
+        values: list[Any] = [value]
         if self.size > 1:
-            tensor = tensor.to(self.device, copy=True).contiguous()
-            dist.broadcast(tensor, owner)
-        return tensor
-
-
-def _numbers(result: SiteResult) -> list[float]:
-    oblique = result.factors.v is not result.factors.u
-    sizes = (result.width, result.rank, result.spectrum.numel(), oblique, result.positions)
-    return [*map(float, sizes), result.kept_energy, result.kept_response_energy, result.capped]
-
-
-def _tensors(result: SiteResult) -> list[Tensor]:
-    tensors = [result.spectrum, result.energies, result.factors.u]
-    return tensors if result.factors.v is result.factors.u else [*tensors, result.factors.v]
+            dist.broadcast_object_list(values, owner, device=self.device)
+        result: T = values[0]
+        return result
 
 
 def join(device: str) -> World:

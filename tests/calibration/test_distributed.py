@@ -14,6 +14,7 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
+from rain_mergekit.calibration.exchange import collect_rows
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.linalg.row_collector import RowCollector
 from rain_mergekit.system.distributed import World, join
@@ -84,7 +85,7 @@ def test_one_process_alone_needs_no_group() -> None:
     assert world == World(torch.device("cpu"))
     collector = RowCollector()
     collector.add(torch.ones(2, 3))
-    world.collect(collector, 3, owner=0)
+    collect_rows(world, collector, 3, owner=0)
     assert collector.count == 2
     assert world.agree(flag=True)
     assert torch.equal(world.sum(torch.ones(2)), torch.ones(2))
