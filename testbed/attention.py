@@ -13,9 +13,9 @@ import torch
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
-from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.models.attention import observe_attention
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.text.calibration_sets import load_instruction
@@ -51,7 +51,7 @@ def held_samples(trio: Path) -> Sequence[InstructionTokens]:
 def attention_scores(model: Path, samples: Sequence[InstructionTokens]) -> Scores:
     """Mean alignment and leakage of each layer."""
     checkpoint = Checkpoint(ModelReference.model_validate({"model": {"path": str(model)}}))
-    shell = Shell(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
+    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
     order = sorted(samples, key=lambda sample: -len(sample.input_ids))
     recorded = list(shell.record([sample.input_ids for sample in order]))
     hidden = [embedded for embedded, _ in recorded]
@@ -60,7 +60,7 @@ def attention_scores(model: Path, samples: Sequence[InstructionTokens]) -> Score
         totals = torch.zeros(2, dtype=torch.float64)
         with shell.layer(index) as layer:
             for number, sample in enumerate(order):
-                probe = SpanProbe(sample, leakage_from_thinking=False)
+                probe = AttentionStatistics(sample, leakage_from_thinking=False)
                 with observe_attention(probe):
                     hidden[number] = run_layer(layer, hidden[number], recorded[number][1][index])
                 if probe.alignment is None or probe.leakage is None:

@@ -20,9 +20,9 @@ from mergekit.options import MergeOptions
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.summary import summarise
 from rain_mergekit.demo.files import configuration
-from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile
 from rain_mergekit.evaluation.texts import Texts, read_texts
-from rain_mergekit.evaluation.verify import Streaming, measure
+from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.report import spectra
 from rain_mergekit.report.figures import COLOURS
@@ -35,7 +35,7 @@ MODELS = {WITHOUT: "without a projection", "rain": "with it"}
 KINDS = {"self_attn.q_proj": "attention (q, k, v)", "mlp.down_proj": "down"}
 
 
-def drift_of(folder: Path) -> dict[str, Around]:
+def drift_of(folder: Path) -> dict[str, MarkerDistanceProfile]:
     """Of both merges, on the held-out texts, at strength 1; the demo makes one of them only."""
     config = yaml.safe_load(configuration(WITHOUT, folder))
     merge = MergeConfiguration.model_validate(config)
@@ -44,14 +44,14 @@ def drift_of(folder: Path) -> dict[str, Around]:
     reasoning = open_checkpoint(str(REASONING), load)
     samples, _ = read_texts(reasoning, Texts(str(folder / "held-out.jsonl"), 64))
     return {
-        name: measure(
-            reasoning, open_checkpoint(str(folder / name), load), samples, Streaming(load)
+        name: measure_merge(
+            reasoning, open_checkpoint(str(folder / name), load), samples, VerifyOptions(load)
         ).around
         for name in MODELS
     }
 
 
-def draw_drift(found: dict[str, Around]) -> Figure:
+def draw_drift(found: dict[str, MarkerDistanceProfile]) -> Figure:
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     for axes, side in zip(figure.subplots(1, 2, sharey=True), ("open", "close"), strict=True):
         inside = (-0.5, 5.5) if side == "open" else (-5.5, 0.5)

@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 from transformers import AutoConfig
 
 from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.system.distributed import World
@@ -29,7 +29,7 @@ ROLES = ("reasoning", "instruct", "pretrained")
 def seen(model: Path, samples: Sequence[ReasoningTokens]) -> Likelihood:
     """With this model in the reasoning model's place, on samples that its template rendered."""
     checkpoint = Checkpoint(ModelReference.model_validate({"model": {"path": str(model)}}))
-    shell = Shell(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
+    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
     recorded = list(shell.record([sample.input_ids for sample in samples]))
     states = [hidden for hidden, _ in recorded]
     for index in range(len(shell.layers)):

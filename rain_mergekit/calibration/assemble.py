@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 import rain_mergekit
-from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerPart
+from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerResultFile
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.capture.input_sites import site_name
 from rain_mergekit.config.settings import RainSettings
@@ -27,7 +27,7 @@ Sources: TypeAlias = "dict[str, Tensor | Callable[[], Tensor]]"
 def write_file(
     path: Path,
     header: Mapping[str, Any],
-    parts: Sequence[LayerPart],
+    parts: Sequence[LayerResultFile],
     names: Names,
     settings: RainSettings,
 ) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def write_file(
     return tuple(warnings)
 
 
-def untouched(names: Sequence[str], parts: Sequence[LayerPart]) -> list[str]:
+def untouched(names: Sequence[str], parts: Sequence[LayerResultFile]) -> list[str]:
     """Those of the layers' weights that multiplied no features of a token, e.g. convolutions."""
     merged = {name for part in parts for name in part.tensors}
     return [name for name in names if name not in merged]
@@ -72,7 +72,7 @@ def used_coefficients(
 
 
 def _coefficients(
-    parts: Sequence[LayerPart],
+    parts: Sequence[LayerResultFile],
     settings: RainSettings,
     tensors: dict[str, dict[str, Any]],
     sources: Sources,
@@ -106,7 +106,7 @@ def _coefficients(
 
 
 def _scale_layer(
-    part: LayerPart,
+    part: LayerResultFile,
     layout: HeadLayout,
     alpha: Tensor,
     tensors: dict[str, dict[str, Any]],
@@ -152,7 +152,7 @@ def _expert(entry: Mapping[str, Any], target: Target, sources: Sources) -> dict[
 
 def _warnings(
     sites: Mapping[str, Mapping[str, Any]],
-    parts: Sequence[LayerPart],
+    parts: Sequence[LayerResultFile],
     layers: Sequence[Mapping[str, Any]],
     left: Sequence[str],
 ) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _warnings(
         )
 
 
-def _coarse(part: LayerPart) -> list[str]:
+def _coarse(part: LayerResultFile) -> list[str]:
     """Weights right inside the attention module that have no heads, though they should."""
     if part.layout is None:
         return []

@@ -20,9 +20,9 @@ from rain_mergekit.calibration.estimate import (
     hidden_budget,
 )
 from rain_mergekit.calibration.estimate_inputs import model_shape, workload
-from rain_mergekit.calibration.layer import LayerResult, LayerWalk
+from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.layer_file import write_part
-from rain_mergekit.calibration.lm_head import HeadWalk, HeadWeight, find_head
+from rain_mergekit.calibration.lm_head import HeadWeight, OutputHeadCalibrator, find_head
 from rain_mergekit.calibration.options import RunOptions, default_dtype, max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
@@ -30,7 +30,7 @@ from rain_mergekit.calibration.samples import Samples, record
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.streams import REASONING, Stream, StreamPlan, build_streams
 from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
@@ -40,13 +40,13 @@ from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
-from rain_mergekit.system.memory import CALIBRATION, give_back, naming_shortage
+from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 LOG = logging.getLogger(__name__)
 
 
-class Run:
+class CalibrationEngine:
     """The work of one process: its share of the samples, every layer."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Run:
         self._settings, self._options, self._trio = config.settings, options, trio
         self._samples, self._world = samples, world
         dtype = options.dtype or default_dtype(trio, options.device)
-        self.shell = Shell(trio.reasoning, trio.config, dtype, str(world.device))
+        self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
         self._weights.check(self._expected(), self.matrices)
@@ -172,7 +172,7 @@ class Run:
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
         original = [stream for name, stream in streams.items() if name != MERGED]
-        walk = HeadWalk(self.shell, self._settings, self._world)
+        walk = OutputHeadCalibrator(self.shell, self._settings, self._world)
         result = walk.result(head, self._weights, original, self.max_rank)
         if self._world.rank == 0:
             write_part(path, "", result)
@@ -211,7 +211,7 @@ class Run:
     ) -> LayerResult:
         chunks, name = TokenChunks(), self._name(index)
         with self.shell.layer(index) as layer, chunks.applied(layer):
-            walk = LayerWalk(
+            walk = LayerCalibrator(
                 index,
                 layer,
                 name,
@@ -237,7 +237,7 @@ class Run:
                 result.statistics, result.layout = walk.statistics(streams[MERGED]) or (None, None)
                 self._count([streams[MERGED]])
         self._weights.release()
-        give_back()
+        trim_heap()
         return result
 
     def _task_vector(

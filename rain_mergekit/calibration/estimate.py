@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from rain_mergekit.calibration.estimate_site import FLOAT32, Site, SiteNeeds
+from rain_mergekit.calibration.estimate_site import FLOAT32, SiteNeeds, SiteShape
 from rain_mergekit.capture.token_chunks import TOKENS
 
 # Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
@@ -30,18 +30,18 @@ class ModelShape:
     model_bytes: int
     # In the order in which they are solved; by default those of a plain decoder: attention (key and
     # value heads counted as query heads), its output, MLP, its output.
-    sites: tuple[Site, ...] = ()
+    sites: tuple[SiteShape, ...] = ()
     # Rows of the output head where it is merged too, else 0.
     vocabulary: int = 0
 
     @property
-    def all_sites(self) -> tuple[Site, ...]:
+    def all_sites(self) -> tuple[SiteShape, ...]:
         """As given, or a plain decoder's."""
         return self.sites or (
-            Site(self.hidden, 3 * self.heads_width, reads=True),
-            Site(self.heads_width, self.hidden),
-            Site(self.hidden, 2 * self.ffn),
-            Site(self.ffn, self.hidden),
+            SiteShape(self.hidden, 3 * self.heads_width, reads=True),
+            SiteShape(self.heads_width, self.hidden),
+            SiteShape(self.hidden, 2 * self.ffn),
+            SiteShape(self.ffn, self.hidden),
         )
 
     @property

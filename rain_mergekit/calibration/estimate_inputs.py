@@ -11,19 +11,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rain_mergekit.calibration.estimate import ModelShape, Workload
-from rain_mergekit.calibration.estimate_site import Site
+from rain_mergekit.calibration.estimate_site import SiteShape
 from rain_mergekit.calibration.protected_positions import READ
 from rain_mergekit.calibration.samples import Samples
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.models.empty_model import text_config
-from rain_mergekit.models.head_layout import reads
+from rain_mergekit.models.head_layout import feeds_attention
 
 # What families call the number of experts, and how many of them a token goes through.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 
 
-def model_shape(shell: Shell, vocabulary: int = 0) -> ModelShape:
+def model_shape(shell: LayerwiseModel, vocabulary: int = 0) -> ModelShape:
     """From the modules without weights and the file headers; no tensor is read.
 
     vocabulary: rows of the output head, if it is merged.
@@ -47,7 +47,7 @@ def model_shape(shell: Shell, vocabulary: int = 0) -> ModelShape:
     )
 
 
-def _sites(layer: nn.Module, share: float) -> list[tuple[str, Site]]:
+def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
     """Each site with the name of the module around it, in order.
 
     Weights presumably share an input that have the same parent module and width, and all or none
@@ -55,24 +55,24 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, Site]]:
     Routed experts share their input with their router, and each has a site of its own for its
     output projection.
     """
-    sites: dict[tuple[str, int, bool], Site] = {}
+    sites: dict[tuple[str, int, bool], SiteShape] = {}
     for name, parameter in layer.named_parameters():
         module = name.removesuffix(".weight")
-        parent, reading = module.rpartition(".")[0], reads(module)
+        parent, reading = module.rpartition(".")[0], feeds_attention(module)
         shape = _straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
         if parameter.dim() == 2 and name.endswith(".weight"):
             rows, width = shape
-            known = sites.get((parent, width, reading), Site(width, 0))
-            sites[parent, width, reading] = Site(width, known.outputs + rows, 1.0, reading)
+            known = sites.get((parent, width, reading), SiteShape(width, 0))
+            sites[parent, width, reading] = SiteShape(width, known.outputs + rows, 1.0, reading)
         elif parameter.dim() == 3 and name.endswith("down_proj"):
             count, rows, width = shape
             for expert in range(count):
-                sites[f"{name}.{expert}", width, False] = Site(width, rows, share)
+                sites[f"{name}.{expert}", width, False] = SiteShape(width, rows, share)
         elif parameter.dim() == 3 and not name.endswith(".weight"):
             count, rows, width = shape
             key = (parent.rpartition(".")[0], width, False)  # that of the router beside them
-            known = sites.get(key, Site(width, 0))
-            sites[key] = Site(width, known.outputs + count * rows)
+            known = sites.get(key, SiteShape(width, 0))
+            sites[key] = SiteShape(width, known.outputs + count * rows)
     return [(parent, site) for (parent, _, _), site in sites.items()]
 
 
@@ -83,7 +83,7 @@ def _straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
     return (*first, width, rows) if transposed else (*first, rows, width)
 
 
-def _experts_share(shell: Shell) -> float:
+def _experts_share(shell: LayerwiseModel) -> float:
     """Which share of the tokens a routed expert gets if all get the same; 1 where unknown."""
     config = text_config(shell.model.config)
     chosen, count = (

@@ -15,7 +15,7 @@ THIN_COPIES = 4  # of d x rank: the basis, V, and two on the way to them
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteShape:
     """What is known of an input site before anything runs.
 
     outputs: rows of all task vectors there. share: of the tokens that reach it, below 1 for one of
@@ -32,7 +32,7 @@ class Site:
 class SiteNeeds:
     """One site with its rows: protected, instruction, and those of both groups that are read."""
 
-    site: Site
+    site: SiteShape
     protected: int
     instruction: int
     reading: int

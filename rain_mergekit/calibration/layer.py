@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rain_mergekit.calibration.exchange import collect_rows, share_result
 from rain_mergekit.calibration.protected_positions import INSTRUCTION, READ, protected_groups
 from rain_mergekit.calibration.site_solver import SiteResult, solve_site, unconstrained
-from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.capture.input_sites import (
     LinearWeight,
     RowPicker,
@@ -30,9 +30,9 @@ from rain_mergekit.linalg.coefficients import HeadAccumulator, HeadStatistics
 from rain_mergekit.linalg.projection import project
 from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
 from rain_mergekit.models.attention import Heads, observe_attention
-from rain_mergekit.models.head_layout import HeadLayout, reads
+from rain_mergekit.models.head_layout import HeadLayout, feeds_attention
 from rain_mergekit.system.distributed import World
-from rain_mergekit.system.memory import give_back
+from rain_mergekit.system.memory import trim_heap
 from rain_mergekit.text.token_positions import InstructionTokens
 
 TaskVector = Callable[[LinearWeight, "int | None"], Iterator[Tensor]]
@@ -63,7 +63,7 @@ class LayerResult:
     tokens: Tensor | None = None
 
 
-class LayerWalk:
+class LayerCalibrator:
     """The passes over one filled layer; each sample passes it once per purpose."""
 
     def __init__(
@@ -93,7 +93,7 @@ class LayerWalk:
                 whole = stream.store.lengths[sample]
                 with capture_inputs(self.layer, sites, picker, partial(self._length, whole)):
                     self._advance(stream, sample)
-        give_back()
+        trim_heap()
         return collected
 
     def _length(self, whole: int) -> int:
@@ -111,7 +111,7 @@ class LayerWalk:
 
         def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
             for group, index in groups.items():
-                if group in READ and not reads(site):
+                if group in READ and not feeds_attention(site):
                     continue
                 rows = inputs.index_select(0, self._inside(index, inputs.shape[0], tokens))
                 if not bool(torch.isfinite(rows).all()):
@@ -156,7 +156,7 @@ class LayerWalk:
             mine = self._world.owner(index) == self._world.rank
             solved[site] = self._solve_site(site, width, rows, deltas, max_rank) if mine else None
             del rows
-            give_back()
+            trim_heap()
         results = {
             site: share_result(self._world, result, self._world.owner(index))
             for index, (site, result) in enumerate(solved.items())
@@ -190,7 +190,7 @@ class LayerWalk:
         instruction = weighted_rows(collectors, [Group(INSTRUCTION, 1.0)])
         read = [weighted_rows(collectors, [Group(name, 1.0)]) for name in READ]
         count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
-        give_back()
+        trim_heap()
         return solve_site(
             dotted(self.name, site),
             rows,
@@ -226,7 +226,9 @@ class LayerWalk:
         for index, sample in enumerate(stream.samples):
             if not isinstance(sample, InstructionTokens):
                 continue
-            probe = SpanProbe(sample, leakage_from_thinking=self.settings.leakage_from_thinking)
+            probe = AttentionStatistics(
+                sample, leakage_from_thinking=self.settings.leakage_from_thinking
+            )
             with observe_attention(probe):
                 self._advance(stream, index)
             if probe.alignment is None or probe.leakage is None or probe.call is None:

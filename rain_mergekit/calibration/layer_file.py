@@ -24,7 +24,7 @@ TOKENS = "tokens"  # the key of the rows that are merged, where rows are tokens
 
 
 @dataclass(frozen=True)
-class LayerPart:
+class LayerResultFile:
     """One layer as read back: header entries, statistics, and which tensors lie in the file."""
 
     path: Path
@@ -67,7 +67,7 @@ def write_part(path: Path, name: str, result: LayerResult) -> None:
         out.write(save(stored, metadata={"layer": json.dumps(header)}))
 
 
-def read_part(path: Path) -> LayerPart:
+def read_part(path: Path) -> LayerResultFile:
     """Read back what `write_part` wrote; factors stay on disk."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["layer"])
@@ -76,7 +76,7 @@ def read_part(path: Path) -> LayerPart:
             alignment, leakage = file.get_tensor("alignment"), file.get_tensor("leakage")
             statistics = HeadStatistics(alignment, leakage)
     layout = None if header["heads"] is None else HeadLayout(**header["heads"])
-    return LayerPart(
+    return LayerResultFile(
         path=path,
         name=header["name"],
         sites=header["sites"],

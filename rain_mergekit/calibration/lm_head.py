@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.calibration.layer import LayerResult, LayerWalk
+from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import arriving
 from rain_mergekit.capture.streams import Stream
 from rain_mergekit.capture.token_chunks import TokenChunks
@@ -55,7 +55,11 @@ class HeadWeight:
 
 
 def find_head(
-    shell: Shell, trio: Trio, tensors: TrioTensors, samples: Samples, settings: RainSettings
+    shell: LayerwiseModel,
+    trio: Trio,
+    tensors: TrioTensors,
+    samples: Samples,
+    settings: RainSettings,
 ) -> HeadWeight:
     """The head of the models; RainError if it cannot be merged in the way that is asked for."""
     head, _ = output_head(shell.model)
@@ -147,10 +151,10 @@ def _mask(chosen: Sequence[int], count: int) -> Tensor:
     return mask
 
 
-class HeadWalk(LayerWalk):
-    """What a `LayerWalk` does at a layer, at the head: one site, no layer to pass."""
+class OutputHeadCalibrator(LayerCalibrator):
+    """What a `LayerCalibrator` does at a layer, at the head: one site, no layer to pass."""
 
-    def __init__(self, shell: Shell, settings: RainSettings, world: World) -> None:
+    def __init__(self, shell: LayerwiseModel, settings: RainSettings, world: World) -> None:
         nothing = nn.Module()
         super().__init__(
             len(shell.layers), nothing, "", settings, lambda _: None, TokenChunks(), world

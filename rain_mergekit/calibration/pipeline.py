@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from rain_mergekit.calibration.assemble import untouched, write_file
-from rain_mergekit.calibration.engine import Run
+from rain_mergekit.calibration.engine import CalibrationEngine
 from rain_mergekit.calibration.estimate import Estimate
-from rain_mergekit.calibration.layer_file import LayerPart, read_part
+from rain_mergekit.calibration.layer_file import LayerResultFile, read_part
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
 from rain_mergekit.calibration.work_folder import WorkDir
@@ -31,7 +31,7 @@ from rain_mergekit.system.distributed import World, join, leave
 
 
 @dataclass(frozen=True)
-class Summary:
+class CalibrationSummary:
     """What a finished calibration reports; layer_passes counts samples x layers by purpose."""
 
     path: Path
@@ -45,7 +45,7 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-def calibrate(config: RainConfig, options: RunOptions) -> Summary:
+def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
     """Run the calibration that `config` describes and write the file that it names.
 
     Raises RainError for anything wrong with the input; then no calibration file is written.
@@ -64,15 +64,17 @@ def plan(config: RainConfig, options: RunOptions) -> Estimate:
     """What `calibrate` would need, from file headers and token counts; nothing is run."""
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
-    run = Run(config, options, trio, samples, World(torch.device("cpu")))
+    run = CalibrationEngine(config, options, trio, samples, World(torch.device("cpu")))
     return run.estimate()
 
 
-def _calibrate(config: RainConfig, options: RunOptions, world: World, start: float) -> Summary:
+def _calibrate(
+    config: RainConfig, options: RunOptions, world: World, start: float
+) -> CalibrationSummary:
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
-    run = Run(config, options, trio, samples, world)
+    run = CalibrationEngine(config, options, trio, samples, world)
     accept = config.settings.accept
     names = merge_names(trio.config, run.shell.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))
@@ -100,7 +102,7 @@ def _calibrate(config: RainConfig, options: RunOptions, world: World, start: flo
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
             warnings = write_file(config.calibration, header, parts, names, config.settings)
-    return Summary(
+    return CalibrationSummary(
         path=config.calibration,
         seconds=time.monotonic() - start,
         bytes=config.calibration.stat().st_size,
@@ -124,7 +126,7 @@ def _model_records(trio: Trio) -> dict[str, Any]:
     }
 
 
-def _mean_rank(parts: Sequence[LayerPart]) -> float:
+def _mean_rank(parts: Sequence[LayerResultFile]) -> float:
     ranks = [int(site["rank"]) for part in parts for site in part.sites.values()]
     return sum(ranks) / len(ranks)
 

@@ -13,7 +13,7 @@ from rain_mergekit.capture.streams import (
 )
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.linalg.row_collector import Group
-from rain_mergekit.system.evenly_spaced import spread
+from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
 MERGED = "merged"
@@ -48,18 +48,20 @@ def _groups(
     instruction: int,
 ) -> PositionGroups:
     if isinstance(sample, InstructionTokens):
-        return {INSTRUCTION: spread(sample.response_positions, instruction)}
+        return {INSTRUCTION: evenly_spaced(sample.response_positions, instruction)}
     groups: dict[str, Sequence[int]] = {"think": sample.think_positions}
     if settings.protect_thinking > 0:
-        groups["content"] = spread(sample.content_positions, content)
+        groups["content"] = evenly_spaced(sample.content_positions, content)
     if settings.protect_prompt > 0:
-        groups["prompt"] = spread(range(sample.think_positions[0]), content)
+        groups["prompt"] = evenly_spaced(range(sample.think_positions[0]), content)
     if settings.protect_response > 0:
-        groups["response"] = spread(sample.response_positions, content)
+        groups["response"] = evenly_spaced(sample.response_positions, content)
     if settings.reading_share > 0:
         prompt = range(sample.think_positions[0])
         places = (prompt, sample.response_positions)
-        groups |= {name: spread(place, content) for name, place in zip(READ, places, strict=True)}
+        groups |= {
+            name: evenly_spaced(place, content) for name, place in zip(READ, places, strict=True)
+        }
     return groups
 
 

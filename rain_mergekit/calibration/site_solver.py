@@ -13,7 +13,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.linalg import projection
 from rain_mergekit.linalg.feature_rows import FeatureRows
 from rain_mergekit.linalg.projection import Factors
-from rain_mergekit.system.memory import give_back
+from rain_mergekit.system.memory import trim_heap
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,24 @@ def solve_site(
     deltas: Iterable[Tensor],
     settings: RainSettings,
     max_rank: int,
-    read: Sequence[Tensor | FeatureRows] = (),
+    attention_inputs: Sequence[Tensor | FeatureRows] = (),
 ) -> SiteResult:
     """Choose the rank and compute U, V of one site.
 
     rows: n x d weighted features; instruction_rows: m x d or None (orthogonal);
     deltas: the task vectors (d_out x d) of the modules that share the site, or blocks of their
-    rows; gone through once, and once more for each of `read`.
-    read: features (n x d) of which only `reading_share` of the response is to be protected.
+    rows; gone through once, and once more for each of `attention_inputs`.
+    attention_inputs: features (n x d) of which only `reading_share` of the response is to be
+    protected.
     Raises RainError naming the site if the basis would fill the whole space.
     """
     try:
         found = projection.spectrum(rows)
-        give_back()
-        others = [FeatureRows.of(more).near_unit() for more in read]
+        trim_heap()
+        others = [FeatureRows.of(more).near_unit() for more in attention_inputs]
         answers = projection.response_energies([found, *others], deltas)
         energies = answers[0] * found.total
-        give_back()
+        trim_heap()
         order, wanted = _select(found.values, energies, settings)
         rank = min(wanted, max_rank)
         chosen = order[:rank]
@@ -80,8 +81,8 @@ def solve_site(
         room = min(max_rank, found.width - 1)
         for more, answer in zip(others, answers[1:], strict=True):
             total, share = float(answer.sum()), settings.reading_share
-            basis = projection.covered(basis, more, total, deltas, share, room)
-            give_back()
+            basis = projection.extend_basis(basis, more, total, deltas, share, room)
+            trim_heap()
         factors = _factors(basis, instruction_rows, settings)
     except RainError as error:
         raise RainError(f"{name}: {error}") from None

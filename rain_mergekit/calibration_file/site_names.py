@@ -14,7 +14,7 @@ _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 @dataclass(frozen=True)
-class Spread:
+class ValueRange:
     """Mean and extremes of a quantity over layers."""
 
     mean: float
@@ -43,10 +43,10 @@ class Kind:
     name: str
     modules: tuple[str, ...]
     sites: int
-    width: Spread
-    rank: Spread
-    kept: Spread | None
-    response: Spread | None
+    width: ValueRange
+    rank: ValueRange
+    kept: ValueRange | None
+    response: ValueRange | None
     capped: int
 
 
@@ -87,9 +87,9 @@ def kinds(sites: Iterable[Site], modules: Mapping[str, tuple[str, ...]]) -> tupl
     return tuple(sorted(found, key=lambda kind: module_order((kind.modules or (kind.name,))[0])))
 
 
-def spread(values: Sequence[float]) -> Spread:
+def value_range(values: Sequence[float]) -> ValueRange:
     """Mean, smallest and largest of at least one value."""
-    return Spread(fmean(values), min(values), max(values))
+    return ValueRange(fmean(values), min(values), max(values))
 
 
 def module_order(module: str) -> tuple[int, str]:
@@ -110,9 +110,9 @@ def _kind(name: str, sites: Sequence[Site], modules: tuple[str, ...]) -> Kind:
         name=name,
         modules=modules,
         sites=len(sites),
-        width=spread([site.width for site in sites]),
-        rank=spread([site.rank for site in sites]),
-        kept=spread(kept) if kept else None,
-        response=spread(response) if response else None,
+        width=value_range([site.width for site in sites]),
+        rank=value_range([site.rank for site in sites]),
+        kept=value_range(kept) if kept else None,
+        response=value_range(response) if response else None,
         capped=sum(site.capped for site in sites),
     )

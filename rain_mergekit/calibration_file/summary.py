@@ -42,7 +42,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FileSummary:
     """Everything that `inspect` shows.
 
     `changed` are the settings that differ from the defaults; no `settings` were not recorded.
@@ -62,12 +62,12 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-def summarise(file: CalibrationFile) -> Summary:
+def summarise(file: CalibrationFile) -> FileSummary:
     """Read header and head statistics; bases stay on disk. RainError if a statistic is damaged."""
     header = file.header
     sites = tuple(sorted((_site(file, name) for name in file.sites), key=place))
     settings = header.get("settings") or {}
-    return Summary(
+    return FileSummary(
         path=file.path,
         bytes=os.path.getsize(file.path),
         created_by=_text(header.get("created_by") or "an unnamed program"),

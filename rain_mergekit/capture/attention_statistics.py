@@ -11,7 +11,7 @@ from rain_mergekit.models.attention import AttentionCall, Heads
 from rain_mergekit.text.token_positions import InstructionTokens
 
 
-class SpanProbe:
+class AttentionStatistics:
     """Observer of attention calls: alignment and leakage (n_heads each) of one sample.
 
     Only the rows of related and unrelated response tokens are computed, in blocks.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from rain_mergekit.capture.product_hook import Products
+from rain_mergekit.capture.product_hook import WeightProductHook
 from rain_mergekit.models.experts import ExpertsCall, ExpertsObserver, observe_experts
 
 # pick(site, inputs (n, d), tokens (n) or None): row i of the inputs belongs to token tokens[i] of
@@ -71,7 +71,7 @@ def site_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-class _Finder:
+class _InputSiteFinder:
     """Follows one pass of one sample and passes on the rows of every site."""
 
     def __init__(
@@ -152,9 +152,9 @@ def capture_inputs(
     The layer's first pass also finds its sites, so that no pass is spent on that alone.
     `length` tells how many tokens the layer is working on: a text, or a part of it.
     """
-    finder = _Finder(layer, sites, pick, length)
+    finder = _InputSiteFinder(layer, sites, pick, length)
     observer = ExpertsObserver(finder.routed, finder.inner)
-    with observe_experts(observer), Products(layer, finder.product):
+    with observe_experts(observer), WeightProductHook(layer, finder.product):
         yield
 
 

@@ -18,7 +18,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
 
-class EndOfShell(Exception):
+class EndOfRecording(Exception):
     """Raised by the last stub: norm and head are not needed."""
 
 
@@ -26,7 +26,7 @@ class TupleExpected(Exception):
     """Raised by the second stub: this family's layers return a tuple, of which one is taken."""
 
 
-class Record:
+class ForwardRecord:
     """What the stubs of one pass write down."""
 
     def __init__(self, *, as_tuple: bool) -> None:
@@ -44,10 +44,10 @@ class Record:
         return (hidden, None) if self._as_tuple else hidden
 
 
-class Stub(nn.Module):
+class RecordingLayer(nn.Module):
     """Stands for a layer that is not there: records its calls and passes hidden states on."""
 
-    def __init__(self, layer: nn.Module, last: bool, notes: list[Record]) -> None:
+    def __init__(self, layer: nn.Module, last: bool, notes: list[ForwardRecord]) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
         self._last, self._notes = last, notes
@@ -62,7 +62,7 @@ class Stub(nn.Module):
         """Record the arguments besides the hidden states."""
         result = self._notes[-1].add(hidden_states, LayerCall(args, kwargs))
         if self._last:
-            raise EndOfShell
+            raise EndOfRecording
         return result
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rain_mergekit.capture.layer_calls import (
-    EndOfShell,
+    EndOfRecording,
+    ForwardRecord,
     LayerCall,
     PrefixSharing,
-    Record,
-    Stub,
+    RecordingLayer,
     TupleExpected,
     deduplicated,
 )
@@ -34,7 +34,7 @@ TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 _KEPT_MAPPED = 1 << 20
 
 
-class Shell:
+class LayerwiseModel:
     """A decoder without weights, and the way to fill one of its layers at a time."""
 
     def __init__(
@@ -55,9 +55,9 @@ class Shell:
         Arguments that are prefixes of a longer sample's (rotary tables, positions) share its
         memory, so callers should pass the longest sample first.
         """
-        notes: list[Record] = []
+        notes: list[ForwardRecord] = []
         last = self.layers[-1]
-        stubs = nn.ModuleList(Stub(layer, layer is last, notes) for layer in self.layers)
+        stubs = nn.ModuleList(RecordingLayer(layer, layer is last, notes) for layer in self.layers)
         shared = PrefixSharing()
         _move_buffers(self.decoder, self.device)
         used = torch.tensor(sorted({token for ids in samples for token in ids}))
@@ -93,13 +93,13 @@ class Shell:
             yield
 
     def _record_one(
-        self, ids: Sequence[int], notes: list[Record], shared: PrefixSharing
+        self, ids: Sequence[int], notes: list[ForwardRecord], shared: PrefixSharing
     ) -> tuple[Tensor, list[LayerCall]]:
-        record = Record(as_tuple=self.as_tuple)
+        record = ForwardRecord(as_tuple=self.as_tuple)
         notes[:] = [record]
         try:
             self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
-        except EndOfShell:
+        except EndOfRecording:
             pass
         except (TupleExpected, ValueError) as error:
             # A ValueError after the first layer: the decoder tried to unpack what it returned.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rain_mergekit.capture.input_sites import dotted
-from rain_mergekit.capture.layer_calls import Stub
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layer_calls import RecordingLayer
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.models.empty_model import embedding_weight, output_head
 
 # A float32 copy of this many logits takes 64 MiB, and so does a block of the head at width 4096.
@@ -20,7 +20,7 @@ _HEAD_ROWS = 4096
 
 
 @contextmanager
-def finishing(shell: Shell) -> Iterator[Callable[[Tensor], Tensor]]:
+def finishing(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
     """Give the map from rows (n, d) that left the last layer to next-token logits (n, vocabulary).
 
     The model's own code runs, with stubs for its layers that return the rows: whatever it does to
@@ -32,7 +32,7 @@ def finishing(shell: Shell) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 @contextmanager
-def arriving(shell: Shell) -> Iterator[Callable[[Tensor], Tensor]]:
+def arriving(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
     """Give the map from rows (n, d) that left the last layer to what the head receives (n, width).
 
     The model's own code runs, up to its head.
@@ -55,7 +55,7 @@ def block_rows(vocabulary: int) -> int:
 
 
 @contextmanager
-def _ending(shell: Shell, name: str, head: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
+def _ending(shell: LayerwiseModel, name: str, head: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
     """Run the model on rows that left its last layer, with another head in the place of its own."""
     given = [_Given(layer, as_tuple=shell.as_tuple) for layer in shell.layers]
     parent = shell.model.get_submodule(name.rpartition(".")[0])
@@ -73,7 +73,7 @@ def _ending(shell: Shell, name: str, head: nn.Module) -> Iterator[Callable[[Tens
             shell.tensors.release()
 
 
-class _Given(Stub):
+class _Given(RecordingLayer):
     """A layer that returns what it was given beforehand."""
 
     def __init__(self, layer: nn.Module, *, as_tuple: bool) -> None:
@@ -88,7 +88,7 @@ class _Given(Stub):
 class _Head(nn.Module):
     """Stands for the head; some models ask for the type of their head's weight."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: LayerwiseModel) -> None:
         super().__init__()
         self.weight = torch.empty(0, dtype=shell.dtype, device=shell.device)
 
@@ -100,7 +100,7 @@ class _Arrived(Exception):
 class _Arrival(_Head):
     """Keeps what the head would receive."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: LayerwiseModel) -> None:
         super().__init__(shell)
         self.rows = torch.empty(0)
 
@@ -112,7 +112,7 @@ class _Arrival(_Head):
 class _BlockHead(_Head):
     """The head, without ever holding it as a whole in the forward type."""
 
-    def __init__(self, shell: Shell, name: str, head: nn.Module) -> None:
+    def __init__(self, shell: LayerwiseModel, name: str, head: nn.Module) -> None:
         super().__init__(shell)
         self._read, self._numbers = shell.tensors.get, shell.numbers
         self._dtype, self._device = shell.dtype, shell.device
@@ -131,14 +131,14 @@ class _BlockHead(_Head):
         return self._numbers(self._weight, block.to(self._device, self._dtype))
 
 
-def _run(shell: Shell, given: list[_Given], rows: Tensor) -> Any:
+def _run(shell: LayerwiseModel, given: list[_Given], rows: Tensor) -> Any:
     for stub in given:
         stub.rows = rows.to(shell.device, shell.dtype)
     nothing = torch.zeros(1, *rows.shape, dtype=shell.dtype, device=shell.device)
     return shell.model(inputs_embeds=nothing, use_cache=False)
 
 
-def _fill_rest(shell: Shell, stack: ExitStack) -> None:
+def _fill_rest(shell: LayerwiseModel, stack: ExitStack) -> None:
     """Everything of the decoder beside its layers and the embedding: the final norm, mostly."""
     embedding = shell.decoder.get_input_embeddings()
     for name, part in shell.decoder.named_children():

@@ -30,7 +30,7 @@ _PRODUCTS = {
 }
 
 
-class Products(TorchFunctionMode):
+class WeightProductHook(TorchFunctionMode):
     """Inside the block, report every product of features with one of the layer's weights."""
 
     def __init__(self, layer: nn.Module, on_product: OnProduct) -> None:

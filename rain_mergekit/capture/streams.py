@@ -11,7 +11,7 @@ import torch
 
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layer_calls import LayerCall
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.system.distributed import World
 from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
@@ -50,7 +50,11 @@ class StreamPlan:
 
 
 def build_streams(
-    shell: Shell, plans: Sequence[StreamPlan], budget: int, folder: Path, keep_on_device: bool
+    shell: LayerwiseModel,
+    plans: Sequence[StreamPlan],
+    budget: int,
+    folder: Path,
+    keep_on_device: bool,
 ) -> dict[str, Stream]:
     """Embed the samples; `budget` bytes of hidden states stay in memory, the rest goes to disk."""
     streams: dict[str, Stream] = {}
@@ -76,7 +80,7 @@ def build_streams(
     return streams
 
 
-def _embed(shell: Shell, samples: TokenSamples, streams: Sequence[Stream]) -> None:
+def _embed(shell: LayerwiseModel, samples: TokenSamples, streams: Sequence[Stream]) -> None:
     """Embed each sample once, for all streams that carry it; they share its layer calls."""
     # Longest first, so that shorter samples share the memory of its rotary tables.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from rain_mergekit.errors import RainError
 
 
-def judge(check: str, problem: str, accept: Collection[str]) -> str:
+def refuse_unless_accepted(check: str, problem: str, accept: Collection[str]) -> str:
     """The problem as a warning where `check` is accepted; RainError with the way on elsewhere."""
     if check in accept:
         return f"{problem} (accepted)"

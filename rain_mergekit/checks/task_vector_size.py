@@ -14,7 +14,7 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rain_mergekit.checks.accept import judge
+from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.errors import RainError
 
 LOG = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def check_task_vector(
     """
     same = list(_same_models(models, fingerprints, indices, names))
     if same:
-        return [judge("same_model", problem, accept) for problem in same]
+        return [refuse_unless_accepted("same_model", problem, accept) for problem in same]
     size = relative_size(indices["instruct"], indices["pretrained"], names)
     if size >= LARGEST:
         tuned, origin = f"instruct model {models['instruct']}", f"pretrained {models['pretrained']}"
@@ -53,7 +53,7 @@ def check_task_vector(
             f"the task vector is {size:.2g} times as large as the weights of the smaller of the "
             f"{tuned} and the {origin}: the {tuned} is not tuned from it"
         )
-        return [judge("large_task_vector", problem, accept)]
+        return [refuse_unless_accepted("large_task_vector", problem, accept)]
     LOG.info("the task vector is %.3g of the pretrained weights", size)
     return []
 

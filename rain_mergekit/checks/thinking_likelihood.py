@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import block_rows, finishing
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.empty_model import text_config
@@ -74,7 +74,7 @@ def _round(value: float | None) -> float | None:
 
 
 def likelihood(
-    shell: Shell,
+    shell: LayerwiseModel,
     samples: Sequence[ReasoningTokens],
     states: Iterable[Tensor],
     world: World,
@@ -116,7 +116,7 @@ def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]
 
 
 def _log_likelihoods(
-    shell: Shell, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
+    shell: LayerwiseModel, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
 ) -> list[float]:
     if not rows:
         return []
@@ -132,7 +132,7 @@ def _log_likelihoods(
     return found
 
 
-def vocabulary(shell: Shell) -> int:
+def vocabulary(shell: LayerwiseModel) -> int:
     """How many tokens the model's head knows."""
     return int(text_config(shell.model.config).vocab_size)
 
@@ -143,14 +143,16 @@ def shortest(samples: Sequence[ReasoningTokens]) -> list[ReasoningTokens]:
 
 
 def likelihood_of(
-    checkpoint: Checkpoint, shell: Shell, samples: Sequence[ReasoningTokens]
+    checkpoint: Checkpoint, shell: LayerwiseModel, samples: Sequence[ReasoningTokens]
 ) -> Likelihood | None:
     """The same of another model of the trio, on the few shortest samples; a pass of its own.
 
     None if its vocabulary ends before the samples' tokens do.
     """
     few = shortest(samples)
-    other = Shell(checkpoint, read_model_config(checkpoint), shell.dtype, str(shell.device))
+    other = LayerwiseModel(
+        checkpoint, read_model_config(checkpoint), shell.dtype, str(shell.device)
+    )
     if max(max(sample.input_ids) for sample in few) >= vocabulary(other):
         return None
     recorded = list(other.record([sample.input_ids for sample in few]))

@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.checks.accept import judge
+from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.tokenizer import has_tokenizer, tokenizer_in
 
@@ -49,7 +49,7 @@ def check_tokenizers(
     found: list[str] = []
     for role, other in loaded.items():
         problems = disagreements(own, other, f"the {role} model {names[role]}", markers)
-        found += [judge("other_tokens", problem, accept) for problem in problems]
+        found += [refuse_unless_accepted("other_tokens", problem, accept) for problem in problems]
     return found
 
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from rain_mergekit.capture.layerwise_model import Shell
-from rain_mergekit.checks.accept import judge
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.checks.task_vector_size import check_task_vector
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood_of
 from rain_mergekit.checks.tokenizers import check_tokenizers
@@ -39,7 +39,7 @@ def check_trio(
 
 def check_thinking(
     found: Likelihood,
-    shell: Shell,
+    shell: LayerwiseModel,
     trio: Trio,
     samples: Sequence[ReasoningTokens],
     accept: Collection[str],
@@ -53,10 +53,10 @@ def check_thinking(
     )
     if "no_thinking" not in accept:
         problem += _cause(shell, trio, samples)
-    return [judge("no_thinking", problem, accept)]
+    return [refuse_unless_accepted("no_thinking", problem, accept)]
 
 
-def _cause(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
+def _cause(shell: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
     for role, found in _others(shell, trio, samples):
         if found.thinks:
             name = trio.items()[role].reference
@@ -66,7 +66,7 @@ def _cause(shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
 
 def _outdone(
     found: Likelihood,
-    shell: Shell,
+    shell: LayerwiseModel,
     trio: Trio,
     samples: Sequence[ReasoningTokens],
     accept: Collection[str],
@@ -84,13 +84,15 @@ def _outdone(
             f"{trio.reasoning.reference} ({found.thinking:.2g})"
         )
         if role == "instruct":
-            yield judge("no_thinking", f"{problem}, so the two are swapped", accept)
+            yield refuse_unless_accepted(
+                "no_thinking", f"{problem}, so the two are swapped", accept
+            )
         else:
             yield f"{problem}: are the two swapped, or did another model write the set?"
 
 
 def _others(
-    shell: Shell, trio: Trio, samples: Sequence[ReasoningTokens]
+    shell: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]
 ) -> Iterator[tuple[str, Likelihood]]:
     """What the other two models make of the few shortest samples, the instruct model first."""
     for role in ("instruct", "pretrained"):

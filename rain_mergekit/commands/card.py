@@ -27,4 +27,4 @@ def card(merged: str, calibration: str | None, *, quiet: bool, verbosity: int) -
 
     console = Console(quiet=quiet, verbosity=verbosity)
     changed = write_card(merged, calibration)
-    console.head(f"{'Wrote' if changed else 'Nothing to change in'} {merged}/README.md")
+    console.heading(f"{'Wrote' if changed else 'Nothing to change in'} {merged}/README.md")

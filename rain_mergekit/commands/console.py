@@ -25,15 +25,15 @@ class Console:
         """Whether progress bars make sense: somebody watches them."""
         return not self.quiet and sys.stderr.isatty()
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """A line of the result; what could steer a terminal is shown, not sent."""
-        self.draw(clean_lines(text))
+        self.print_styled(clean_lines(text))
 
-    def head(self, text: str) -> None:
+    def heading(self, text: str) -> None:
         """A line that begins a part."""
-        self.draw(click.style(clean_lines(text), bold=True))
+        self.print_styled(click.style(clean_lines(text), bold=True))
 
-    def draw(self, text: str) -> None:
+    def print_styled(self, text: str) -> None:
         """A line with colours, of which the caller has cleaned the rest."""
         if not self.quiet:
             click.echo(text)

@@ -41,10 +41,10 @@ def convert_alpha(
         missing = with_coefficients(file, found, alpha, output)
     finally:
         file.close()
-    console.head(f"Wrote {output}")
+    console.heading(f"Wrote {output}")
     count = len(found.layers)
-    console.say(f"  coefficients of {count} layers with {found.heads} heads")
+    console.print(f"  coefficients of {count} layers with {found.heads} heads")
     if missing:
         names = ", ".join(map(str, missing))
         console.warn(f"no coefficients for layer {names}: not merged there, as by the scripts")
-    console.say("Next: name it in parameters.calibration, and merge with mergekit-yaml")
+    console.print("Next: name it in parameters.calibration, and merge with mergekit-yaml")

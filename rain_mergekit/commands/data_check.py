@@ -84,16 +84,18 @@ def check(file: str, **options: Any) -> None:
 
 def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
     data = checked.data
-    console.head(f"{file}: {checked.kind} set, {len(data.samples)} of {data.total} samples usable")
+    console.heading(
+        f"{file}: {checked.kind} set, {len(data.samples)} of {data.total} samples usable"
+    )
     lengths = [len(sample.input_ids) for sample in data.samples]
-    console.say(
+    console.print(
         f"  {min(lengths)} to {max(lengths)} {unit}, half of them below {median(lengths):.0f}"
     )
     if checked.kind == "instruction":
         kinds = Counter(span.instruction_id for s in data.samples for span in s.spans)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))
         text = f"{sum(kinds.values())} instructions: {listed}"
-        console.say(fill(clean(text), 80, initial_indent="  ", subsequent_indent="    "))
+        console.print(fill(clean(text), 80, initial_indent="  ", subsequent_indent="    "))
     for source, reason in data.skipped:
         console.warn(f"{source}: skipped: {reason}")
 
@@ -103,14 +105,16 @@ def _show(checked: Checked, number: int, console: Console) -> None:
     from rain_mergekit.data_building.checking import PLAIN, segments  # noqa: PLC0415
 
     runs = segments(checked, number)
-    console.say(f"\nSample {number}, as the model sees it:\n")
+    console.print(f"\nSample {number}, as the model sees it:\n")
     parts = (("\n".join(clean(line) for line in _short(run).split("\n")), s) for run, s in runs)
-    console.draw("".join(click.style(text, **_COLOURS[style]) for text, style in parts) + "\n")
+    console.print_styled(
+        "".join(click.style(text, **_COLOURS[style]) for text, style in parts) + "\n"
+    )
     for style in sorted({style for _, style in runs if style != PLAIN}):
         found = dict.fromkeys(clean(" ".join(run.split())) for run, s in runs if s == style)
         name = click.style(_NAMES[style], **_COLOURS[style])
-        console.draw(f"{name}: " + " | ".join(run for run in found if run))
-    console.say()
+        console.print_styled(f"{name}: " + " | ".join(run for run in found if run))
+    console.print()
 
 
 def _short(text: str) -> str:
@@ -121,4 +125,4 @@ def _short(text: str) -> str:
 
 
 def _next(checked: Checked, file: str, console: Console) -> None:
-    console.say(f"Next: name it in the configuration as rain.{checked.kind}_data: {file}")
+    console.print(f"Next: name it in the configuration as rain.{checked.kind}_data: {file}")

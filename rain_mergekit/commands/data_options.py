@@ -151,14 +151,14 @@ def build(
 
     start, output = time.monotonic(), options["output"]
     refuse_overwriting(output, output + SUFFIX)
-    console.say(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
+    console.print(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
     writer, sampling = _writer(options)
     template = {"chat_template_kwargs": options["chat_template_kwargs"]}
     judge = _judge(writer, given_markers(options), template["chat_template_kwargs"], candidate)
     with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
         known = len(journal)
         if known:
-            console.say(f"{known} answers are in {journal.path} already")
+            console.print(f"{known} answers are in {journal.path} already")
         try:
             found = collect(
                 prompts,
@@ -178,10 +178,10 @@ def build(
         chosen = choose(found.kept, options["count"], options["seed"])
         write_samples(output, [item.sample for item in chosen])
         _summary(found, chosen, options, time.monotonic() - start, console)
-        console.say(
+        console.print(
             f"  every answer is kept in {journal.path}: another --count asks for none again"
         )
-    console.say(f"Next: mergekit-rain data check {output}{_reading(options)}")
+    console.print(f"Next: mergekit-rain data check {output}{_reading(options)}")
 
 
 def _reading(options: dict[str, Any]) -> str:
@@ -263,18 +263,18 @@ def _summary(
 ) -> None:
     from rain_mergekit.commands.console import counted, duration  # noqa: PLC0415
 
-    console.head(f"Wrote {options['output']}: {counted(len(chosen), 'sample')}")
-    console.say(
+    console.heading(f"Wrote {options['output']}: {counted(len(chosen), 'sample')}")
+    console.print(
         f"  {found.asked} answers, {found.generated} of them new, {duration(seconds)}; "
         f"{len(found.kept)} can be used"
     )
     if found.dropped:
-        console.say(f"  dropped: {_reasons(found.dropped)}")
+        console.print(f"  dropped: {_reasons(found.dropped)}")
     groups = Counter(group for item in chosen for group in item.groups if group)
     if groups:
-        console.say("  " + ", ".join(f"{name} {n}" for name, n in sorted(groups.items())))
+        console.print("  " + ", ".join(f"{name} {n}" for name, n in sorted(groups.items())))
     lengths = [item.length for item in chosen]
-    console.say(
+    console.print(
         f"  thinking of {min(lengths)} to {max(lengths)} words, half of them below "
         f"{median(lengths):.0f}"
     )

@@ -14,8 +14,8 @@ import click
 from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
-    from rain_mergekit.calibration_file.site_names import Kind, Spread
-    from rain_mergekit.calibration_file.summary import Data, Summary
+    from rain_mergekit.calibration_file.site_names import Kind, ValueRange
+    from rain_mergekit.calibration_file.summary import Data, FileSummary
 
 
 WIDTH = 80
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _screen(summary: Summary, *, blocks: bool) -> list[str]:
+def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     from rain_mergekit.commands.console import counted, size  # noqa: PLC0415
 
     about = f"{size(summary.bytes)}, {counted(summary.tensors, 'weight')} to merge"
@@ -117,11 +117,11 @@ def _kinds(kinds: tuple[Kind, ...]) -> list[str]:
     return lines if kinds else ["  nothing is projected"]
 
 
-def _share(value: Spread | None) -> str:
+def _share(value: ValueRange | None) -> str:
     return "-" if value is None else f"{value.mean:.3f} ({value.low:.3f})"
 
 
-def _coefficients(summary: Summary, *, blocks: bool) -> list[str]:
+def _coefficients(summary: FileSummary, *, blocks: bool) -> list[str]:
     from rain_mergekit.report.text_heatmap import BLOCKS, DIGITS, band_names, heat_rows  # noqa: PLC0415
 
     alpha = [layer.heads.get("alpha", ()) for layer in summary.layers]

@@ -82,8 +82,8 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
             add_card(out, stage, console)
         restore_tokenizer(parsed, stage, merge_options, console)
     if added:
-        console.say(f"Added {len(added)} tensors that mergekit leaves out, as {added[0]}")
-    console.head(f"Wrote {out}")
+        console.print(f"Added {len(added)} tensors that mergekit leaves out, as {added[0]}")
+    console.heading(f"Wrote {out}")
 
 
 def add_card(out: str | Path, stage: Path, console: Console) -> None:
@@ -109,7 +109,7 @@ def restore_tokenizer(
         console.warn(f"the tokenizer's files are as mergekit wrote them: {error}")
         return
     if found.files:
-        console.say(f"Put back as the reasoning model has them: {', '.join(found.files)}")
+        console.print(f"Put back as the reasoning model has them: {', '.join(found.files)}")
     for text in found.warnings:
         console.warn(text)
 
@@ -144,10 +144,10 @@ def bring_up_to_date(
     for text in found.unchecked:
         console.warn(f"{text}; the calibration is taken as it is")
     if found.current and not options["recalibrate"]:
-        console.say(f"{config.calibration} is up to date: not calibrated again")
+        console.print(f"{config.calibration} is up to date: not calibrated again")
         return
     for text in found.differences:
-        console.say(f"Calibration needed: {text}")
+        console.print(f"Calibration needed: {text}")
     run_calibration(config, run, console)
 
 

@@ -13,12 +13,12 @@ _TERA = 1e12
 def show_plan(config: RainConfig, options: RunOptions, console: Console) -> None:
     """Memory by part, disk, operations, and the largest size of the file."""
     found = plan(config, options)
-    console.head("This calibration needs about")
-    console.say(f"  memory above the imports: {size(found.peak)}")
+    console.heading("This calibration needs about")
+    console.print(f"  memory above the imports: {size(found.peak)}")
     for name, part in found.memory.items():
-        console.say(f"    {name}: {size(part)}")
-    console.say(f"  disk for the work folder: at most {size(found.work_disk)}")
-    console.say(f"  calibration file: at most {size(found.file_bytes)}")
-    console.say(f"  to read: {size(found.read_bytes)} of weights")
+        console.print(f"    {name}: {size(part)}")
+    console.print(f"  disk for the work folder: at most {size(found.work_disk)}")
+    console.print(f"  calibration file: at most {size(found.file_bytes)}")
+    console.print(f"  to read: {size(found.read_bytes)} of weights")
     forward, statistics = found.forward_flops / _TERA, found.statistics_flops / _TERA
-    console.say(f"  to compute: {forward:.3g} TFLOP forward, {statistics:.3g} TFLOP statistics")
+    console.print(f"  to compute: {forward:.3g} TFLOP forward, {statistics:.3g} TFLOP statistics")

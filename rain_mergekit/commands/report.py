@@ -85,12 +85,12 @@ def report(calibration: str, output: str, **options: Any) -> None:
     page = render(file, merged, _vectors(file, options, console))
     with replacing(output) as out:
         out.write(page.encode("utf-8", "replace"))
-    console.head(f"Wrote {output}")
+    console.heading(f"Wrote {output}")
 
 
 def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> TaskVectors | str:
     """The task vectors, or why the page does not show them."""
-    from rain_mergekit.evaluation.task_vectors import differing, measure, unreachable  # noqa: PLC0415
+    from rain_mergekit.evaluation.task_vectors import differing, measure_task_vectors, unreachable  # noqa: PLC0415
 
     asked: bool | None = options["task_vectors"]
     reason = unreachable(file) if asked is None else None
@@ -112,7 +112,7 @@ def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> Ta
         total, quiet = len(file.tensors), not console.progress
         with tqdm(total=total, desc="task vectors", unit="", disable=quiet) as progress:
             device = pick_device(options["device"])
-            return measure(file, models, options["subspace"], device, progress.update)
+            return measure_task_vectors(file, models, options["subspace"], device, progress.update)
     except RainError as error:
         if asked:
             raise
@@ -135,7 +135,7 @@ def _protect_foreign(output: str) -> None:
 
 def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Merged:
     from rain_mergekit.evaluation.comparable import check_reasoning  # noqa: PLC0415 - loads transformers
-    from rain_mergekit.evaluation.weight_change import moved  # noqa: PLC0415 - loads transformers
+    from rain_mergekit.evaluation.weight_change import relative_weight_change  # noqa: PLC0415 - loads transformers
     from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
     from rain_mergekit.report.page import Merged  # noqa: PLC0415
 
@@ -145,15 +145,15 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
     reasoning = open_checkpoint(options["against"] or recorded, load)
     check_reasoning(file, reasoning)
     merged = open_checkpoint(options["merged"], load)
-    weights = moved(file, reasoning, merged)
+    weights = relative_weight_change(file, reasoning, merged)
     texts = _texts(file, options)
     if isinstance(texts, str):
         return Merged(options["merged"], weights, None, texts)
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import Streaming  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import VerifyOptions  # noqa: PLC0415
 
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
-    how = Streaming(load, device, dtype, options["activation_budget"])
+    how = VerifyOptions(load, device, dtype, options["activation_budget"])
     measured, _ = measure_on(reasoning, merged, texts, how, console)
     own = "" if options["reasoning_data"] else "the calibration's own texts: held-out ones say more"
     return Merged(options["merged"], weights, measured, own, texts.window)
@@ -161,14 +161,14 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
 
 def _texts(file: CalibrationFile, options: dict[str, Any]) -> Texts | str:
     """What to measure the drift on, or why it is not measured."""
-    from rain_mergekit.evaluation.texts import recorded_texts, texts_like  # noqa: PLC0415
+    from rain_mergekit.evaluation.texts import recorded_texts, texts_from_settings  # noqa: PLC0415
 
     if options["drift"] is False:
         return "switched off by --no-drift"
     settings = file.header.get("settings") or {}
     if options["reasoning_data"]:
-        return texts_like(settings, options["reasoning_data"], options["samples"])
+        return texts_from_settings(settings, options["reasoning_data"], options["samples"])
     path = recorded_texts(file)
     if path is None:
         return "the texts of the calibration are not here: name some with --reasoning-data"
-    return texts_like(settings, path, options["samples"] or _FEW)
+    return texts_from_settings(settings, path, options["samples"] or _FEW)

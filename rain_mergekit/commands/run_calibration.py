@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from rain_mergekit.calibration.options import RunOptions
-from rain_mergekit.calibration.pipeline import Summary, calibrate
+from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.commands.console import Console, counted, duration, size
@@ -17,10 +17,12 @@ from rain_mergekit.text.calibration_sets import DataSet
 _SHOWN_REASONS = 3
 
 
-def run_calibration(config: RainConfig, options: RunOptions, console: Console) -> Summary:
+def run_calibration(
+    config: RainConfig, options: RunOptions, console: Console
+) -> CalibrationSummary:
     """Calibrate and say what was done. Raises RainError; an interruption says how to go on."""
     protect_foreign(config.calibration)
-    console.say(f"Calibrating on {options.device}: {config.reasoning}")
+    console.print(f"Calibrating on {options.device}: {config.reasoning}")
     try:
         summary = calibrate(config, options)
     except KeyboardInterrupt:
@@ -32,32 +34,32 @@ def run_calibration(config: RainConfig, options: RunOptions, console: Console) -
     return summary
 
 
-def report(summary: Summary, console: Console) -> None:
+def report(summary: CalibrationSummary, console: Console) -> None:
     """Layers, ranks, energy, samples, size, time, warnings."""
     header = CalibrationFile.open(summary.path).header
-    console.head(f"Wrote {summary.path}")
+    console.heading(f"Wrote {summary.path}")
     layers = counted(summary.layers, "layer")
     if summary.first_layer:
         layers += f" (continued after {summary.first_layer})"
-    console.say(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
-    console.say(f"  {_protection(header['sites'], summary.mean_rank)}")
-    console.say(f"  thinking: {summary.samples.markers}")
+    console.print(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
+    console.print(f"  {_protection(header['sites'], summary.mean_rank)}")
+    console.print(f"  thinking: {summary.samples.markers}")
     sets: list[tuple[str, DataSet[Any] | None]] = [
         ("reasoning samples", summary.samples.reasoning),
         ("instruction samples", summary.samples.instruction),
     ]
     for name, data in sets:
         if data is not None:
-            console.say(f"  {name}: {len(data.samples)} of {data.total} used")
+            console.print(f"  {name}: {len(data.samples)} of {data.total} used")
             for line in _skipped(data):
-                console.say(f"    skipped {line}")
+                console.print(f"    skipped {line}")
     for text in summary.warnings:
         console.warn(text)
 
 
 def next_step(config_path: str | Path, console: Console) -> None:
     """What to run after a calibration."""
-    console.say(f"Next: mergekit-yaml {config_path} ./merged")
+    console.print(f"Next: mergekit-yaml {config_path} ./merged")
 
 
 def _protection(sites: dict[str, dict[str, Any]], mean_rank: float) -> str:

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.texts import Texts
-    from rain_mergekit.evaluation.verify import Measured, Streaming
+    from rain_mergekit.evaluation.verify import VerificationResult, VerifyOptions
     from rain_mergekit.models.checkpoint import Checkpoint
     from rain_mergekit.text.calibration_sets import DataSet
 
 
 def measure_on(
-    reasoning: Checkpoint, merged: Checkpoint, texts: Texts, how: Streaming, console: Console
-) -> tuple[Measured, DataSet[Any]]:
+    reasoning: Checkpoint, merged: Checkpoint, texts: Texts, how: VerifyOptions, console: Console
+) -> tuple[VerificationResult, DataSet[Any]]:
     """What was measured, and the set whose samples were used; says which were skipped."""
     from tqdm import tqdm  # noqa: PLC0415 - keeps --help fast
 
     from rain_mergekit.evaluation.texts import read_texts  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import measure  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import measure_merge  # noqa: PLC0415
     from rain_mergekit.models.loading import read_model_config  # noqa: PLC0415
 
     samples, data = read_texts(reasoning, texts)
@@ -29,4 +29,4 @@ def measure_on(
     layers = int(read_model_config(reasoning).num_hidden_layers)
     total = layers * sum(len(sample.input_ids) for sample in samples)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
-        return measure(reasoning, merged, samples, how, progress.update), data
+        return measure_merge(reasoning, merged, samples, how, progress.update), data

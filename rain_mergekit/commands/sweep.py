@@ -23,15 +23,15 @@ from rain_mergekit.commands.options import budget_option, dtype_option, pick_dty
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.evaluation.sweep import (
     REPORT,
+    DivergenceMeter,
     Row,
-    Ruler,
     at_strength,
     folder_name,
     split_numbers,
     table,
     write_rows,
 )
-from rain_mergekit.evaluation.texts import texts_like
+from rain_mergekit.evaluation.texts import texts_from_settings
 from rain_mergekit.merge_method.missing_tensors import Completion
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint, open_model
 from rain_mergekit.system.staged_folder import staged_folder
@@ -104,7 +104,7 @@ def sweep(
     write_rows(folder, rows)
     for strength in strengths:
         place = folder / folder_name(strength)
-        console.say(f"Merging at lambda {strength:g}: {place}")
+        console.print(f"Merging at lambda {strength:g}: {place}")
         _merge(at_strength(parsed, strength), place, merge_options, completion, console)
         found = ruler.drift(open_checkpoint(str(place), load))
         if options["table_only"]:
@@ -134,24 +134,24 @@ def _ruler(
     merge_options: MergeOptions,
     options: dict[str, Any],
     console: Console,
-) -> Ruler:
+) -> DivergenceMeter:
     settings = config.settings.model_dump(mode="json")
     if options["reasoning_data"] is None:
-        console.say("Measuring on samples of the calibration itself: held-out ones say more")
+        console.print("Measuring on samples of the calibration itself: held-out ones say more")
     data = options["reasoning_data"] or config.settings.reasoning_data
-    return Ruler(
+    return DivergenceMeter(
         open_model(config.reasoning, load),
-        texts_like(settings, data, options["samples"]),
+        texts_from_settings(settings, data, options["samples"]),
         device_of(merge_options),
         pick_dtype(options["calibration_dtype"]),
     )
 
 
 def _show(rows: list[Row], folder: Path, console: Console) -> None:
-    console.say()
-    console.say(f"Mean KL divergence from the reasoning model, {rows[0].drift.samples} samples:")
+    console.print()
+    console.print(f"Mean KL divergence from the reasoning model, {rows[0].drift.samples} samples:")
     head, *lines = table(rows)
-    console.head(head)
+    console.heading(head)
     for line in lines:
-        console.say(line)
-    console.say(f"Wrote {folder / REPORT}")
+        console.print(line)
+    console.print(f"Wrote {folder / REPORT}")

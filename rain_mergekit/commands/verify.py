@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.answers import Behaviour
     from rain_mergekit.evaluation.texts import Texts
-    from rain_mergekit.evaluation.verify import Measured, Streaming
+    from rain_mergekit.evaluation.verify import VerificationResult, VerifyOptions
     from rain_mergekit.instructions.prompts import Asked
     from rain_mergekit.models.checkpoint import Checkpoint
     from rain_mergekit.text.calibration_sets import DataSet
@@ -85,7 +85,7 @@ def verify(**options: Any) -> None:
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import Streaming, verdict  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import VerifyOptions, verdict  # noqa: PLC0415
     from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
@@ -94,24 +94,24 @@ def verify(**options: Any) -> None:
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
     if options["card"]:
         _check_folder(options["merged"])
-    how = Streaming(load, device, dtype, options["activation_budget"])
+    how = VerifyOptions(load, device, dtype, options["activation_budget"])
     reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
     asked = _asked(options)
     found, data = measure_on(reasoning, merged, _texts(options), how, console)
     for line in verify_text.drift_lines(found.drift):
-        console.say(line)
+        console.print(line)
     for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
-        console.say(line)
+        console.print(line)
     for line in verify_text.rounding_lines(found):
-        console.say(line)
+        console.print(line)
     answers: dict[str, Behaviour] = {}
     if asked:
         models = {"reasoning": reasoning, "merged": merged}
         answers = _generate(models, asked, options, how, console)
         for line in verify_text.behaviour_lines(answers):
-            console.say(line)
+            console.print(line)
     said = verdict(found.drift, answers.get("merged"), answers.get("reasoning"))
-    console.head(f"Verdict: {verify_text.MEANING[said]}")
+    console.heading(f"Verdict: {verify_text.MEANING[said]}")
     if options["card"]:
         _write_card(options["merged"], found, data, console)
     if said == "damaged":
@@ -140,13 +140,15 @@ def _check_folder(merged: str) -> None:
     read_config(Path(merged, "mergekit_config.yml"))
 
 
-def _write_card(merged: str, found: Measured, data: DataSet[Any], console: Console) -> None:
+def _write_card(
+    merged: str, found: VerificationResult, data: DataSet[Any], console: Console
+) -> None:
     from rain_mergekit.evaluation import verification_record  # noqa: PLC0415
     from rain_mergekit.report.model_card import write_card  # noqa: PLC0415
 
     verification_record.save(merged, found.drift, data.path, data.sha256)
     write_card(merged)
-    console.say(f"Wrote it into {merged}/README.md")
+    console.print(f"Wrote it into {merged}/README.md")
 
 
 def _asked(options: dict[str, Any]) -> list[Asked]:
@@ -155,10 +157,10 @@ def _asked(options: dict[str, Any]) -> list[Asked]:
         return []
     from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
-    from rain_mergekit.system.evenly_spaced import spread  # noqa: PLC0415
+    from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
 
     prompts = read_prompts(options["prompts"] or options["reasoning_data"])
-    asked = [prompts[index] for index in spread(range(len(prompts)), options["generate"])]
+    asked = [prompts[index] for index in evenly_spaced(range(len(prompts)), options["generate"])]
     check_rules(asked)
     return asked
 
@@ -167,7 +169,7 @@ def _generate(
     models: dict[str, Checkpoint],
     asked: list[Asked],
     options: dict[str, Any],
-    how: Streaming,
+    how: VerifyOptions,
     console: Console,
 ) -> dict[str, Behaviour]:
     from tqdm import tqdm  # noqa: PLC0415

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rain_mergekit.evaluation.answers import Behaviour
     from rain_mergekit.evaluation.divergence import Drift
     from rain_mergekit.evaluation.layerwise_drift import LayerDrift, SiteDrift
-    from rain_mergekit.evaluation.verify import Measured
+    from rain_mergekit.evaluation.verify import VerificationResult
 
 
 MOST_LAYERS = 12
@@ -46,7 +46,7 @@ def layer_lines(layers: Sequence[LayerDrift], *, all_of_them: bool) -> Iterator[
             yield f"  {index:>5} " + " ".join(f"{cell:>10}" for cell in cells)
 
 
-def rounding_lines(found: Measured) -> Iterator[str]:
+def rounding_lines(found: VerificationResult) -> Iterator[str]:
     """What rounding the merged weights has to do with it."""
     if found.unrounded is None:
         yield f"Rounding's part of the drift is not known: {found.unknown}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rain_mergekit.data_building.tasks import Sampling, Task, Written
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.fingerprint import fingerprint
-from rain_mergekit.models.generation import continued, load_model, rendered
+from rain_mergekit.models.generation import continue_prompts, load_model, render_prompt
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.markers import Markers
 
@@ -49,7 +49,7 @@ class LocalWriter:
         return bool(markers.opening(self._head(prompt)))
 
     def _head(self, prompt: str) -> str:
-        return rendered(self.tokenizer, prompt, self._template)
+        return render_prompt(self.tokenizer, prompt, self._template)
 
     def write(
         self, tasks: Sequence[Task], is_done: Callable[[Task], bool]
@@ -70,7 +70,7 @@ class LocalWriter:
             self._model = load_model(self._checkpoint, self._device, self._dtype)
         seeds = [task.seed(self._sampling.seed) for task in batch]
         torch.manual_seed(int(hashlib.sha256(repr(seeds).encode()).hexdigest()[:8], 16))
-        texts = continued(
+        texts = continue_prompts(
             self._model, self.tokenizer, heads, self._sampling.max_new_tokens, self._drawing()
         )
         return [Written(text, None, finished) for text, finished in texts]

@@ -57,18 +57,20 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     """
     start = time.monotonic()
     texts = claim(folder)
-    console.head("Three small trained models: reasoning, instruct, pretrained (1.1 M parameters)")
-    console.say(f"  configurations in {folder}: {', '.join(texts)}")
-    console.say()
+    console.heading(
+        "Three small trained models: reasoning, instruct, pretrained (1.1 M parameters)"
+    )
+    console.print(f"  configurations in {folder}: {', '.join(texts)}")
+    console.print()
     config = read_config(folder / "rain.yml")
     run_calibration(config, RunOptions(quiet=not console.progress), console)
-    console.say()
-    console.head("Merging with stock mergekit")
+    console.print()
+    console.heading("Merging with stock mergekit")
     for name in MERGES:
         _merge(folder, name, console)
-    console.say()
+    console.print()
     records = read_records(TRIO / "test.jsonl", ASKED)
-    console.head(f"Asking {len(records)} prompts that calibration has not seen")
+    console.heading(f"Asking {len(records)} prompts that calibration has not seen")
     results = _evaluate(folder, records, console)
     seconds = time.monotonic() - start
     numbers = {r.label: {**asdict(r.scores), "drift": asdict(r.drift)} for r in results}
@@ -76,14 +78,14 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     _table(records, results, console)
     _examples(records, results, console)
     _next_steps(folder, console)
-    console.say(f"Done in {duration(seconds)}; the numbers are in {folder / REPORT}.")
+    console.print(f"Done in {duration(seconds)}; the numbers are in {folder / REPORT}.")
     return results
 
 
 def _merge(folder: Path, name: str, console: Console) -> None:
     """mergekit-yaml in a process of its own, as a user would start it."""
     config, out = folder / f"{name}.yml", folder / name
-    console.say(f"  mergekit-yaml {shlex.quote(str(config))} {shlex.quote(str(out))}")
+    console.print(f"  mergekit-yaml {shlex.quote(str(config))} {shlex.quote(str(out))}")
     kept = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     environment = {**kept, "RAIN_MERGEKIT_AUTOLOAD": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config)]
@@ -116,7 +118,7 @@ def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Res
     prompts = [record.prompt for record in records]
     results = []
     for label, checkpoint in opened.items():
-        console.say(f"  {label}")
+        console.print(f"  {label}")
         model = load_model(checkpoint, "cpu", None)
         answers = generate(model, tokenizer, prompts, max_new_tokens=_MOST_TOKENS)
         scores = score(records, [answer.thought for answer in answers])
@@ -131,27 +133,27 @@ def _open(path: Path) -> Checkpoint:
 
 def _table(records: list[Record], results: list[Result], console: Console) -> None:
     asked = sum(record.constraint is not None for record in records)
-    console.say()
-    console.say(f"{'':<28} thinking    plain |  with a format constraint ({asked}) |")
-    console.head(f"{'percent':<28} complete  correct |  correct  followed     both |   L_think")
+    console.print()
+    console.print(f"{'':<28} thinking    plain |  with a format constraint ({asked}) |")
+    console.heading(f"{'percent':<28} complete  correct |  correct  followed     both |   L_think")
     for result in results:
         s = result.scores
-        console.say(
+        console.print(
             f"{result.label:<28} {s.complete:>8.1f} {s.plain:>8.1f} | {s.correct:>8.1f}"
             f" {s.followed:>9.1f} {s.both:>8.1f} | {result.drift.think.mean:>9.4f}"
         )
-    console.say(
+    console.print(
         '"linear": only the weights that rain changes too; 0.7, 0.8, 1.2: the best strengths'
     )
 
 
 def _examples(records: list[Record], results: list[Result], console: Console) -> None:
-    console.say()
+    console.print()
     for constraint in _EXAMPLES:
         index = next(i for i, record in enumerate(records) if record.constraint == constraint)
-        console.head(f"> {records[index].prompt}")
+        console.heading(f"> {records[index].prompt}")
         for result in results:
-            console.say(f"  {result.label:<28} {_short(result.answers[index].text)}")
+            console.print(f"  {result.label:<28} {_short(result.answers[index].text)}")
 
 
 def _short(text: str, width: int = 60) -> str:
@@ -167,13 +169,13 @@ def _next_steps(folder: Path, console: Console) -> None:
         shlex.quote(str(folder / name)) for name in ("rain.yml", "rain", HELD_OUT, CALIBRATION)
     )
     against = shlex.quote(str(TRIO / "reasoning"))
-    console.say()
-    console.head("Next")
-    console.say("  Look closer:")
-    console.say(f"    mergekit-rain verify {merged} --against {against} --reasoning-data {data}")
-    console.say("  See it in pictures (pip install 'rain-mergekit[report]'):")
-    console.say(f"    mergekit-rain report {calibration} --merged {merged}")
-    console.say(f"  Another strength: change lambda in {config}, then")
-    console.say(f"    mergekit-rain merge {config} {shlex.quote(str(folder / 'other'))}")
-    console.say(f"  Your own models: copy {config}, put in your three models and your data.")
-    console.say()
+    console.print()
+    console.heading("Next")
+    console.print("  Look closer:")
+    console.print(f"    mergekit-rain verify {merged} --against {against} --reasoning-data {data}")
+    console.print("  See it in pictures (pip install 'rain-mergekit[report]'):")
+    console.print(f"    mergekit-rain report {calibration} --merged {merged}")
+    console.print(f"  Another strength: change lambda in {config}, then")
+    console.print(f"    mergekit-rain merge {config} {shlex.quote(str(folder / 'other'))}")
+    console.print(f"  Your own models: copy {config}, put in your three models and your data.")
+    console.print()

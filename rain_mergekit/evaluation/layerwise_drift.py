@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rain_mergekit.capture.input_sites import SiteMap, capture_inputs
 from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.capture.streams import REASONING, StreamPlan, build_streams
 from rain_mergekit.evaluation.divergence import CHUNK_LOGITS, Drift, Tally, kl_divergence
-from rain_mergekit.evaluation.marker_distance import Around, Distances
+from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile, MarkerDistanceTally
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 Edit = Callable[[nn.Module, str], None]
@@ -51,10 +51,10 @@ class SiteDrift:
 LayerDrift = dict[str, SiteDrift]
 
 
-class Side:
+class StreamedModel:
     """One model and its hidden states; `edit` changes each layer's weights once it is filled."""
 
-    def __init__(self, shell: Shell, edit: Edit | None = None) -> None:
+    def __init__(self, shell: LayerwiseModel, edit: Edit | None = None) -> None:
         self.shell, self._edit = shell, edit
 
     def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Side:
 
 
 def feature_drift(
-    sides: Sequence[Side], samples: Sequence[ReasoningTokens], tick: Tick
+    sides: Sequence[StreamedModel], samples: Sequence[ReasoningTokens], tick: Tick
 ) -> Iterator[LayerDrift]:
     """Layer by layer, the drift of the features at think positions, by input site.
 
@@ -124,14 +124,14 @@ def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
 
 
 def token_drift(
-    reference: Side, model: Side, samples: Sequence[ReasoningTokens], tokens: int
-) -> tuple[Drift, Around]:
+    reference: StreamedModel, model: StreamedModel, samples: Sequence[ReasoningTokens], tokens: int
+) -> tuple[Drift, MarkerDistanceProfile]:
     """`evaluation.drift` of two models at the end of their layers, and by distance from markers.
 
     tokens: over how many, counted from the first.
     """
     chunk = max(16, CHUNK_LOGITS // tokens)
-    tally, distances = Tally(), Distances()
+    tally, distances = Tally(), MarkerDistanceTally()
     with finishing(reference.shell) as wanted, finishing(model.shell) as found:
         for number, sample in enumerate(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rain_mergekit.calibration_file.site_names import Spread, spread
+from rain_mergekit.calibration_file.site_names import ValueRange, value_range
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 REACH = 16  # tokens to both sides
 
 
 @dataclass(frozen=True)
-class Around:
+class MarkerDistanceProfile:
     """KL(theta_R || merged) in nats, by distance in tokens, over all blocks of all samples.
 
     open: 0 is the last token of the open marker, and what is inside the block is above 0. close: 0
@@ -23,11 +23,11 @@ class Around:
     is that of the distribution of the next one.
     """
 
-    open: Mapping[int, Spread]
-    close: Mapping[int, Spread]
+    open: Mapping[int, ValueRange]
+    close: Mapping[int, ValueRange]
 
 
-class Distances:
+class MarkerDistanceTally:
     """Collects the divergences of one sample after another."""
 
     def __init__(self) -> None:
@@ -42,10 +42,12 @@ class Distances:
             _collect(self._open, values, opened - 1, (0, closed))
             _collect(self._close, values, closed, (opened, len(values)))
 
-    def around(self) -> Around:
+    def around(self) -> MarkerDistanceProfile:
         """The mean, smallest and largest at each distance."""
         both = (self._open, self._close)
-        return Around(*({x: spread(found[x]) for x in sorted(found)} for found in both))
+        return MarkerDistanceProfile(
+            *({x: value_range(found[x]) for x in sorted(found)} for found in both)
+        )
 
 
 def _collect(

@@ -19,7 +19,7 @@ from rain_mergekit.models.model_tensors import ModelTensors
 Groups = dict[tuple[str, int], list[str]]
 
 
-class Stored:
+class CheckpointWeights:
     """A checkpoint's tensors as they are stored, or as transformers would convert them.
 
     Experts may be stored one by one in one model and as a single tensor in another.

@@ -20,7 +20,7 @@ from rain_mergekit.models.generation import load_model
 from rain_mergekit.system.atomic_file import replacing
 
 
-class Ruler:
+class DivergenceMeter:
     """Measures L_think of several models against one, which is loaded once."""
 
     def __init__(

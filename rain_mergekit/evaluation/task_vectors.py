@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
-from rain_mergekit.evaluation.stored_weights import Stored, grouped, short_names
+from rain_mergekit.evaluation.stored_weights import CheckpointWeights, grouped, short_names
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.fingerprint import fingerprint
-from rain_mergekit.system.evenly_spaced import spread
+from rain_mergekit.system.evenly_spaced import evenly_spaced
 
 EXPERTS = 4  # of one layer whose subspaces are compared
 SMALL = 512  # up to this size a matrix is decomposed exactly
@@ -90,7 +90,7 @@ def _parts(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, str]:
     return {part: found[part] for part in wanted if part in found}
 
 
-def measure(
+def measure_task_vectors(
     file: CalibrationFile,
     models: Mapping[str, Checkpoint],
     rank: int,
@@ -103,7 +103,9 @@ def measure(
     of a few of them, evenly spaced. One weight of the three models is in memory at a time, one
     matrix of it in float32. RainError if a checkpoint cannot be read.
     """
-    weights = _Weights(file, {role: Stored(model) for role, model in models.items()}, device, tick)
+    weights = _Weights(
+        file, {role: CheckpointWeights(model) for role, model in models.items()}, device, tick
+    )
     groups = {
         place: kept
         for place, members in grouped(file).items()
@@ -113,7 +115,7 @@ def measure(
     changes, most = [], 1
     for (kind, layer), members in groups.items():
         count = weights.count(members)
-        chosen = set(spread(range(count), EXPERTS))
+        chosen = set(evenly_spaced(range(count), EXPERTS))
         parts = [
             _part(*matrices, rank if index in chosen else 0)
             for index, matrices in enumerate(weights.matrices(members))
@@ -147,7 +149,7 @@ class _Weights:
     def __init__(
         self,
         file: CalibrationFile,
-        models: Mapping[str, Stored],
+        models: Mapping[str, CheckpointWeights],
         device: str,
         tick: Callable[[int], object],
     ) -> None:

@@ -13,7 +13,7 @@ from rain_mergekit.config.settings import parse_settings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.tokenizer import load_tokenizer
-from rain_mergekit.system.evenly_spaced import spread
+from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.system.json_samples import file_digest
 from rain_mergekit.text.calibration_sets import DataSet, load_reasoning
 from rain_mergekit.text.marker_detection import find_markers
@@ -36,7 +36,7 @@ class Texts:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def texts_like(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
+def texts_from_settings(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
     """Texts of that file, with markers, window and template as in a calibration's settings."""
     names = ("markers", "window", "chat_template_kwargs")
     recorded = {name: settings[name] for name in names if name in settings}
@@ -79,7 +79,7 @@ def read_texts(
         keep_response=True,
     )
     count = texts.count or len(data.samples)
-    return [data.samples[index] for index in spread(range(len(data.samples)), count)], data
+    return [data.samples[index] for index in evenly_spaced(range(len(data.samples)), count)], data
 
 
 def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:

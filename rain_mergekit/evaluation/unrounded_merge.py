@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.evaluation.comparable import check_reasoning
-from rain_mergekit.merge_method.single_tensors import Replay, strength_of
+from rain_mergekit.merge_method.single_tensors import TensorMerger, strength_of
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.models.merge_names import merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
@@ -23,7 +23,7 @@ class _Merged(ModelTensors):
     That is made once and kept: one float32 matrix of the size of the output head.
     """
 
-    def __init__(self, shell: Shell, replay: Replay) -> None:
+    def __init__(self, shell: LayerwiseModel, replay: TensorMerger) -> None:
         super().__init__(shell.checkpoint, shell.model)
         self._replay, self._made = replay, dict[str, Tensor]()
 
@@ -43,7 +43,7 @@ class Unrounded:
     from then on. RainError says what is missing for it.
     """
 
-    def __init__(self, folder: str, shell: Shell, options: LoadOptions) -> None:
+    def __init__(self, folder: str, shell: LayerwiseModel, options: LoadOptions) -> None:
         source = Path(folder, "mergekit_config.yml")
         config = read_config(source)
         strength = strength_of(config.text, source.name)
@@ -55,7 +55,7 @@ class Unrounded:
         }
         names = merge_names(read_model_config(shell.checkpoint), shell.tensors)
         trio = {"reasoning": shell.tensors, **tensors}
-        self._replay = Replay(calibration, trio, names, strength)
+        self._replay = TensorMerger(calibration, trio, names, strength)
         shell.tensors = _Merged(shell, self._replay)
 
     def fill(self, layer: nn.Module, prefix: str) -> None:

@@ -17,7 +17,7 @@ NAME = "rain_verification.json"
 
 
 @dataclass(frozen=True)
-class Recorded:
+class VerificationRecord:
     """Mean divergence by place in nats, on this many samples of the set of that name."""
 
     think: float
@@ -48,14 +48,14 @@ def save(folder: str | os.PathLike[str], drift: Drift, data: str, sha256: str) -
         out.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def load(folder: str | os.PathLike[str]) -> Recorded | None:
+def load(folder: str | os.PathLike[str]) -> VerificationRecord | None:
     """What was measured on the weights that are in the folder now, or None.
 
     RainError if there is a measurement and the weights cannot be read.
     """
     try:
         content: Any = json.loads(read_regular(Path(folder, NAME)))
-        found = Recorded(
+        found = VerificationRecord(
             think=float(content["L_think"]),
             content=float(content["L_mid"]),
             rest=float(content["L_rest"]),

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
 from rain_mergekit.evaluation.comparable import check_same_tokens
 from rain_mergekit.evaluation.divergence import Drift, common_tokens
 from rain_mergekit.evaluation.layerwise_drift import (
     LayerDrift,
-    Side,
+    StreamedModel,
     Tick,
     feature_drift,
     token_drift,
 )
-from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile
 from rain_mergekit.evaluation.texts import Texts, markers_of
 from rain_mergekit.evaluation.unrounded_merge import Unrounded
 from rain_mergekit.instructions.prompts import Asked
@@ -36,7 +36,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Measured:
+class VerificationResult:
     """Drift by layer, of the next tokens, and of these by their distance from the markers.
 
     unrounded: the drift that the merge would have without the rounding of its weights; None where
@@ -45,13 +45,13 @@ class Measured:
 
     layers: tuple[LayerDrift, ...]
     drift: Drift
-    around: Around
+    around: MarkerDistanceProfile
     unrounded: Drift | None
     unknown: str | None
 
 
 @dataclass(frozen=True)
-class Streaming:
+class VerifyOptions:
     """How the layers are run; budget: bytes of hidden states in memory, of each model."""
 
     load: LoadOptions
@@ -60,13 +60,13 @@ class Streaming:
     budget: int = 2 * 1024**3
 
 
-def measure(
+def measure_merge(
     reasoning: Checkpoint,
     merged: Checkpoint,
     samples: Sequence[ReasoningTokens],
-    how: Streaming,
+    how: VerifyOptions,
     tick: Tick = lambda _tokens: None,
-) -> Measured:
+) -> VerificationResult:
     """Run the samples through the models, a layer of each in memory at a time.
 
     `tick` is told of the tokens that passed a layer.
@@ -89,21 +89,23 @@ def measure(
             for side in sides:
                 side.close()
     unrounded = found[1][0] if len(found) > 1 else None
-    return Measured(layers, *found[0], unrounded, unknown)
+    return VerificationResult(layers, *found[0], unrounded, unknown)
 
 
-def _side(checkpoint: Checkpoint, how: Streaming) -> Side:
+def _side(checkpoint: Checkpoint, how: VerifyOptions) -> StreamedModel:
     config = read_model_config(checkpoint)
     on_cpu = torch.device(how.device).type == "cpu"
     own = torch.float32 if on_cpu else getattr(config, "dtype", None) or torch.bfloat16
-    return Side(Shell(checkpoint, config, how.dtype or own, how.device))
+    return StreamedModel(LayerwiseModel(checkpoint, config, how.dtype or own, how.device))
 
 
-def _unrounded(reasoning: Checkpoint, merged: Checkpoint, anchor: Side, how: Streaming) -> Side:
+def _unrounded(
+    reasoning: Checkpoint, merged: Checkpoint, anchor: StreamedModel, how: VerifyOptions
+) -> StreamedModel:
     if anchor.shell.dtype != torch.float32:
         raise RainError("it takes --dtype float32 to see it")
-    shell = Shell(reasoning, read_model_config(reasoning), torch.float32, how.device)
-    return Side(shell, Unrounded(merged.path, shell, how.load).fill)
+    shell = LayerwiseModel(reasoning, read_model_config(reasoning), torch.float32, how.device)
+    return StreamedModel(shell, Unrounded(merged.path, shell, how.load).fill)
 
 
 def answers_of(
@@ -111,7 +113,7 @@ def answers_of(
     asked: Sequence[Asked],
     texts: Texts,
     limit: int,
-    how: Streaming,
+    how: VerifyOptions,
     tick: Tick = lambda _done: None,
 ) -> Behaviour:
     """What the model, loaded as a whole, writes to the prompts in at most `limit` tokens each.

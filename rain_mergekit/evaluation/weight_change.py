@@ -8,13 +8,13 @@ import torch
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.stored_weights import Stored, grouped, short_names
+from rain_mergekit.evaluation.stored_weights import CheckpointWeights, grouped, short_names
 from rain_mergekit.models.checkpoint import Checkpoint
 
 _ROWS = 4096
 
 
-def moved(
+def relative_weight_change(
     file: CalibrationFile, reasoning: Checkpoint, merged: Checkpoint
 ) -> dict[str, dict[int, float]]:
     """||W* - W_R|| / ||W_R|| (Frobenius) of the listed weights, by module and layer.
@@ -23,7 +23,10 @@ def moved(
     RainError where one is missing or of another shape.
     """
     groups = grouped(file)
-    names, models = short_names(kind for kind, _ in groups), (Stored(reasoning), Stored(merged))
+    names, models = (
+        short_names(kind for kind, _ in groups),
+        (CheckpointWeights(reasoning), CheckpointWeights(merged)),
+    )
     found: dict[str, dict[int, float]] = {}
     for (kind, layer), members in groups.items():
         pairs = (_change(*models, name, tokens=file.tensors[name].tokens) for name in members)
@@ -33,7 +36,9 @@ def moved(
     return found
 
 
-def _change(reasoning: Stored, merged: Stored, name: str, *, tokens: bool) -> tuple[float, float]:
+def _change(
+    reasoning: CheckpointWeights, merged: CheckpointWeights, name: str, *, tokens: bool
+) -> tuple[float, float]:
     """||W_R||, and ||W* - W_R||; of tokens those that both have. In float32 block by block."""
     before, after = reasoning.get(name), merged.get(name)
     if tokens:

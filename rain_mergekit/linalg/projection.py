@@ -158,30 +158,35 @@ def count_above(values: Tensor, tolerance: float) -> int:
     return int((values.sqrt() > tolerance * values.max().sqrt()).sum())
 
 
-def covered(
+def extend_basis(
     basis: Tensor,
     rows: Tensor | FeatureRows,
-    whole: float,
-    deltas: Iterable[Tensor],
+    total_response: float,
+    task_vectors: Iterable[Tensor],
     share: float,
-    room: int,
+    max_rank: int,
 ) -> Tensor:
-    """The basis (d x r) and the fewest directions more that cover the rows' response to a share.
+    """Extend the basis (d x r) by the fewest directions that protect a share of the rows' response.
 
-    whole: the response energy sum_k ||Delta_k h||^2 of the rows (n x d). Afterwards the part of the
-    rows outside of the basis has at most (1 - share) of it, unless there is no room (the largest
-    rank) for that many. deltas is gone through once.
+    Args:
+        basis: orthonormal columns that stay as they are.
+        rows: feature rows, n x d.
+        total_response: their response energy sum_k ||Delta_k h||^2.
+        task_vectors: the Delta_k, each d_out x d; read once.
+        share: afterwards the rows' part outside of the basis has at most (1 - share) of the
+            response energy, unless that takes more than `max_rank` directions.
+        max_rank: the largest number of columns of the result.
     """
     outside = FeatureRows.of(rows).dense()
     basis = basis.to(outside)
     outside.addmm_(outside @ basis, basis.mT, alpha=-1)  # in place: it may be large
     found = spectrum(outside)
-    energies = response_energy(found, deltas)
+    energies = response_energy(found, task_vectors)
     order = energies.argsort(descending=True, stable=True)
     left = energies.sum() - energies[order].cumsum(0)
-    allowed = (1 - share) * whole
+    allowed = (1 - share) * total_response
     wanted = 0 if float(energies.sum()) <= allowed else int((left > allowed).sum()) + 1
-    more = order[: max(0, min(wanted, room - basis.shape[1]))]
+    more = order[: max(0, min(wanted, max_rank - basis.shape[1]))]
     return orthonormal(torch.cat([basis, found.directions(more)], 1))
 
 

@@ -18,7 +18,7 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.merge_method.single_tensors import Replay, strength_of
+from rain_mergekit.merge_method.single_tensors import TensorMerger, strength_of
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.models.merge_names import left_out, merge_names
@@ -69,7 +69,7 @@ class Completion:
 
     def _merged(self, config: RainConfig) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
         calibration = CalibrationFile.open(self._calibration)
-        replay = Replay(calibration, self._tensors, self._names, self._strength(config))
+        replay = TensorMerger(calibration, self._tensors, self._names, self._strength(config))
         settings: Mapping[str, Any] = yaml.safe_load(config.text)
         dtype, stored = (_type(settings.get(key)) for key in ("dtype", "out_dtype"))
         for name, parts in self._missing.items():

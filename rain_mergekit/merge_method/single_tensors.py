@@ -19,7 +19,7 @@ from rain_mergekit.models.merge_names import Names
 from rain_mergekit.models.model_tensors import ModelTensors
 
 
-class Replay:
+class TensorMerger:
     """Merges tensors by the names that transformers' modules use.
 
     calibration: what is applied; tensors: those of the three models by role; names: what the merge

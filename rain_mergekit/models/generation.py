@@ -71,21 +71,23 @@ def generate(
     Prompts go through the chat template as a user's turn. Greedy: the same call gives the same
     answers, up to rounding that depends on the padding. Raises RainError without a chat template.
     """
-    heads = [rendered(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
-    order = sorted(range(len(heads)), key=lambda index: len(heads[index]))
+    rendered = [render_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    order = sorted(range(len(rendered)), key=lambda index: len(rendered[index]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        written = continued(model, tokenizer, [heads[index] for index in batch], max_new_tokens)
+        written = continue_prompts(
+            model, tokenizer, [rendered[index] for index in batch], max_new_tokens
+        )
         for index, (text, finished) in zip(batch, written, strict=True):
-            opened = bool(markers.opening(heads[index]))
+            opened = bool(markers.opening(rendered[index]))
             thought = split_thinking(text, markers, opened_by_template=opened)
             answers[index] = Answer(prompts[index], text, thought, finished)
         tick(len(batch))
-    return [answers[index] for index in range(len(heads))]
+    return [answers[index] for index in range(len(rendered))]
 
 
-def rendered(
+def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -100,25 +102,25 @@ def rendered(
     return str(text)
 
 
-def continued(
+def continue_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    heads: list[str],
+    prompts: list[str],
     limit: int,
-    drawing: Mapping[str, Any] = _GREEDY,
+    sampling: Mapping[str, Any] = _GREEDY,
 ) -> list[tuple[str, bool]]:
     """Text and whether it ended within `limit` tokens, without the token that ends a turn.
 
-    drawing: how tokens are drawn, in transformers' GenerationConfig's terms.
+    prompts: rendered, from `render_prompt`. sampling: fields of transformers' GenerationConfig.
     """
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    encoded = [tokenizer(head, add_special_tokens=False)["input_ids"] for head in heads]
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width = max(len(ids) for ids in encoded)
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        **drawing,
+        **sampling,
         max_new_tokens=limit,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,

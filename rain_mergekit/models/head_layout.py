@@ -16,7 +16,7 @@ from torch import Tensor
 from rain_mergekit.linalg.coefficients import expand_key_value, expand_query
 
 
-class Kind(Enum):
+class WeightKind(Enum):
     """What a linear module's output rows, or input columns, belong to."""
 
     QUERY = "query"  # rows: one block for each query head
@@ -28,21 +28,21 @@ class Kind(Enum):
 
 
 # By the last part of a module's name, inside the attention module.
-_NAMES: Mapping[str, Kind] = {
-    "q_proj": Kind.QUERY,  # with an output gate: for each head its query, then its gate
-    "q_b_proj": Kind.QUERY,  # latent attention: for each head its two parts of the query
-    "kv_b_proj": Kind.QUERY,  # latent attention: for each head its key, then its value
-    "gate_proj": Kind.QUERY,
-    "g_proj": Kind.QUERY,
-    "k_proj": Kind.KEY_VALUE,
-    "v_proj": Kind.KEY_VALUE,
-    "o_proj": Kind.OUTPUT,
-    "out_proj": Kind.OUTPUT,
-    "dense": Kind.OUTPUT,
-    "c_proj": Kind.OUTPUT,
-    "qkv_proj": Kind.BLOCKS,
-    "c_attn": Kind.BLOCKS,
-    "query_key_value": Kind.GROUPS,
+_NAMES: Mapping[str, WeightKind] = {
+    "q_proj": WeightKind.QUERY,  # with an output gate: for each head its query, then its gate
+    "q_b_proj": WeightKind.QUERY,  # latent attention: for each head its two parts of the query
+    "kv_b_proj": WeightKind.QUERY,  # latent attention: for each head its key, then its value
+    "gate_proj": WeightKind.QUERY,
+    "g_proj": WeightKind.QUERY,
+    "k_proj": WeightKind.KEY_VALUE,
+    "v_proj": WeightKind.KEY_VALUE,
+    "o_proj": WeightKind.OUTPUT,
+    "out_proj": WeightKind.OUTPUT,
+    "dense": WeightKind.OUTPUT,
+    "c_proj": WeightKind.OUTPUT,
+    "qkv_proj": WeightKind.BLOCKS,
+    "c_attn": WeightKind.BLOCKS,
+    "query_key_value": WeightKind.GROUPS,
 }
 # Latent attention's projections to the low rank.
 _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj")
@@ -52,10 +52,10 @@ _READING = frozenset(
     | {"qkv_proj", "c_attn", "query_key_value"}
 )
 # Where a family departs from that.
-_FAMILIES: Mapping[str, Mapping[str, Kind]] = {"gpt_bigcode": {"c_attn": Kind.GROUPS}}
+_FAMILIES: Mapping[str, Mapping[str, WeightKind]] = {"gpt_bigcode": {"c_attn": WeightKind.GROUPS}}
 
 
-def reads(name: str) -> bool:
+def feeds_attention(name: str) -> bool:
     """Whether a module (or the site named after it) gives attention its queries, keys or values."""
     return name.rpartition(".")[2] in _READING
 
@@ -83,16 +83,16 @@ class HeadLayout:
     value_width: int
     model_type: str = ""
 
-    def kind(self, name: str, matrix: tuple[int, int]) -> Kind:
+    def kind(self, name: str, matrix: tuple[int, int]) -> WeightKind:
         """What rows and columns of a module (d_out, d_in) belong to, by name and shape.
 
         A module whose shape does not fit the heads gets one value as a whole: coarse, not wrong.
         """
         parent, _, last = name.rpartition(".")
         if parent != self.module:
-            return Kind.LAYER
-        kind = _FAMILIES.get(self.model_type, {}).get(last) or _NAMES.get(last, Kind.LAYER)
-        return kind if _FITS[kind](self, matrix) else Kind.LAYER
+            return WeightKind.LAYER
+        kind = _FAMILIES.get(self.model_type, {}).get(last) or _NAMES.get(last, WeightKind.LAYER)
+        return kind if _FITS[kind](self, matrix) else WeightKind.LAYER
 
     def lacks_heads(self, name: str, matrix: tuple[int, int]) -> bool:
         """Whether it lies in the attention module and takes one value all the same.
@@ -101,12 +101,12 @@ class HeadLayout:
         """
         parent, _, last = name.rpartition(".")
         inside = parent == self.module and last not in _SHARED
-        return inside and self.kind(name, matrix) is Kind.LAYER
+        return inside and self.kind(name, matrix) is WeightKind.LAYER
 
     def scales(self, name: str, alpha: Tensor, matrix: tuple[int, int]) -> ModuleScale:
         """Row and column factors of module `name` (d_out, d_in) for coefficients (n_heads)."""
         kind = self.kind(name, matrix)
-        if kind is Kind.OUTPUT:
+        if kind is WeightKind.OUTPUT:
             return ModuleScale(None, expand_query(alpha, matrix[1] // self.heads))
         return ModuleScale(_ROWS[kind](self, alpha, matrix[0]), None)
 
@@ -152,18 +152,18 @@ def _groups(layout: HeadLayout, alpha: Tensor, _rows: int) -> Tensor:
     return torch.cat([queries.repeat_interleave(layout.width, 1), keys, values], 1).flatten()
 
 
-_ROWS: Mapping[Kind, Callable[[HeadLayout, Tensor, int], Tensor]] = {
-    Kind.LAYER: _layer,
-    Kind.QUERY: _query,
-    Kind.KEY_VALUE: _key_value,
-    Kind.BLOCKS: _blocks,
-    Kind.GROUPS: _groups,
+_ROWS: Mapping[WeightKind, Callable[[HeadLayout, Tensor, int], Tensor]] = {
+    WeightKind.LAYER: _layer,
+    WeightKind.QUERY: _query,
+    WeightKind.KEY_VALUE: _key_value,
+    WeightKind.BLOCKS: _blocks,
+    WeightKind.GROUPS: _groups,
 }
-_FITS: Mapping[Kind, Callable[[HeadLayout, tuple[int, int]], bool]] = {
-    Kind.LAYER: lambda _layout, _matrix: True,
-    Kind.QUERY: HeadLayout.fits_query,
-    Kind.KEY_VALUE: HeadLayout.fits_key_value,
-    Kind.OUTPUT: lambda layout, matrix: matrix[1] == layout.heads * layout.value_width,
-    Kind.BLOCKS: lambda layout, matrix: matrix[0] == layout.fused,
-    Kind.GROUPS: lambda layout, matrix: matrix[0] == layout.fused,
+_FITS: Mapping[WeightKind, Callable[[HeadLayout, tuple[int, int]], bool]] = {
+    WeightKind.LAYER: lambda _layout, _matrix: True,
+    WeightKind.QUERY: HeadLayout.fits_query,
+    WeightKind.KEY_VALUE: HeadLayout.fits_key_value,
+    WeightKind.OUTPUT: lambda layout, matrix: matrix[1] == layout.heads * layout.value_width,
+    WeightKind.BLOCKS: lambda layout, matrix: matrix[0] == layout.fused,
+    WeightKind.GROUPS: lambda layout, matrix: matrix[0] == layout.fused,
 }

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from rain_mergekit.calibration_file.site_names import Spread
+from rain_mergekit.calibration_file.site_names import ValueRange
 from rain_mergekit.calibration_file.summary import Layer
 from rain_mergekit.report.spectra import Curve
 from rain_mergekit.report.svg import FAINT, INK, STYLE, inline
@@ -123,7 +123,9 @@ def lines(prefix: str, what: str, rows: Mapping[str, Mapping[int, float]]) -> st
     return drawn(prefix, f"{what} by layer", draw)
 
 
-def around(prefix: str, what: str, values: Mapping[int, Spread], window: tuple[int, int]) -> str:
+def around(
+    prefix: str, what: str, values: Mapping[int, ValueRange], window: tuple[int, int]
+) -> str:
     """Mean, smallest and largest by distance; the window is shaded, a dashed line is the marker."""
 
     def draw(axes: Any) -> None:

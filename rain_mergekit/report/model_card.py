@@ -12,10 +12,10 @@ from statistics import fmean
 import yaml
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.summary import Data, Summary, summarise
+from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.verification_record import Recorded, load
+from rain_mergekit.evaluation.verification_record import VerificationRecord, load
 from rain_mergekit.report.front_matter import with_tags
 from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.terminal_safe import clean
@@ -110,7 +110,9 @@ def with_section(text: str, content: str) -> str:
     return text[:start] + part + text[end + len(END) :]
 
 
-def section(config: RainConfig, summary: Summary, measured: Recorded | None = None) -> str:
+def section(
+    config: RainConfig, summary: FileSummary, measured: VerificationRecord | None = None
+) -> str:
     """Method, models, strength, data, projection, measurement and citation, as Markdown."""
     models = summary.models
     intro = _INTRO.format(
@@ -122,7 +124,7 @@ def section(config: RainConfig, summary: Summary, measured: Recorded | None = No
     return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\nPlease cite:\n\n{_CITATION}"
 
 
-def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
+def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]:
     for role, reference in summary.models.items():
         yield f"{role} model", _model(reference)
     strength = (yaml.safe_load(config.text).get("parameters") or {}).get("lambda", 1.0)
@@ -136,7 +138,7 @@ def _rows(config: RainConfig, summary: Summary) -> Iterator[tuple[str, str]]:
     yield "calibrated with", _code(summary.created_by)
 
 
-def _measurement(found: Recorded) -> Iterator[tuple[str, str]]:
+def _measurement(found: VerificationRecord) -> Iterator[tuple[str, str]]:
     numbers = f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere"
     verdict = f"the thinking format is {_code(found.verdict)}"
     yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
@@ -144,7 +146,7 @@ def _measurement(found: Recorded) -> Iterator[tuple[str, str]]:
     yield "measured on", f"{_code(found.data)}, {about}"
 
 
-def _projection(summary: Summary) -> str:
+def _projection(summary: FileSummary) -> str:
     kind = _code(summary.settings.get("projection", "not recorded"))
     if not summary.sites:
         return "none"

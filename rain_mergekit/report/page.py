@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site
-from rain_mergekit.calibration_file.summary import Summary, summarise
+from rain_mergekit.calibration_file.summary import FileSummary, summarise
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.task_vectors import Change, TaskVectors, by_module
 from rain_mergekit.report import spectra
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.divergence import Drift
-    from rain_mergekit.evaluation.verify import Measured
+    from rain_mergekit.evaluation.verify import VerificationResult
 
 
 _HEADS = {
@@ -38,7 +38,7 @@ class Merged:
 
     path: str
     moved: Mapping[str, Mapping[int, float]]
-    measured: Measured | None
+    measured: VerificationResult | None
     note: str = ""
     window: int = 5
 
@@ -119,7 +119,7 @@ def _all(sites: Sequence[Site], value: Callable[[Site], float | None]) -> list[f
     return [number for site in sites if (number := value(site)) is not None]
 
 
-def _overview(summary: Summary) -> Iterator[Picture]:
+def _overview(summary: FileSummary) -> Iterator[Picture]:
     """Rank, kept energy and kept response by layer."""
     from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
 
@@ -156,7 +156,7 @@ def _means(
     return {layer: sum(row) / len(row) for layer, row in sorted(found.items())}
 
 
-def _spectra(file: CalibrationFile, summary: Summary) -> Iterator[Picture]:
+def _spectra(file: CalibrationFile, summary: FileSummary) -> Iterator[Picture]:
     """For each kind of site: its singular values, and its response energies."""
     from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
 
@@ -175,7 +175,7 @@ def _spectra(file: CalibrationFile, summary: Summary) -> Iterator[Picture]:
                 yield Picture(svg, f"Input of {_name(kind)}", name)
 
 
-def _heads(summary: Summary) -> Iterator[Picture]:
+def _heads(summary: FileSummary) -> Iterator[Picture]:
     from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
 
     for name, (what, middle) in _HEADS.items():
@@ -190,7 +190,7 @@ def _heads(summary: Summary) -> Iterator[Picture]:
             yield Picture(svg, "How often each coefficient occurs", "histogram")
 
 
-def _bounds(summary: Summary) -> list[float]:
+def _bounds(summary: FileSummary) -> list[float]:
     found = [summary.settings.get(name) for name in ("alpha_min", "alpha_max")]
     return [float(v) for v in found if isinstance(v, (int, float)) and abs(v) < 1e6]
 
@@ -217,7 +217,7 @@ def _around(merged: Merged | None) -> Iterator[Picture]:
             yield Picture(svg, f"Drift around the {name} marker", name)
 
 
-def _layers(merged: Merged | None, summary: Summary) -> Iterator[Picture]:
+def _layers(merged: Merged | None, summary: FileSummary) -> Iterator[Picture]:
     """The drift of the features at think positions, by site and layer."""
     from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def spread(positions: Sequence[int], limit: int) -> tuple[int, ...]:
+def evenly_spaced(positions: Sequence[int], limit: int) -> tuple[int, ...]:
     """At most `limit` of the positions, evenly spaced and always the same ones."""
     if len(positions) <= limit:
         return tuple(positions)

@@ -69,7 +69,7 @@ def _trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return free pages of the heap.
 
     glibc serves blocks up to 32 MiB from its heap, and the tensors of one phase leave holes that

@@ -22,10 +22,10 @@ from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.task_vectors import measure as task_vectors
+from rain_mergekit.evaluation.task_vectors import measure_task_vectors as task_vectors
 from rain_mergekit.evaluation.texts import Texts, read_texts
-from rain_mergekit.evaluation.verify import Streaming, measure
-from rain_mergekit.evaluation.weight_change import moved
+from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge
+from rain_mergekit.evaluation.weight_change import relative_weight_change
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 
@@ -320,7 +320,7 @@ def test_rounding_of_the_head(
     reasoning = open_checkpoint(str(tiny.folder / "reasoning"), LoadOptions())
     samples, _ = read_texts(reasoning, Texts(str(tiny.folder / "instruction.jsonl"), None))
     found = {
-        name: measure(reasoning, opened(folder), samples, Streaming(LoadOptions()))
+        name: measure_merge(reasoning, opened(folder), samples, VerifyOptions(LoadOptions()))
         for name, folder in folders.items()
     }
     assert found["rounded"].unknown is None
@@ -341,7 +341,7 @@ def test_reports_show_the_head_after_the_last_layer(untied: Tiny, tmp_path: Path
     folder = merge(tmp_path / "run", tiny.content(rain=None)).folder
     file = CalibrationFile.open(tiny.path)
     models = {role: opened(tiny.folder / role) for role in ("reasoning", "instruct", "pretrained")}
-    found = moved(file, models["reasoning"], opened(folder))["lm_head"]
+    found = relative_weight_change(file, models["reasoning"], opened(folder))["lm_head"]
     old = tiny.weights("reasoning")[HEAD].double()
     new = load_file(folder / "model.safetensors")[HEAD].double()
     assert found == {2: pytest.approx(float((new - old).norm() / old.norm()), rel=1e-5)}

@@ -17,11 +17,11 @@ from benchmarks.shapes import Shape, TextSet, make_trio, write_config, write_sam
 from rain_mergekit.calibration import estimate as formulas
 from rain_mergekit.calibration.estimate import ModelShape, Workload
 from rain_mergekit.calibration.estimate_inputs import model_shape
-from rain_mergekit.calibration.estimate_site import Site, SiteNeeds
+from rain_mergekit.calibration.estimate_site import SiteNeeds, SiteShape
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.cli import cli
 from rain_mergekit.linalg.feature_rows import BLOCK_BYTES
 from rain_mergekit.models.empty_model import decoder_layers
@@ -70,7 +70,7 @@ def test_a_7b_model_fits_a_laptop_and_does_not_depend_on_depth() -> None:
 
 def test_each_step_of_a_site_by_hand() -> None:
     """Whatever step is the largest one is the sum of the arrays that it holds."""
-    wide = Site(width=20_000, outputs=3000)
+    wide = SiteShape(width=20_000, outputs=3000)
     rank = 100
     thin = 4 * 20_000 * rank * 8
     many = SiteNeeds(wide, 5000, 0, 0, rank, oblique=False)
@@ -82,13 +82,13 @@ def test_each_step_of_a_site_by_hand() -> None:
     assert oblique.solution == 100**2 * 8 + thin + 2 * 6000**2 * 8 + BLOCK_BYTES
     assert (many.result, oblique.result) == (20_000 * rank * 8, 2 * 20_000 * rank * 8)
     assert oblique.rows == 6100 * 20_000 * 4
-    read = SiteNeeds(Site(4096, 64, reads=True), 100, 0, 6000, 96, oblique=False)
+    read = SiteNeeds(SiteShape(4096, 64, reads=True), 100, 0, 6000, 96, oblique=False)
     outside = 3000 * 4096 * 8 + 4 * 3000**2 * 8 + BLOCK_BYTES
     assert read.solution == 100**2 * 8 + 4 * 4096 * 96 * 8 + outside
 
 
 def test_rows_of_solved_sites_make_room() -> None:
-    first, last = (SiteNeeds(Site(w, w), 1000, 0, 0, 96, oblique=False) for w in (1024, 4096))
+    first, last = (SiteNeeds(SiteShape(w, w), 1000, 0, 0, 96, oblique=False) for w in (1024, 4096))
     alone = [formulas.solver_memory([needs]) for needs in (first, last)]
     assert alone == [first.solution, last.solution]
     both = formulas.solver_memory([first, last])
@@ -149,7 +149,7 @@ def test_the_planned_sites_are_those_that_are_found(tmp_path: Path, family: str)
     known = family in FAMILIES
     tiny = Tiny.make(tmp_path, family) if known else make(tmp_path, family)
     trio = open_trio(tiny.config(), LoadOptions())
-    shell = Shell(trio.reasoning, trio.config, torch.float32, "cpu")
+    shell = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
     planned = model_shape(shell).sites
     assert any(site.reads for site in planned)
     tiny.calibrate()

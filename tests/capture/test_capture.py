@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from rain_mergekit.capture.input_sites import SiteMap, capture_inputs
 from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
 from rain_mergekit.models import attention
 from rain_mergekit.models.loading import LoadOptions, open_trio
@@ -25,9 +25,9 @@ from rain_mergekit.models.loading import LoadOptions, open_trio
 SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 
 
-def shell(tiny: Tiny, dtype: torch.dtype = torch.float32) -> Shell:
+def shell(tiny: Tiny, dtype: torch.dtype = torch.float32) -> LayerwiseModel:
     trio = open_trio(tiny.config(), LoadOptions())
-    return Shell(trio.reasoning, trio.config, dtype, "cpu")
+    return LayerwiseModel(trio.reasoning, trio.config, dtype, "cpu")
 
 
 @contextmanager

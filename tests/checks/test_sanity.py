@@ -19,7 +19,7 @@ from tiny import FAMILIES, Tiny, model_config, random_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.checks.thinking_likelihood import Likelihood
 from rain_mergekit.errors import RainError
@@ -476,7 +476,7 @@ def test_what_models_do_to_their_logits_is_done(
     with torch.no_grad():
         expected = whole(torch.arange(20)[None]).logits[0]
     checkpoint = Checkpoint(ModelReference.model_validate(str(tmp_path)))
-    shell = Shell(checkpoint, AutoConfig.from_pretrained(tmp_path), torch.float32, "cpu")
+    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(tmp_path), torch.float32, "cpu")
     with finishing(shell) as logits:
         found = logits(states[0][0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

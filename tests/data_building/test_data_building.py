@@ -23,7 +23,7 @@ from rain_mergekit.data_building.balance import Candidate, choose
 from rain_mergekit.data_building.journal import SUFFIX
 from rain_mergekit.data_building.judge import DroppedError, keep
 from rain_mergekit.data_building.tasks import Written
-from rain_mergekit.models.generation import rendered
+from rain_mergekit.models.generation import render_prompt
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_reasoning
@@ -172,7 +172,9 @@ def greedy(prompt: str, tokenizer: Any) -> list[int]:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     model = AutoModelForCausalLM.from_pretrained(REASONING, dtype="float32")
-    head = tokenizer(rendered(tokenizer, prompt), return_tensors="pt", add_special_tokens=False)
+    head = tokenizer(
+        render_prompt(tokenizer, prompt), return_tensors="pt", add_special_tokens=False
+    )
     found: list[int] = model.generate(
         input_ids=head["input_ids"], attention_mask=head["attention_mask"], max_new_tokens=96
     )[0].tolist()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.evaluation.sweep import split_numbers
-from rain_mergekit.evaluation.weight_change import moved
+from rain_mergekit.evaluation.weight_change import relative_weight_change
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.report.model_card import BEGIN
 
@@ -164,7 +164,7 @@ def test_report_of_a_merge(place: Workplace, swept: tuple[Path, str]) -> None:
         for path in (place.model("reasoning"), swept[0] / "lambda-1.5")
     ]
     before, after = (load_file(Path(one.path) / "model.safetensors") for one in opened)
-    found = moved(file, *opened)
+    found = relative_weight_change(file, *opened)
     assert list(found) == [
         "q_proj",
         "k_proj",

@@ -18,7 +18,12 @@ from commands import refused, succeed
 from merging import Calibration, Trio, make_calibration
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.evaluation.task_vectors import TaskVectors, measure, overlap, principal
+from rain_mergekit.evaluation.task_vectors import (
+    TaskVectors,
+    measure_task_vectors,
+    overlap,
+    principal,
+)
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 
@@ -46,7 +51,7 @@ def found(path: Path, trio: Trio) -> TaskVectors:
         role: open_checkpoint(str(getattr(trio, role)), LoadOptions())
         for role in ("reasoning", "instruct", "pretrained")
     }
-    return measure(CalibrationFile.open(path), models, RANK)
+    return measure_task_vectors(CalibrationFile.open(path), models, RANK)
 
 
 def test_norms_are_those_of_dense_matrices(
@@ -127,7 +132,7 @@ def test_experts_are_means_over_a_layer(tmp_path: Path) -> None:
     tiny = architectures.make(tmp_path, "mixtral").using(coefficients="off")
     tiny.calibrate()
     file, read = CalibrationFile.open(str(tiny.path)), tiny.weights
-    first = measure(file, opened(tmp_path), RANK)
+    first = measure_task_vectors(file, opened(tmp_path), RANK)
     assert any(name.endswith("experts.3.w2.weight") for name in read("instruct"))
     assert any("Of the 4 experts of a layer the means are shown" in text for text in first.remarks)
     rows = {(change.module, change.layer): change for change in first.changes}
@@ -146,7 +151,7 @@ def test_experts_are_means_over_a_layer(tmp_path: Path) -> None:
     assert experts.overlap is not None
     assert experts.overlap.right == pytest.approx(np.mean(shared), abs=1e-4)
     store_as_modules(tmp_path / "reasoning")
-    mixed = measure(file, opened(tmp_path), RANK)
+    mixed = measure_task_vectors(file, opened(tmp_path), RANK)
     assert [asdict(one) for one in mixed.changes] == [asdict(one) for one in first.changes]
 
 

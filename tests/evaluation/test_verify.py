@@ -20,14 +20,14 @@ from tiny import Tiny, linear_inputs
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import layerwise_drift
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
 from rain_mergekit.evaluation.divergence import Drift, Place, drift
 from rain_mergekit.evaluation.marker_distance import REACH
-from rain_mergekit.evaluation.verify import Streaming, measure, verdict
+from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge, verdict
 from rain_mergekit.instructions.prompts import Asked, Instruction, read_prompts
 from rain_mergekit.instructions.rules import follows
 from rain_mergekit.models.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ from rain_mergekit.text.thinking_blocks import Thought
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-HOW = Streaming(LoadOptions())
+HOW = VerifyOptions(LoadOptions())
 
 
 def checkpoint(path: Path) -> Checkpoint:
@@ -82,7 +82,7 @@ def features(folder: Path, samples: tuple[ReasoningTokens, ...]) -> dict[str, Te
 def test_layer_by_layer_equals_whole_forward_passes(tiny: Tiny) -> None:
     samples, folder = samples_of(tiny), tiny.folder
     merged = folder / "bfloat16" / "merged"
-    found = measure(checkpoint(folder / "reasoning"), checkpoint(merged), samples, HOW)
+    found = measure_merge(checkpoint(folder / "reasoning"), checkpoint(merged), samples, HOW)
     before, after, exact = (
         features(place, samples)
         for place in (folder / "reasoning", merged, folder / "float32" / "merged")
@@ -107,7 +107,7 @@ def test_next_tokens_equal_those_of_whole_models(
     monkeypatch.setattr(layerwise_drift, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
     samples, folder = samples_of(tiny), tiny.folder
     places = [folder / "reasoning", folder / "bfloat16/merged", folder / "float32/merged"]
-    found = measure(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)
+    found = measure_merge(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)
     models = [load_model(checkpoint(place), "cpu", None) for place in places]
     for one, model in ((found.drift, models[1]), (found.unrounded, models[2])):
         expected = drift(models[0], model, samples)
@@ -126,7 +126,7 @@ def test_a_merge_without_the_padding_of_the_vocabulary(tmp_path: Path) -> None:
     content = tiny.content(tokenizer={"source": "base"})
     places = tiny.folder / "reasoning", merge(tmp_path / "run", content).folder
     samples, models = samples_of(tiny), [checkpoint(place) for place in places]
-    found = measure(*models, samples, HOW)
+    found = measure_merge(*models, samples, HOW)
     expected, count = 0.0, 0
     for sample in samples:
         with torch.no_grad():
@@ -143,14 +143,14 @@ def test_a_merge_without_the_padding_of_the_vocabulary(tmp_path: Path) -> None:
     path = places[1] / "tokenizer.json"
     path.write_text(path.read_text().replace('": 100,', '": 101,', 1))
     with pytest.raises(RainError, match=r"vocabularies differ .400 tokens in .* not in padding"):
-        measure(*models, samples, HOW)
+        measure_merge(*models, samples, HOW)
 
 
 def test_drift_by_distance_from_the_markers(tiny: Tiny) -> None:
     """Against the logits of whole models, at the places where the markers' own tokens stand."""
     samples, folder = samples_of(tiny), tiny.folder
     places = [folder / "reasoning", folder / "bfloat16/merged"]
-    found = measure(*map(checkpoint, places), samples, HOW).around
+    found = measure_merge(*map(checkpoint, places), samples, HOW).around
     models, tokenizer = [whole(place) for place in places], tiny.tokenizer()
     expected: dict[str, dict[int, list[float]]] = {"open": {}, "close": {}}
     for sample in samples:
@@ -180,13 +180,13 @@ def test_hidden_states_that_find_no_room_in_memory(tiny: Tiny) -> None:
     samples, folder = samples_of(tiny), tiny.folder
     models = checkpoint(folder / "reasoning"), checkpoint(folder / "bfloat16/merged")
     small = replace(HOW, budget=0)
-    assert measure(*models, samples, small) == measure(*models, samples, HOW)
+    assert measure_merge(*models, samples, small) == measure_merge(*models, samples, HOW)
 
 
 def test_a_model_beside_itself(tiny: Tiny) -> None:
     samples, seen = samples_of(tiny), list[int]()
     model = checkpoint(tiny.folder / "reasoning")
-    found = measure(model, model, samples, HOW, seen.append)
+    found = measure_merge(model, model, samples, HOW, seen.append)
     assert sum(seen) == 2 * sum(len(sample.input_ids) for sample in samples)
     assert all(site.drift == 0 for layer in found.layers for site in layer.values())
     assert all(site.rounding_share is None for layer in found.layers for site in layer.values())
@@ -226,7 +226,7 @@ def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) 
     )
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
-    shell = Shell(checkpoint(tmp_path), config, torch.float32, "cpu")
+    shell = LayerwiseModel(checkpoint(tmp_path), config, torch.float32, "cpu")
     for _ in range(2):  # it leaves the shell as it was
         with finishing(shell) as logits:
             parts = [logits(part) for part in last[0].reshape(20, 32).split(7)]
@@ -252,7 +252,7 @@ def test_rounding_of_experts(family: str, tmp_path: Path) -> None:
         for dtype in ("bfloat16", "float32")
     )
     reasoning = checkpoint(tmp_path / "reasoning")
-    found = measure(reasoning, checkpoint(rounded), samples, HOW)
+    found = measure_merge(reasoning, checkpoint(rounded), samples, HOW)
     models = [load_model(reasoning, "cpu", None), load_model(checkpoint(exact), "cpu", None)]
     for place in ("think", "content", "rest"):
         wanted = getattr(drift(models[0], models[1], samples), place).mean
@@ -266,8 +266,8 @@ def test_why_rounding_is_not_known(tiny: Tiny, tmp_path: Path) -> None:
     samples, folder = samples_of(tiny)[:1], tiny.folder
     reasoning = checkpoint(folder / "reasoning")
 
-    def reason(place: Path, how: Streaming = HOW) -> str:
-        found = measure(reasoning, checkpoint(place), samples, how)
+    def reason(place: Path, how: VerifyOptions = HOW) -> str:
+        found = measure_merge(reasoning, checkpoint(place), samples, how)
         assert found.unrounded is None
         assert all(site.rounding is None for site in found.layers[-1].values())
         return str(found.unknown)

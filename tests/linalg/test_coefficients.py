@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg import coefficients
 from rain_mergekit.linalg.coefficients import HeadAccumulator, HeadStatistics
@@ -107,7 +107,7 @@ def test_span_statistics_equal_explicit_sums(heads: int, kv_heads: int) -> None:
         SpanPositions("one", (1, 2, 3), (8, 10), (9, 11)),
         SpanPositions("two", (5,), (11,), ()),
     )
-    probe = SpanProbe(sample(*spans), leakage_from_thinking=False)
+    probe = AttentionStatistics(sample(*spans), leakage_from_thinking=False)
     probe(call)
     alignment, leakage = torch.zeros(heads).double(), torch.zeros(heads).double()
     for head in range(heads):
@@ -125,7 +125,7 @@ def test_span_statistics_equal_explicit_sums(heads: int, kv_heads: int) -> None:
 def test_the_thinking_can_count_as_unrelated() -> None:
     call, probabilities = causal(2, 2, 12)
     span = SpanPositions("one", (1, 2), (8,), (9,))
-    probe = SpanProbe(sample(span, thinking=(4, 5)), leakage_from_thinking=True)
+    probe = AttentionStatistics(sample(span, thinking=(4, 5)), leakage_from_thinking=True)
     probe(call)
     rows = probabilities[:, [4, 5, 9]][:, :, 1:3].sum(-1)
     assert probe.leakage is not None
@@ -135,7 +135,9 @@ def test_the_thinking_can_count_as_unrelated() -> None:
 def test_small_blocks_give_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     call, _ = causal(4, 2, 12)
     span = SpanPositions("one", (1, 2), (8, 9, 10), (11,))
-    whole, parts = (SpanProbe(sample(span), leakage_from_thinking=False) for _ in range(2))
+    whole, parts = (
+        AttentionStatistics(sample(span), leakage_from_thinking=False) for _ in range(2)
+    )
     whole(call)
     monkeypatch.setattr("rain_mergekit.models.attention.BLOCK_BYTES", 1)
     parts(call)

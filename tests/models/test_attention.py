@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit.capture.attention_statistics import SpanProbe
+from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.models import attention
 from rain_mergekit.models.attention import AttentionCall, observe_attention
 from rain_mergekit.text.token_positions import InstructionTokens, SpanPositions
@@ -170,7 +170,7 @@ def test_no_square_matrix_at_4096_tokens(
     model.config.num_hidden_layers = 1
     response = tuple(range(2000, 4000, 2))
     span = SpanPositions("one", tuple(range(10, 40)), response, tuple(range(2001, 4000, 2)))
-    probe = SpanProbe(
+    probe = AttentionStatistics(
         InstructionTokens("s", (), (), (), response, (span,)), leakage_from_thinking=False
     )
     largest = Largest()

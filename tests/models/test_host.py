@@ -10,7 +10,7 @@ from mergekit.common import ModelReference
 from tiny import model_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rain_mergekit.capture.layerwise_model import Shell
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.merge_names import listed_names, lost_tensors, lost_warning, merge_names
@@ -19,7 +19,7 @@ from rain_mergekit.models.merge_names import listed_names, lost_tensors, lost_wa
 def _lost(family: str, folder: Path) -> tuple[str, ...]:
     AutoModelForCausalLM.from_config(model_config(family)).save_pretrained(folder)
     checkpoint = Checkpoint(ModelReference.model_validate(str(folder)))
-    shell = Shell(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
+    shell = LayerwiseModel(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
     names = merge_names(checkpoint.reference.config(), shell.tensors)
     return lost_tensors(shell.tensors, names)
 

@@ -20,23 +20,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from rain_mergekit.capture.input_sites import site_name
-from rain_mergekit.models.head_layout import HeadLayout, Kind
+from rain_mergekit.models.head_layout import HeadLayout, WeightKind
 
 KINDS = {
     # what a plain decoder has
-    **dict.fromkeys(["q_proj"], Kind.QUERY),
-    **dict.fromkeys(["k_proj", "v_proj"], Kind.KEY_VALUE),
-    **dict.fromkeys(["o_proj", "out_proj", "dense"], Kind.OUTPUT),
+    **dict.fromkeys(["q_proj"], WeightKind.QUERY),
+    **dict.fromkeys(["k_proj", "v_proj"], WeightKind.KEY_VALUE),
+    **dict.fromkeys(["o_proj", "out_proj", "dense"], WeightKind.OUTPUT),
 }
 # Modules with heads besides these, by family; the attention module's name, if it is another one.
-SPECIAL: dict[str, dict[str, Kind]] = {
-    "phi3": {"qkv_proj": Kind.BLOCKS},
-    "gpt2": {"c_attn": Kind.BLOCKS, "c_proj": Kind.OUTPUT},
-    "gpt_bigcode": {"c_attn": Kind.GROUPS, "c_proj": Kind.OUTPUT},
-    "gpt_neox": {"query_key_value": Kind.GROUPS},
-    "deepseek_v2": {"q_b_proj": Kind.QUERY, "kv_b_proj": Kind.QUERY},
-    "deepseek_v3": {"q_b_proj": Kind.QUERY, "kv_b_proj": Kind.QUERY},
-    "afmoe": {"gate_proj": Kind.QUERY},
+SPECIAL: dict[str, dict[str, WeightKind]] = {
+    "phi3": {"qkv_proj": WeightKind.BLOCKS},
+    "gpt2": {"c_attn": WeightKind.BLOCKS, "c_proj": WeightKind.OUTPUT},
+    "gpt_bigcode": {"c_attn": WeightKind.GROUPS, "c_proj": WeightKind.OUTPUT},
+    "gpt_neox": {"query_key_value": WeightKind.GROUPS},
+    "deepseek_v2": {"q_b_proj": WeightKind.QUERY, "kv_b_proj": WeightKind.QUERY},
+    "deepseek_v3": {"q_b_proj": WeightKind.QUERY, "kv_b_proj": WeightKind.QUERY},
+    "afmoe": {"gate_proj": WeightKind.QUERY},
 }
 # Latent attention's projections to the low rank, which all heads share.
 LOW_RANK = {"q_a_proj", "kv_a_proj_with_mqa"}
@@ -158,7 +158,7 @@ def test_a_heads_coefficient_scales_what_only_that_head_uses(family: str) -> Non
         found = {
             name: layout.kind(f"{layout.module}.{name}", m) for name, (_, m) in modules.items()
         }
-        with_heads = {name: kind for name, kind in found.items() if kind is not Kind.LAYER}
+        with_heads = {name: kind for name, kind in found.items() if kind is not WeightKind.LAYER}
         assert set(found) - set(with_heads) <= LOW_RANK
         assert all({**KINDS, **expected}[name] is kind for name, kind in with_heads.items())
         for name, kind in with_heads.items():
@@ -183,7 +183,7 @@ def attention_modules(
 def check_head(
     layout: HeadLayout,
     name: str,
-    kind: Kind,
+    kind: WeightKind,
     head: int,
     weight: Tensor,
     matrix: tuple[int, int],
@@ -194,7 +194,7 @@ def check_head(
     alpha[head] = 1.0
     scale = layout.scales(name, alpha, matrix)
     saved = weight.clone()
-    if kind is Kind.OUTPUT:
+    if kind is WeightKind.OUTPUT:
         assert scale.rows is None
         assert scale.cols is not None
         weight[:, scale.cols != 0] = 0
@@ -238,8 +238,8 @@ def test_layer_modules_share_the_mean_of_their_heads() -> None:
 
 def test_a_module_that_does_not_fit_the_heads_is_scaled_as_a_whole() -> None:
     layout = HeadLayout("self_attn", heads=4, kv_heads=2, width=12, value_width=12)
-    assert layout.kind("self_attn.q_proj", (48, 48)) is Kind.QUERY
-    assert layout.kind("self_attn.q_proj", (96, 48)) is Kind.QUERY  # with an output gate
+    assert layout.kind("self_attn.q_proj", (48, 48)) is WeightKind.QUERY
+    assert layout.kind("self_attn.q_proj", (96, 48)) is WeightKind.QUERY  # with an output gate
     for name, matrix in (("q_proj", (50, 48)), ("k_proj", (48, 48)), ("o_proj", (48, 24))):
-        assert layout.kind(f"self_attn.{name}", matrix) is Kind.LAYER
-    assert layout.kind("self_attn.qkv_proj", (95, 48)) is Kind.LAYER
+        assert layout.kind(f"self_attn.{name}", matrix) is WeightKind.LAYER
+    assert layout.kind("self_attn.qkv_proj", (95, 48)) is WeightKind.LAYER

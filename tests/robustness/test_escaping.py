@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from mutations import changed
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.site_names import Site, Spread
-from rain_mergekit.calibration_file.summary import Data, Summary
+from rain_mergekit.calibration_file.site_names import Site, ValueRange
+from rain_mergekit.calibration_file.summary import Data, FileSummary
 from rain_mergekit.commands.console import Console
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import verification_record
 from rain_mergekit.evaluation.divergence import Drift, Place
 from rain_mergekit.evaluation.layerwise_drift import SiteDrift
-from rain_mergekit.evaluation.marker_distance import Around
+from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile
 from rain_mergekit.evaluation.task_vectors import Change, TaskVectors
-from rain_mergekit.evaluation.verify import Measured
+from rain_mergekit.evaluation.verify import VerificationResult
 from rain_mergekit.report import model_card, page
 from rain_mergekit.report.front_matter import with_tags
 
@@ -83,9 +83,9 @@ def controls(text: str) -> set[str]:
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n"}
 
 
-def summary(text: str) -> Summary:
+def summary(text: str) -> FileSummary:
     """Of a file in which everything that can be a text is this one."""
-    return Summary(
+    return FileSummary(
         path=text,
         bytes=1,
         created_by=text,
@@ -126,7 +126,7 @@ def test_nothing_breaks_out_of_the_card(
     place = config(tmp_path_factory.getbasetemp())
     plain, odd = (
         model_card.section(
-            place, summary(t), verification_record.Recorded(0.1, 0.1, 0.1, 3, t, t, t)
+            place, summary(t), verification_record.VerificationRecord(0.1, 0.1, 0.1, 3, t, t, t)
         )
         for t in ("plain", text)
     )
@@ -215,9 +215,9 @@ def everywhere(folder: Path, text: str) -> str:
     """The page with the text wherever one of somebody else can stand."""
     place = Place(0.02, 5)
     drift = Drift(place, place, place, 3, text, 0.5)
-    spread = {0: Spread(0.1, 0.1, 0.1)}
+    spread = {0: ValueRange(0.1, 0.1, 0.1)}
     layers = ({text: SiteDrift(1.0, 0.1)},)
-    measured = Measured(layers, drift, Around(spread, spread), None, text)
+    measured = VerificationResult(layers, drift, MarkerDistanceProfile(spread, spread), None, text)
     merged = page.Merged(text, {text: {0: 0.5}}, measured, text)
     vectors = TaskVectors((Change(text, 0, 1.0, 0.5, None),), 2, (text,))
     remarks = {"created_by": text, "warnings": [text], "settings": {text: text, "window": text}}
@@ -237,7 +237,7 @@ def test_nothing_breaks_out_of_the_page(tmp_path: Path) -> None:
 
 def test_the_console_shows_what_would_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    for say in (console.say, console.head, console.warn):
+    for say in (console.print, console.heading, console.warn):
         say(f"model{SPECIAL}")
     said = capsys.readouterr()
     assert "\\x1b" in said.out

@@ -19,7 +19,7 @@ from rain_mergekit.capture.input_sites import SiteMap, capture_inputs, site_name
 from rain_mergekit.models import attention, experts
 from rain_mergekit.models.attention import AttentionCall, observe_attention
 from rain_mergekit.models.empty_model import empty_model
-from rain_mergekit.models.head_layout import HeadLayout, Kind
+from rain_mergekit.models.head_layout import HeadLayout, WeightKind
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
@@ -64,7 +64,7 @@ def look(family: str) -> tuple[list[str], list[str], list[str]]:
             layout = heads.found.get(index)
             if weight is not None and layout is not None:
                 kind = layout.kind(site_name(name), weight.matrix)
-                by_head += [site_name(name)] if kind is not Kind.LAYER else []
+                by_head += [site_name(name)] if kind is not WeightKind.LAYER else []
     return projected, by_head, left
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rain_mergekit.calibration.options import RunOptions
-from rain_mergekit.calibration.pipeline import Summary, calibrate
+from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
@@ -229,7 +229,7 @@ class Tiny:
         path.write_text(yaml.safe_dump(self.content(**changes)))
         return read_config(path)
 
-    def calibrate(self, **options: Any) -> Summary:
+    def calibrate(self, **options: Any) -> CalibrationSummary:
         return calibrate(self.config(), RunOptions(quiet=True, **options))
 
     def weights(self, role: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.texts import Texts, texts_like
+from rain_mergekit.evaluation.texts import Texts, texts_from_settings
 from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning, read_reasoning
 from rain_mergekit.text.marker_detection import find_markers, tokenizer_markers, written_markers
 from rain_mergekit.text.markers import KNOWN, Markers
@@ -612,7 +612,7 @@ def test_calibrate_and_verify_with_what_was_found(tmp_path: Path) -> None:
         around = len(tokenizer(re.sub("[⟨⟩]", "", text))["input_ids"]) - len(content)
         count += around + min(4, len(content))
     assert header["data"]["reasoning"]["positions"] == count
-    texts = texts_like(header["settings"], str(path), None)
+    texts = texts_from_settings(header["settings"], str(path), None)
     assert (texts.markers, texts.window, texts.chat_template_kwargs) == (None, 2, options)
     model = tiny.folder / "reasoning"
     verify = ("verify", model, "--against", model, "--reasoning-data", path, "--window", 2)
@@ -627,10 +627,12 @@ def test_calibrate_and_verify_with_what_was_found(tmp_path: Path) -> None:
 
 def test_measuring_as_in_a_calibration_of_another_program() -> None:
     pairs = [{"open": "Thought:", "close": "Action:"}]
-    assert texts_like({"markers": pairs}, "p", 3).markers == Markers.of([("Thought:", "Action:")])
+    assert texts_from_settings({"markers": pairs}, "p", 3).markers == Markers.of(
+        [("Thought:", "Action:")]
+    )
     for odd in (
         {"markers": "<think>"},
         {"markers": [{"open": "a", "close": "ab"}]},
         {"window": -1},
     ):
-        assert texts_like(odd, "p", 3) == Texts("p", 3)
+        assert texts_from_settings(odd, "p", 3) == Texts("p", 3)
