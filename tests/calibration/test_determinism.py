@@ -9,20 +9,44 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import run_process
 from forks import Forks, wait_for_stop
 from tiny import INSTRUCTION, REASONING, Tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.system.determinism import _Products, deterministic
 
 STRICT = "AUTO,STRICT"
 # Three threads on two busy cores: waiting for each other, they must not take the cores.
 THREADS = {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
+ONE_THREAD = "everything runs on one thread, because "
+# Of a processor; that nobody has asked for the mode is a fault of the command.
+REASONS = (
+    f"{ONE_THREAD}MKL's products differ with the number of threads here",
+    f"{ONE_THREAD}this torch multiplies without MKL",
+)
+
+
+def promised() -> bool:
+    """Whether MKL's maker promises the strict mode for this processor."""
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    intel = "GenuineIntel" in about and ("avx2" in about or "avx512f" in about)
+    return intel and torch.backends.mkl.is_available()
+
+
+def assert_threads(said: str) -> None:
+    """Products had all threads where MKL promises their bits; elsewhere perhaps one, and why."""
+    found = [reason for reason in REASONS if reason in said]
+    assert said.count(ONE_THREAD) == len(found), said
+    if promised():
+        assert not found
 
 
 @pytest.fixture(scope="module", name="tiny")
@@ -110,7 +134,7 @@ def calibrated(wide: Tiny, forks: Forks, threads: int, *options: str) -> bytes:
     arguments = ("calibrate", wide.config().path, "--device", "cpu", *options)
     ended = forks.run(*arguments, threads=threads)
     assert ended.code == 0, ended.output
-    assert "one thread" not in ended.output
+    assert_threads(ended.output)
     return wide.path.read_bytes()
 
 
@@ -174,7 +198,7 @@ def test_the_command_alone_asks_for_what_it_needs(wide: Tiny, alone: tuple[bytes
     arguments = ("calibrate", wide.config().path, "--device", "cpu", "--deterministic")
     outcome = run_process(*arguments, env={**environment, **THREADS, "OMP_NUM_THREADS": "3"})
     assert outcome.code == 0, outcome.output
-    assert "one thread" not in outcome.output
+    assert_threads(outcome.output)
     assert wide.path.read_bytes() == alone[0]
 
 
@@ -211,3 +235,69 @@ def test_from_a_program_on_one_thread(
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     if not mode:
         assert any("everything runs on one thread" in text for text in warnings)
+
+
+# Which operations have how many threads; that is the same on every processor.
+
+LARGE, SMALL = (512, 1024, 256), (32, 32, 32)
+
+
+class Threads(TorchDispatchMode):
+    """Writes down how many threads torch has when an operation is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.setdefault(func.overloadpacket.__name__, set()).add(torch.get_num_threads())
+        return func(*args, **(kwargs or {}))
+
+
+def product(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
+    rows, inner, columns = shape
+    torch.ones(rows, inner, dtype=dtype) @ torch.ones(inner, columns, dtype=dtype)
+
+
+@pytest.fixture(name="three_threads")
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        (LARGE, torch.float32, 3),
+        (LARGE, torch.float64, 3),
+        (LARGE, torch.bfloat16, 1),
+        (SMALL, torch.float32, 1),
+    ],
+)
+def test_only_large_products_that_mkl_computes_have_all_threads(
+    shape: tuple[int, int, int], dtype: torch.dtype, expected: int
+) -> None:
+    """The fast path, as it is where MKL honours its strict mode."""
+    torch.set_num_threads(1)
+    with Threads() as threads, _Products(3):
+        product(shape, dtype)
+        torch.ones(1000).sum()
+    assert threads.seen["mm"] == {expected}
+    assert threads.seen["sum"] == {1}
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_without_the_strict_mode_all_operations_have_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fall-back; afterwards torch has its threads again."""
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    with Threads() as threads, deterministic(torch.device("cpu")):
+        product(LARGE)
+    assert threads.seen.keys() >= {"ones", "mm"}
+    assert set.union(*threads.seen.values()) == {1}
+    assert torch.get_num_threads() == 3
