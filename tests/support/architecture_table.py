@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import FAMILIES, auto_class, family_config, layers_of
+from architectures import FAMILIES, auto_class, family_config, layers_of, run_whole
 from torch import Tensor, nn
 
 from rain_mergekit.capture.input_sites import SiteMap, capture_inputs, site_name
@@ -50,10 +50,10 @@ def look(family: str) -> tuple[list[str], list[str], list[str]]:
     )
     _, layers = layers_of(model.eval())
     maps, heads = [SiteMap() for _ in layers], Heads(layers, family)
-    with observe_attention(heads), torch.no_grad():
+    with observe_attention(heads):
         for layer, sites in zip(layers, maps, strict=True):
             observe(layer, sites)
-        model(input_ids=torch.arange(10, 22)[None], use_cache=False)
+        run_whole(model, range(10, 22))
     projected, by_head, left = [], [], []
     for index, (layer, sites) in enumerate(zip(layers, maps, strict=True)):
         for name, parameter in layer.named_parameters():

@@ -7,14 +7,17 @@ definition; it knows nothing of how the package finds weights, sites or experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import Tiny, chosen_positions, make_tokenizer, save, write_sets
@@ -252,6 +255,23 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
+def run_whole(model: nn.Module, ids: Sequence[int]) -> None:
+    """One text through the whole model, for what hooks see of it."""
+    with torch.no_grad(), fault_of_transformers(model.config.model_type):
+        model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+
+
+def fault_of_transformers(model_type: str) -> AbstractContextManager[object]:
+    """Demands the fault of those versions that have it; fails as soon as one has mended it.
+
+    Llama 4 with eyes: where there is no image, making the output object fails, after everything
+    was computed.
+    """
+    if model_type == "llama4" and Version(transformers.__version__) >= Version("5.24"):
+        return pytest.raises(AttributeError, match="image_outputs")
+    return nullcontext()
+
+
 def make(folder: Path, family: str) -> Tiny:
     """Three models of the family with own layers; the instruct model's head differs too."""
     torch.manual_seed(11)
@@ -374,16 +394,15 @@ class Reference:
     def model(self, role: str) -> Any:
         """As transformers loads it, float64, with its own eager attention and experts."""
         folder = self.tiny.folder / role
-        return (
-            auto_class(AutoConfig.from_pretrained(folder))
-            .from_pretrained(
-                folder,
-                dtype=torch.float64,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-            .eval()
+        model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
+        for parameter in model.parameters():  # of some families routers are loaded as float32
+            parameter.data = parameter.data.double()
+        return model.eval()
 
     @cached_property
     def deltas(self) -> dict[str, Tensor]:
@@ -406,10 +425,8 @@ class Reference:
         found: dict[str, list[Any]] = {}
         for kind, samples in self.samples.items():
             for sample in samples:
-                with watched(self.reasoning_model) as seen, torch.no_grad():
-                    self.reasoning_model(
-                        input_ids=torch.tensor([sample.input_ids]), use_cache=False
-                    )
+                with watched(self.reasoning_model) as seen:
+                    run_whole(self.reasoning_model, sample.input_ids)
                 kept = (self.prefix, self.head) if self.settings.lm_head != "off" else self.prefix
                 found.setdefault(kind, []).append(
                     {key: one for key, one in seen.items() if key[0].startswith(kept)}
