@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
 from rain_mergekit.errors import RainError
-from rain_mergekit.system import blas_mode
+from rain_mergekit.system import blas_mode, threads
 from rain_mergekit.system.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
 from rain_mergekit.system.terminal_safe import clean_lines
 
@@ -73,6 +73,7 @@ class RainGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Before a command is imported, and torch with it: what has to be asked for till then."""
+        threads.wait_passively()
         if blas_mode.OPTION in args:
             blas_mode.ask()
         return super().resolve_command(ctx, args)

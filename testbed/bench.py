@@ -14,7 +14,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from transformers import PreTrainedModel
+from transformers import AutoConfig
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
@@ -26,7 +26,7 @@ from testbed.attention import Scores, attention_scores, held_samples
 from testbed.controls import edited
 from testbed.judge import Judge, chosen
 from testbed.methods import ROLES, Method, rain_config
-from testbed.models import load_model, load_tokenizer
+from testbed.models import load_tokenizer
 from testbed.records import read_lines
 
 LOG = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ def digest(trio: Path) -> str:
 
 
 class Bench:
-    """One trio with its reasoning model loaded, and a folder for what is made on the way."""
+    """One trio, and a folder for what is made on the way."""
 
     def __init__(self, trio: Path, folder: Path) -> None:
         register()
         self.trio, self._folder = trio, folder
-        self._reference = load_model(trio / "reasoning")
+        self._shape = AutoConfig.from_pretrained(trio / "reasoning")
         self._voices = {role: load_tokenizer(trio / role) for role in ROLES}
         self._held: Sequence[InstructionTokens] | None = None
         self._judges: dict[tuple[str, int | None], Judge] = {}
@@ -58,7 +58,7 @@ class Bench:
         """The judge of a split's first prompts; made once."""
         if (split, limit) not in self._judges:
             prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
-            judge = Judge(self._reference, self._voices["reasoning"], prompts)
+            judge = Judge(self.trio / "reasoning", self._voices["reasoning"], prompts)
             self._judges[split, limit] = judge
         return self._judges[split, limit]
 
@@ -67,10 +67,10 @@ class Bench:
     ) -> dict[str, Any]:
         """Numbers of one merge; with the CPU seconds that making and judging it took."""
         start = time.process_time()
-        model, voice = self._model(method, strength)
-        made = time.process_time()
-        found = self.judge(split, limit).measure(model, self._voices[voice])
-        seconds = {"making": made - start, "judging": time.process_time() - made}
+        with self._model(method, strength) as (model, voice):
+            made = time.process_time()
+            found = self.judge(split, limit).measure(model, self._voices[voice])
+            seconds = {"making": made - start, "judging": time.process_time() - made}
         return {**found, "cpu_seconds": {k: round(v, 1) for k, v in seconds.items()}}
 
     def attention(self, method: Method, strength: float) -> Scores:
@@ -82,11 +82,14 @@ class Bench:
         with self._made(self._config(method, strength)) as folder:
             return attention_scores(folder, self._held)
 
-    def _model(self, method: Method, strength: float) -> tuple[PreTrainedModel, str]:
+    @contextmanager
+    def _model(self, method: Method, strength: float) -> Iterator[tuple[Path, str]]:
+        """The folder of one merge, or of a model of the trio, and whose template it speaks."""
         if method.name in ROLES:
-            return load_model(self.trio / method.name), method.name
+            yield self.trio / method.name, method.name
+            return
         with self._made(self._config(method, strength)) as folder:
-            return load_model(folder), "reasoning"
+            yield folder, "reasoning"
 
     def _config(self, method: Method, strength: float) -> dict[str, Any]:
         if method.recipe is not None:
@@ -108,10 +111,10 @@ class Bench:
         """The calibration file of a rain method: made once, then an edited copy if it asks."""
         settings = dict(method.settings or {})
         if method.head:
-            tied = self._reference.config.tie_word_embeddings
+            tied = self._shape.tie_word_embeddings
             settings["lm_head"] = "unseen" if tied else "all"
         if settings.get("rank_by") == "full":  # all directions would leave nothing to merge
-            settings["max_rank"] = self._reference.config.hidden_size - 1
+            settings["max_rank"] = self._shape.hidden_size - 1
         source = self._calibrated(settings)
         if method.edit is None:
             self._describe(method.name, source)

@@ -25,7 +25,8 @@ from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.demo.files import ASKED, TRIO
 from rain_mergekit.demo.scoring import read_records, score
-from rain_mergekit.evaluation.divergence import drift
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.merge_method.method import register
 from rain_mergekit.models.generation import generate, load_model
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
@@ -59,11 +60,12 @@ class Bench:
         self.records = read_records(TRIO / "test.jsonl", ASKED)
         self.reasoning = open_checkpoint(str(TRIO / "reasoning"), LoadOptions())
         self.tokenizer = load_tokenizer(self.reasoning)
-        self.reference = load_model(self.reasoning, "cpu", torch.float32)
         held_out = folder / "held-out.jsonl"
         lines = [json.dumps({"prompt": r.prompt, "output": r.output}) for r in self.records]
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.texts = load_reasoning(held_out, self.tokenizer, keep_response=True).samples
+        texts = load_reasoning(held_out, self.tokenizer, keep_response=True).samples
+        how = VerifyOptions(LoadOptions(), dtype=torch.float32)
+        self.meter = DivergenceMeter(self.reasoning, texts, how)
 
     def measure(self, point: Mapping[str, Any]) -> dict[str, Any]:
         config = self.configure(point)
@@ -104,7 +106,8 @@ class Bench:
         return read_config(path)
 
     def judge(self, folder: Path) -> dict[str, Any]:
-        model = load_model(open_checkpoint(str(folder), LoadOptions()), "cpu", torch.float32)
+        merged = open_checkpoint(str(folder), LoadOptions())
+        model = load_model(merged, "cpu", torch.float32)
         prompts = [record.prompt for record in self.records]
         answers = generate(model, self.tokenizer, prompts, max_new_tokens=MOST_TOKENS)
         found = score(self.records, [answer.thought for answer in answers])
@@ -113,7 +116,7 @@ class Bench:
             "plain": found.plain,
             "both": found.both,
             "followed": found.followed,
-            "L_think": drift(self.reference, model, self.texts).think.mean,
+            "L_think": self.meter.drift(merged).think.mean,
         }
 
 

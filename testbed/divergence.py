@@ -5,16 +5,20 @@ The text is the reasoning model's ideal output, teacher-forced: right thinking, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from testbed.models import opens_block, render
 from testbed.scoring import CLOSE, OPEN
 
 WINDOW = 5
-BATCH = 64
 PLACES = ("L_think", "L_mid", "L_other")
 
 
@@ -22,7 +26,7 @@ PLACES = ("L_think", "L_mid", "L_other")
 class Marked:
     """Token ids of one text and, per place, the positions whose next-token distribution counts."""
 
-    ids: list[int]
+    input_ids: list[int]
     positions: dict[str, list[int]]
 
 
@@ -54,27 +58,24 @@ def marked(tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any]) -> Mar
     return Marked(ids, places(len(ids), prompt, opening, closing, opened))
 
 
-@torch.inference_mode()
-def log_probabilities(model: PreTrainedModel, texts: Sequence[Marked]) -> list[torch.Tensor]:
-    """Log-probabilities at every position of every text."""
-    found: list[torch.Tensor] = []
-    for start in range(0, len(texts), BATCH):
-        chosen = texts[start : start + BATCH]
-        width = max(len(text.ids) for text in chosen)
-        ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in chosen])
-        logits = model(input_ids=ids).logits.float().log_softmax(-1)
-        found += [logits[row, : len(text.ids)] for row, text in enumerate(chosen)]
-    return found
+def meter(reference: Path, texts: Sequence[Marked]) -> DivergenceMeter:
+    """What measures saved models against that one, in float32."""
+    how = VerifyOptions(LoadOptions(), dtype=torch.float32)
+    return DivergenceMeter(checkpoint(reference), texts, how)
+
+
+def checkpoint(model: Path) -> Checkpoint:
+    """A saved model, whatever its folder is called."""
+    return open_checkpoint(str(model), LoadOptions())
 
 
 def divergences(
-    reference: PreTrainedModel, model: PreTrainedModel, texts: Sequence[Marked]
+    measuring: DivergenceMeter, model: Path, texts: Sequence[Marked]
 ) -> dict[str, float]:
     """Mean KL(reference ‖ model) per place, over all positions of all texts."""
     totals, counts = dict.fromkeys(PLACES, 0.0), dict.fromkeys(PLACES, 0)
-    pairs = zip(log_probabilities(reference, texts), log_probabilities(model, texts), strict=True)
-    for text, (wanted, got) in zip(texts, pairs, strict=True):
-        apart = (wanted.exp() * (wanted - got)).sum(-1)
+    found = measuring.divergences(checkpoint(model))
+    for text, apart in zip(texts, found, strict=True):
         for place, positions in text.positions.items():
             totals[place] += float(apart[positions].sum())
             counts[place] += len(positions)

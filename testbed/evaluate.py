@@ -10,41 +10,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from testbed.divergence import divergences, marked
+from testbed.divergence import divergences, marked, meter
 from testbed.generation import generate
 from testbed.models import load_model, load_tokenizer, opens_block
 from testbed.records import Record, read_lines
 from testbed.scoring import score, summary
 
 
-def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    reference: PreTrainedModel,
-    reference_tokenizer: PreTrainedTokenizerFast,
+def evaluate(
+    model_dir: Path,
+    reference_dir: Path,
     prompts: Sequence[Record],
+    voice: PreTrainedTokenizerFast | None = None,
 ) -> dict[str, float]:
-    """The numbers of one model; it speaks through its own template, KL uses the reference's."""
-    outputs = generate(model, tokenizer, [record["prompt"] for record in prompts])
+    """The numbers of one saved model against the saved reasoning model.
+
+    It speaks through its own template, or `voice`'s; KL uses the reference's.
+    """
+    tokenizer = voice or load_tokenizer(model_dir)
+    outputs = generate(load_model(model_dir), tokenizer, [record["prompt"] for record in prompts])
     opened = opens_block(tokenizer)
     scores = [
         score(record, output, opened) for record, output in zip(prompts, outputs, strict=True)
     ]
-    texts = [marked(reference_tokenizer, record) for record in prompts]
-    return {**summary(prompts, scores), **divergences(reference, model, texts)}
-
-
-def evaluate(model_dir: Path, reference_dir: Path, prompts: Sequence[Record]) -> dict[str, float]:
-    """The numbers of one saved model against the saved reasoning model."""
-    return evaluate_model(
-        load_model(model_dir),
-        load_tokenizer(model_dir),
-        load_model(reference_dir),
-        load_tokenizer(reference_dir),
-        prompts,
-    )
+    reference = load_tokenizer(reference_dir)
+    texts = [marked(reference, record) for record in prompts]
+    with meter(reference_dir, texts) as measuring:
+        return {**summary(prompts, scores), **divergences(measuring, model_dir, texts)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

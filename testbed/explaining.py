@@ -20,9 +20,10 @@ from mergekit.options import MergeOptions
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.summary import summarise
 from rain_mergekit.demo.files import configuration
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile
 from rain_mergekit.evaluation.texts import Texts, read_texts
-from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge
+from rain_mergekit.evaluation.verify import measure_merge
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.report import spectra
 from rain_mergekit.report.figures import COLOURS

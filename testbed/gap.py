@@ -6,13 +6,14 @@
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from testbed.evaluate import evaluate_model
+from testbed.evaluate import evaluate
 from testbed.models import load_model, load_tokenizer
 from testbed.records import Record, read_lines
 
@@ -49,16 +50,16 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Numbers of the three models and of task arithmetic at each strength."""
     models = {role: load_model(trio / role) for role in ("reasoning", "instruct", "pretrained")}
-    voices = {role: load_tokenizer(trio / role) for role in models}
-    anchor = models["reasoning"], voices["reasoning"]
-    found = {role: evaluate_model(models[role], voices[role], *anchor, prompts) for role in models}
-    merged = load_model(trio / "reasoning")
+    found = {role: evaluate(trio / role, trio / "reasoning", prompts) for role in models}
+    merged, voice = load_model(trio / "reasoning"), load_tokenizer(trio / "reasoning")
     for strength in strengths:
         task_vector = models["instruct"], models["pretrained"]
         add_task_vector(merged, models["reasoning"], *task_vector, strength)
-        found[f"task arithmetic λ {strength}"] = evaluate_model(
-            merged, voices["reasoning"], *anchor, prompts
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            merged.save_pretrained(folder)
+            found[f"task arithmetic λ {strength}"] = evaluate(
+                Path(folder), trio / "reasoning", prompts, voice
+            )
     return found
 
 

@@ -1,17 +1,17 @@
 """Judge one model on one list of prompts, prompt by prompt."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rain_mergekit.demo.scoring import spaced
-from testbed.divergence import PLACES, log_probabilities, marked
+from testbed.divergence import PLACES, checkpoint, marked, meter
 from testbed.generation import generate
 from testbed.intervals import Numbers, Ratio, described, packed
-from testbed.models import opens_block
+from testbed.models import load_model, opens_block
 from testbed.records import Record
 from testbed.scoring import Score, score
 
@@ -23,18 +23,16 @@ class Judge:
     """The prompts of one split and what the reasoning model thinks of their ideal texts."""
 
     def __init__(
-        self,
-        reference: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        prompts: Sequence[Record],
+        self, reference: Path, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Record]
     ) -> None:
         self.prompts = prompts
         self._texts = [marked(tokenizer, record) for record in prompts]
-        self._wanted = log_probabilities(reference, self._texts)
+        self._meter = meter(reference, self._texts)
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    def measure(self, model: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         """Numbers with intervals, and yes or no per prompt for paired comparisons."""
-        outputs = generate(model, tokenizer, [record["prompt"] for record in self.prompts])
+        prompts = [record["prompt"] for record in self.prompts]
+        outputs = generate(load_model(model), tokenizer, prompts)
         opened = opens_block(tokenizer)
         pairs = zip(self.prompts, outputs, strict=True)
         scores = [score(record, output, opened) for record, output in pairs]
@@ -42,12 +40,10 @@ class Judge:
         bits = {name: packed([bool(getattr(one, name)) for one in scores]) for name in KEPT}
         return {"numbers": described(ratios, strata(self.prompts)), "bits": bits}
 
-    @torch.inference_mode()
-    def _divergences(self, model: PreTrainedModel) -> dict[str, Ratio]:
+    def _divergences(self, model: Path) -> dict[str, Ratio]:
         found: dict[str, tuple[list[float], list[int]]] = {place: ([], []) for place in PLACES}
-        pairs = zip(self._wanted, log_probabilities(model, self._texts), strict=True)
-        for text, (wanted, got) in zip(self._texts, pairs, strict=True):
-            apart = (wanted.exp() * (wanted - got)).sum(-1)
+        measured = self._meter.divergences(checkpoint(model))
+        for text, apart in zip(self._texts, measured, strict=True):
             for place, positions in text.positions.items():
                 found[place][0].append(float(apart[positions].sum()))
                 found[place][1].append(len(positions))

@@ -16,6 +16,7 @@ from rain_mergekit.commands.options import (
     output_options,
     pick_device,
     pick_dtype,
+    threads_option,
 )
 
 
@@ -40,6 +41,7 @@ from rain_mergekit.commands.options import (
     help="How often at most to save what an interrupted run goes on from; 0: every layer.",
 )
 @deterministic_option
+@threads_option
 @click.option(
     "--plan", is_flag=True, help="Print what it will need (memory, disk, operations) and stop."
 )
@@ -75,5 +77,5 @@ def calibrate(config: str, **options: Any) -> None:
     if options["plan"]:
         show_plan(read_config(config), run, console)
         return
-    run_calibration(read_config(config), run, console)
+    run_calibration(read_config(config), run, console, options["threads"])
     next_step(config, console)

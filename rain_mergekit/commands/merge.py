@@ -148,7 +148,7 @@ def bring_up_to_date(
         return
     for text in found.differences:
         console.print(f"Calibration needed: {text}")
-    run_calibration(config, run, console)
+    run_calibration(config, run, console, merge_options.num_threads)
 
 
 def merge_into(

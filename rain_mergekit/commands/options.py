@@ -117,6 +117,17 @@ def deterministic_option(function: F) -> F:
     )(function)
 
 
+def threads_option(function: F) -> F:
+    """The number of torch's threads."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Threads to compute with  [default: OMP_NUM_THREADS; else one for a small model, all "
+        "cores for others]",
+    )(function)
+
+
 def loading_options(function: F) -> F:
     """How models are found, under mergekit's names."""
     for option in (

@@ -14,6 +14,7 @@ from rain_mergekit.commands.options import (
     output_options,
     pick_device,
     pick_dtype,
+    threads_option,
 )
 from rain_mergekit.errors import RainError
 
@@ -63,6 +64,7 @@ _FEW = 8  # samples, where nobody has chosen any
 @budget_option
 @device_option()
 @dtype_option()
+@threads_option
 @loading_options
 @output_options
 def report(calibration: str, output: str, **options: Any) -> None:
@@ -150,11 +152,11 @@ def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Mer
     if isinstance(texts, str):
         return Merged(options["merged"], weights, None, texts)
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import VerifyOptions  # noqa: PLC0415
+    from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
 
     device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
     how = VerifyOptions(load, device, dtype, options["activation_budget"])
-    measured, _ = measure_on(reasoning, merged, texts, how, console)
+    measured, _ = measure_on(reasoning, merged, texts, how, console, options["threads"])
     own = "" if options["reasoning_data"] else "the calibration's own texts: held-out ones say more"
     return Merged(options["merged"], weights, measured, own, texts.window)
 

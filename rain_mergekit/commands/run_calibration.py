@@ -11,20 +11,26 @@ from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.commands.console import Console, counted, duration, size
+from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.models.loading import open_model
 from rain_mergekit.text.calibration_sets import DataSet
 
 _SHOWN_REASONS = 3
 
 
 def run_calibration(
-    config: RainConfig, options: RunOptions, console: Console
+    config: RainConfig, options: RunOptions, console: Console, threads: int | None = None
 ) -> CalibrationSummary:
-    """Calibrate and say what was done. Raises RainError; an interruption says how to go on."""
+    """Calibrate and say what was done. Raises RainError; an interruption says how to go on.
+
+    threads: torch's; None: as many as suit the model.
+    """
     protect_foreign(config.calibration)
     console.print(f"Calibrating on {options.device}: {config.reasoning}")
     try:
-        summary = calibrate(config, options)
+        with threads_for_model(open_model(config.reasoning, options.load), threads):
+            summary = calibrate(config, options)
     except KeyboardInterrupt:
         work = config.calibration.with_name(config.calibration.name + ".work")
         hint = f"the finished layers are kept in {work}; the same command goes on from there"

@@ -6,18 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
+    from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
     from rain_mergekit.evaluation.texts import Texts
-    from rain_mergekit.evaluation.verify import VerificationResult, VerifyOptions
+    from rain_mergekit.evaluation.verify import VerificationResult
     from rain_mergekit.models.checkpoint import Checkpoint
     from rain_mergekit.text.calibration_sets import DataSet
 
 
 def measure_on(
-    reasoning: Checkpoint, merged: Checkpoint, texts: Texts, how: VerifyOptions, console: Console
+    reasoning: Checkpoint,
+    merged: Checkpoint,
+    texts: Texts,
+    how: VerifyOptions,
+    console: Console,
+    threads: int | None = None,
 ) -> tuple[VerificationResult, DataSet[Any]]:
     """What was measured, and the set whose samples were used; says which were skipped."""
     from tqdm import tqdm  # noqa: PLC0415 - keeps --help fast
 
+    from rain_mergekit.commands.thread_choice import threads_for_model  # noqa: PLC0415
     from rain_mergekit.evaluation.texts import read_texts  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import measure_merge  # noqa: PLC0415
     from rain_mergekit.models.loading import read_model_config  # noqa: PLC0415
@@ -28,5 +35,8 @@ def measure_on(
         console.warn(f"{skipped} of {data.total} samples skipped, the first {source}: {reason}")
     layers = int(read_model_config(reasoning).num_hidden_layers)
     total = layers * sum(len(sample.input_ids) for sample in samples)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress:
+    with (
+        threads_for_model(reasoning, threads),
+        tqdm(total=total, unit="tok", unit_scale=True, disable=not console.progress) as progress,
+    ):
         return measure_merge(reasoning, merged, samples, how, progress.update), data

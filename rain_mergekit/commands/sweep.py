@@ -20,10 +20,12 @@ from rain_mergekit.commands.merge import (
     restore_tokenizer,
 )
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype
+from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.sweep import (
     REPORT,
-    DivergenceMeter,
     Row,
     at_strength,
     folder_name,
@@ -31,7 +33,7 @@ from rain_mergekit.evaluation.sweep import (
     table,
     write_rows,
 )
-from rain_mergekit.evaluation.texts import texts_from_settings
+from rain_mergekit.evaluation.texts import read_texts, texts_from_settings
 from rain_mergekit.merge_method.missing_tensors import Completion
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint, open_model
 from rain_mergekit.system.staged_folder import staged_folder
@@ -84,8 +86,7 @@ def sweep(
     """Merge CONFIG at several strengths and tabulate what each did to the thinking.
 
     Calibrates once, if needed. Each model is written to DIR/lambda-NUMBER, the table to
-    DIR/sweep.json. The columns are those of `mergekit-rain verify`. Both models are loaded as a
-    whole.
+    DIR/sweep.json. The columns are those of `mergekit-rain verify`, and measured in the same way.
     """
     console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
     console.setup()
@@ -99,18 +100,21 @@ def sweep(
     completion = Completion(at_strength(parsed, strengths[0]), load)
     own = {**options, "recalibrate": False, "deterministic": False}  # it has no such options
     bring_up_to_date(parsed, merge_options, own, console)
-    ruler = _ruler(parsed, load, merge_options, options, console)
     rows: list[Row] = []
-    write_rows(folder, rows)
-    for strength in strengths:
-        place = folder / folder_name(strength)
-        console.print(f"Merging at lambda {strength:g}: {place}")
-        _merge(at_strength(parsed, strength), place, merge_options, completion, console)
-        found = ruler.drift(open_checkpoint(str(place), load))
-        if options["table_only"]:
-            shutil.rmtree(place)
-        rows.append(Row(strength, None if options["table_only"] else place.name, found))
+    with (
+        threads_for_model(open_model(parsed.reasoning, load), merge_options.num_threads),
+        _meter(parsed, load, merge_options, options, console) as meter,
+    ):
         write_rows(folder, rows)
+        for strength in strengths:
+            place = folder / folder_name(strength)
+            console.print(f"Merging at lambda {strength:g}: {place}")
+            _merge(at_strength(parsed, strength), place, merge_options, completion, console)
+            found = meter.drift(open_checkpoint(str(place), load))
+            if options["table_only"]:
+                shutil.rmtree(place)
+            rows.append(Row(strength, None if options["table_only"] else place.name, found))
+            write_rows(folder, rows)
     _show(rows, folder, console)
 
 
@@ -128,7 +132,7 @@ def _merge(
         restore_tokenizer(config, stage, options, console)
 
 
-def _ruler(
+def _meter(
     config: RainConfig,
     load: LoadOptions,
     merge_options: MergeOptions,
@@ -139,12 +143,15 @@ def _ruler(
     if options["reasoning_data"] is None:
         console.print("Measuring on samples of the calibration itself: held-out ones say more")
     data = options["reasoning_data"] or config.settings.reasoning_data
-    return DivergenceMeter(
-        open_model(config.reasoning, load),
-        texts_from_settings(settings, data, options["samples"]),
+    reasoning = open_model(config.reasoning, load)
+    samples, _ = read_texts(reasoning, texts_from_settings(settings, data, options["samples"]))
+    how = VerifyOptions(
+        load,
         device_of(merge_options),
         pick_dtype(options["calibration_dtype"]),
+        options["activation_budget"],
     )
+    return DivergenceMeter(reasoning, samples, how)
 
 
 def _show(rows: list[Row], folder: Path, console: Console) -> None:

@@ -17,13 +17,15 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
     template_option,
+    threads_option,
 )
 
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.answers import Behaviour
+    from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
     from rain_mergekit.evaluation.texts import Texts
-    from rain_mergekit.evaluation.verify import VerificationResult, VerifyOptions
+    from rain_mergekit.evaluation.verify import VerificationResult
     from rain_mergekit.instructions.prompts import Asked
     from rain_mergekit.models.checkpoint import Checkpoint
     from rain_mergekit.text.calibration_sets import DataSet
@@ -72,6 +74,7 @@ _DAMAGED = 3
 @budget_option
 @device_option()
 @dtype_option()
+@threads_option
 @loading_options
 @output_options
 def verify(**options: Any) -> None:
@@ -85,7 +88,8 @@ def verify(**options: Any) -> None:
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import VerifyOptions, verdict  # noqa: PLC0415
+    from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
+    from rain_mergekit.evaluation.verify import verdict  # noqa: PLC0415
     from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
@@ -97,7 +101,7 @@ def verify(**options: Any) -> None:
     how = VerifyOptions(load, device, dtype, options["activation_budget"])
     reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
     asked = _asked(options)
-    found, data = measure_on(reasoning, merged, _texts(options), how, console)
+    found, data = measure_on(reasoning, merged, _texts(options), how, console, options["threads"])
     for line in verify_text.drift_lines(found.drift):
         console.print(line)
     for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
@@ -174,11 +178,15 @@ def _generate(
 ) -> dict[str, Behaviour]:
     from tqdm import tqdm  # noqa: PLC0415
 
+    from rain_mergekit.commands.thread_choice import threads_for_model  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import answers_of  # noqa: PLC0415
 
     texts, limit, found = _texts(options), options["max_new_tokens"], {}
     for name, checkpoint in models.items():
-        with tqdm(total=len(asked), desc=name, disable=not console.progress) as progress:
+        with (
+            threads_for_model(checkpoint, options["threads"]),
+            tqdm(total=len(asked), desc=name, disable=not console.progress) as progress,
+        ):
             found[name] = answers_of(checkpoint, asked, texts, limit, how, progress.update)
     if cut := found["merged"].cut:
         console.warn(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from mergekit.common import ModelReference
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.commands.console import Console, duration
 from rain_mergekit.commands.run_calibration import run_calibration
+from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.demo.files import (
     ASKED,
@@ -27,13 +26,16 @@ from rain_mergekit.demo.files import (
     claim,
     write_report,
 )
+from rain_mergekit.demo.merging import merge_all
+from rain_mergekit.demo.moving_bar import moving_bar
 from rain_mergekit.demo.scoring import Record, Score, read_records, score
-from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.divergence import Drift, drift
+from rain_mergekit.evaluation.divergence import Drift
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.generation import Answer, generate, load_model
+from rain_mergekit.models.loading import LoadOptions, read_model_config
 from rain_mergekit.models.tokenizer import load_tokenizer
-from rain_mergekit.system.staged_folder import staged_folder
 from rain_mergekit.text.calibration_sets import load_reasoning
 
 _MOST_TOKENS = 96
@@ -50,11 +52,16 @@ class Result:
     answers: list[Answer]
 
 
-def run_demo(folder: Path, console: Console) -> list[Result]:
-    """Configure, calibrate, merge, evaluate, report.
+def run_demo(folder: Path, console: Console, threads: int | None = None) -> list[Result]:
+    """Configure, calibrate, merge, evaluate, report; threads None: as many as suit the models.
 
     Raises RainError if the folder cannot be used (see `claim`) or a merge fails.
     """
+    with threads_for_model(_open(TRIO / "reasoning"), threads):
+        return _run(folder, console)
+
+
+def _run(folder: Path, console: Console) -> list[Result]:
     start = time.monotonic()
     texts = claim(folder)
     console.heading(
@@ -66,8 +73,7 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     run_calibration(config, RunOptions(quiet=not console.progress), console)
     console.print()
     console.heading("Merging with stock mergekit")
-    for name in MERGES:
-        _merge(folder, name, console)
+    merge_all(folder, console, torch.get_num_threads())
     console.print()
     records = read_records(TRIO / "test.jsonl", ASKED)
     console.heading(f"Asking {len(records)} prompts that calibration has not seen")
@@ -82,26 +88,6 @@ def run_demo(folder: Path, console: Console) -> list[Result]:
     return results
 
 
-def _merge(folder: Path, name: str, console: Console) -> None:
-    """mergekit-yaml in a process of its own, as a user would start it."""
-    config, out = folder / f"{name}.yml", folder / name
-    console.print(f"  mergekit-yaml {shlex.quote(str(config))} {shlex.quote(str(out))}")
-    kept = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    environment = {**kept, "RAIN_MERGEKIT_AUTOLOAD": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config)]
-    with staged_folder(out) as stage:
-        done = subprocess.run(  # noqa: S603 - this interpreter, this package's own files
-            [*command, str(stage), "--quiet"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RainError(f"mergekit-yaml {config} failed: {last}")
-
-
 def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Result]:
     """Every model's answers, and its drift from the reasoning model on the right outputs."""
     places = {
@@ -114,15 +100,28 @@ def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Res
     lines = [json.dumps({"prompt": r.prompt, "output": r.output}) + "\n" for r in records]
     (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")
     texts = load_reasoning(folder / HELD_OUT, tokenizer, keep_response=True).samples
-    reference = load_model(opened["reasoning model"], "cpu", None)
-    prompts = [record.prompt for record in records]
-    results = []
-    for label, checkpoint in opened.items():
-        console.print(f"  {label}")
-        model = load_model(checkpoint, "cpu", None)
-        answers = generate(model, tokenizer, prompts, max_new_tokens=_MOST_TOKENS)
-        scores = score(records, [answer.thought for answer in answers])
-        results.append(Result(label, scores, drift(reference, model, texts), answers))
+    prompts, results = [record.prompt for record in records], []
+    layers = int(read_model_config(opened["reasoning model"]).num_hidden_layers)
+    passes = layers * sum(len(text.input_ids) for text in texts)
+    with moving_bar(2 * len(opened) + 1, "models", console) as bar:
+
+        def asked(answers: int) -> None:
+            bar.update(answers / len(prompts))
+
+        def measured(tokens: int) -> None:
+            bar.update(tokens / passes)
+
+        reasoning = opened["reasoning model"]
+        with DivergenceMeter(reasoning, texts, VerifyOptions(LoadOptions()), measured) as meter:
+            for label, checkpoint in opened.items():
+                with bar.external_write_mode():
+                    console.print(f"  {label}")
+                model = load_model(checkpoint, "cpu", None)
+                answers = generate(
+                    model, tokenizer, prompts, max_new_tokens=_MOST_TOKENS, tick=asked
+                )
+                scores = score(records, [answer.thought for answer in answers])
+                results.append(Result(label, scores, meter.drift(checkpoint, measured), answers))
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,59 +79,17 @@ class Tally:
         return Drift(**places, samples=self._samples, worst_source=source, worst=worst)
 
 
-def drift(
-    reference: Any,
-    model: Any,
-    samples: Sequence[ReasoningTokens],
-    tick: Callable[[int], object] = lambda _done: None,
-) -> Drift:
-    """Mean KL(reference || model) over all positions of each place, teacher-forced.
-
-    The distribution at position t is that of token t + 1, over the tokens that both models have.
-    `tick` is told of every sample's tokens. Raises RainError without samples.
-    """
-    tally = Tally()
-    for sample in samples:
-        tally.add(sample, token_drift(reference, model, sample.input_ids))
-        tick(len(sample.input_ids))
-    return tally.drift()
-
-
-def token_drift(reference: Any, model: Any, ids: Sequence[int]) -> Tensor:
-    """KL(reference || model) of the next token at each of the T positions: (T,) float64 on the CPU.
-
-    Runs through the text in chunks with the models' own caches, so that logits of T x vocabulary
-    never exist.
-    """
-    width = common_tokens(reference, model)
-    chunk = max(16, CHUNK_LOGITS // width)
-    parts = [
-        kl_divergence(wanted[..., :width], found[..., :width]).double().cpu()
-        for wanted, found in zip(
-            _logits(reference, ids, chunk), _logits(model, ids, chunk), strict=True
-        )
-    ]
-    return torch.cat(parts)
-
-
 def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(p || q) over the last axis of two tensors of logits (..., vocabulary), float32."""
-    log_p = wanted.float().log_softmax(-1)
-    log_q = found.float().to(log_p.device).log_softmax(-1)
+    """KL(p || q) over the last axis of two tensors of logits (..., vocabulary).
+
+    In float32, or wider where the logits are.
+    """
+    dtype = torch.promote_types(wanted.dtype, torch.float32)
+    log_p = wanted.to(dtype).log_softmax(-1)
+    log_q = found.to(log_p.device, dtype).log_softmax(-1)
     p = log_p.exp()
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
     return terms.sum(-1)
-
-
-def _logits(model: Any, ids: Sequence[int], chunk: int) -> Iterator[Tensor]:
-    """Logits (n, vocabulary) of one chunk of positions after another; each token passes once."""
-    cache = None
-    for start in range(0, len(ids), chunk):
-        part = torch.tensor([list(ids[start : start + chunk])], device=model.device)
-        with torch.inference_mode():
-            output = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        yield output.logits[0]
 
 
 def _places(sample: ReasoningTokens) -> dict[str, Sequence[int]]:

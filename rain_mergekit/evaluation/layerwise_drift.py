@@ -16,12 +16,30 @@ from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.capture.streams import REASONING, StreamPlan, build_streams
-from rain_mergekit.evaluation.divergence import CHUNK_LOGITS, Drift, Tally, kl_divergence
+from rain_mergekit.evaluation.divergence import (
+    CHUNK_LOGITS,
+    Drift,
+    Tally,
+    common_tokens,
+    kl_divergence,
+)
 from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile, MarkerDistanceTally
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, read_model_config
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 Edit = Callable[[nn.Module, str], None]
 Tick = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How the layers are run; budget: bytes of hidden states in memory, of all models together."""
+
+    load: LoadOptions
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    budget: int = 2 * 1024**3
 
 
 @dataclass
@@ -57,11 +75,31 @@ class StreamedModel:
     def __init__(self, shell: LayerwiseModel, edit: Edit | None = None) -> None:
         self.shell, self._edit = shell, edit
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, how: VerifyOptions) -> StreamedModel:
+        """That model; without a type given in float32 on the CPU, else in its own."""
+        config = read_model_config(checkpoint)
+        on_cpu = torch.device(how.device).type == "cpu"
+        own = torch.float32 if on_cpu else getattr(config, "dtype", None) or torch.bfloat16
+        return cls(LayerwiseModel(checkpoint, config, how.dtype or own, how.device))
+
     def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
         """Embed the samples; `budget` bytes of hidden states stay in memory, the rest on disk."""
         plan = StreamPlan(REASONING, samples, [{}] * len(samples))
         streams = build_streams(self.shell, [plan], budget, folder, keep_on_device=False)
         self._stream = streams[REASONING]
+
+    def run(self, tick: Tick) -> None:
+        """All samples through all layers; `tick` is told of the tokens that passed a layer."""
+        stream = self._stream
+        for index in range(len(self.shell.layers)):
+            with ExitStack() as stack:
+                self.fill(index, stack)
+                for number, sample in enumerate(stream.samples):
+                    hidden = stream.store.get(number).to(self.shell.device)
+                    call = stream.calls[number][index]
+                    stream.store.put(number, run_layer(self._layer, hidden, call))
+                    tick(len(sample.input_ids))
 
     def fill(self, index: int, stack: ExitStack) -> None:
         """Load layer `index` until the stack is left."""
@@ -124,26 +162,32 @@ def _add(found: LayerDrift, rows: Sequence[dict[str, Tensor]]) -> None:
 
 
 def token_drift(
-    reference: StreamedModel, model: StreamedModel, samples: Sequence[ReasoningTokens], tokens: int
+    reference: StreamedModel, model: StreamedModel, samples: Sequence[ReasoningTokens]
 ) -> tuple[Drift, MarkerDistanceProfile]:
-    """`evaluation.drift` of two models at the end of their layers, and by distance from markers.
-
-    tokens: over how many, counted from the first.
-    """
-    chunk = max(16, CHUNK_LOGITS // tokens)
+    """Divergence by place, and by distance from the markers, of models that ran all layers."""
     tally, distances = Tally(), MarkerDistanceTally()
+    for sample, apart in zip(samples, divergences(reference, model, len(samples)), strict=True):
+        tally.add(sample, apart)
+        distances.add(sample, apart)
+    return tally.drift(), distances.around()
+
+
+def divergences(reference: StreamedModel, model: StreamedModel, samples: int) -> Iterator[Tensor]:
+    """KL(reference || model) of the next token, in nats: for each sample (T,) float64 on the CPU.
+
+    The distribution at position t is that of token t + 1, over the tokens that both models have.
+    Logits of a whole text never exist. Both models must have run all layers.
+    """
+    tokens = common_tokens(reference.shell.model, model.shell.model)
+    chunk = max(16, CHUNK_LOGITS // tokens)
     with finishing(reference.shell) as wanted, finishing(model.shell) as found:
-        for number, sample in enumerate(samples):
+        for number in range(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
-            pairs = zip(*blocks, strict=True)
             parts = [
                 kl_divergence(wanted(left)[:, :tokens], found(right)[:, :tokens])
-                for left, right in pairs
+                for left, right in zip(*blocks, strict=True)
             ]
-            apart = torch.cat(parts).double().cpu()
-            tally.add(sample, apart)
-            distances.add(sample, apart)
-    return tally.drift(), distances.around()
+            yield torch.cat(parts).double().cpu()
 
 
 def _energy(rows: Tensor) -> float:

@@ -7,35 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 import yaml
 
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.comparable import check_same_tokens
-from rain_mergekit.evaluation.divergence import Drift, drift
-from rain_mergekit.evaluation.texts import Texts, read_texts
-from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.generation import load_model
+from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.system.atomic_file import replacing
-
-
-class DivergenceMeter:
-    """Measures L_think of several models against one, which is loaded once."""
-
-    def __init__(
-        self, reasoning: Checkpoint, texts: Texts, device: str, dtype: torch.dtype | None
-    ) -> None:
-        self._device, self._dtype, self._reasoning = device, dtype, reasoning
-        self._samples = read_texts(reasoning, texts)[0]
-        self._reference = load_model(reasoning, device, dtype)
-
-    def drift(self, merged: Checkpoint) -> Drift:
-        """The merged model's drift; it is loaded as a whole and let go."""
-        check_same_tokens(self._reasoning, merged)
-        model = load_model(merged, self._device, self._dtype)
-        return drift(self._reference, model, self._samples)
-
 
 REPORT = "sweep.json"
 AUTHOR = "mergekit-rain sweep"

@@ -14,11 +14,12 @@ from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
 from rain_mergekit.evaluation.comparable import check_same_tokens
-from rain_mergekit.evaluation.divergence import Drift, common_tokens
+from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.evaluation.layerwise_drift import (
     LayerDrift,
     StreamedModel,
     Tick,
+    VerifyOptions,
     feature_drift,
     token_drift,
 )
@@ -28,7 +29,7 @@ from rain_mergekit.evaluation.unrounded_merge import Unrounded
 from rain_mergekit.instructions.prompts import Asked
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.generation import generate, load_model
-from rain_mergekit.models.loading import LoadOptions, read_model_config
+from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.token_positions import ReasoningTokens
 
@@ -50,16 +51,6 @@ class VerificationResult:
     unknown: str | None
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """How the layers are run; budget: bytes of hidden states in memory, of each model."""
-
-    load: LoadOptions
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    budget: int = 2 * 1024**3
-
-
 def measure_merge(
     reasoning: Checkpoint,
     merged: Checkpoint,
@@ -72,8 +63,7 @@ def measure_merge(
     `tick` is told of the tokens that passed a layer.
     """
     check_same_tokens(reasoning, merged)
-    sides = [_side(reasoning, how), _side(merged, how)]
-    tokens = common_tokens(*(side.shell.model for side in sides))
+    sides = [StreamedModel.of(reasoning, how), StreamedModel.of(merged, how)]
     unknown = None
     try:
         sides.append(_unrounded(reasoning, merged, sides[0], how))
@@ -84,19 +74,12 @@ def measure_merge(
             for number, side in enumerate(sides):
                 side.embed(samples, how.budget // len(sides), Path(folder, str(number)))
             layers = tuple(feature_drift(sides, samples, tick))
-            found = [token_drift(sides[0], side, samples, tokens) for side in sides[1:]]
+            found = [token_drift(sides[0], side, samples) for side in sides[1:]]
         finally:
             for side in sides:
                 side.close()
     unrounded = found[1][0] if len(found) > 1 else None
     return VerificationResult(layers, *found[0], unrounded, unknown)
-
-
-def _side(checkpoint: Checkpoint, how: VerifyOptions) -> StreamedModel:
-    config = read_model_config(checkpoint)
-    on_cpu = torch.device(how.device).type == "cpu"
-    own = torch.float32 if on_cpu else getattr(config, "dtype", None) or torch.bfloat16
-    return StreamedModel(LayerwiseModel(checkpoint, config, how.dtype or own, how.device))
 
 
 def _unrounded(

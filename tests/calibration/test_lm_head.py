@@ -22,9 +22,10 @@ from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.task_vectors import measure_task_vectors as task_vectors
 from rain_mergekit.evaluation.texts import Texts, read_texts
-from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge
+from rain_mergekit.evaluation.verify import measure_merge
 from rain_mergekit.evaluation.weight_change import relative_weight_change
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from commands import TRIO, make_models, refused, run, succeed
+from dense import divergence, means, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
@@ -18,10 +20,13 @@ from scipy.special import rel_entr, softmax
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import divergence
-from rain_mergekit.evaluation.divergence import Drift, Place, drift, kl_divergence, token_drift
+from rain_mergekit.evaluation import layerwise_drift
+from rain_mergekit.evaluation.divergence import Drift, Place, kl_divergence
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.generation import generate, load_model
+from rain_mergekit.models.loading import LoadOptions
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_reasoning
 from rain_mergekit.text.markers import Markers
@@ -53,12 +58,10 @@ def samples(tokenizer: PreTrainedTokenizerBase) -> tuple[ReasoningTokens, ...]:
     return load_reasoning(TRIO / "reasoning.jsonl", tokenizer, keep_response=True).samples[:5]
 
 
-def dense(model: Qwen2ForCausalLM, ids: tuple[int, ...]) -> np.ndarray:
-    """The distribution after every token, from one forward pass without a cache, in float64."""
-    with torch.no_grad():
-        logits = model.double()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    model.float()
-    return softmax(logits.numpy(), axis=-1)
+def meter(
+    samples: tuple[ReasoningTokens, ...], reference: Path = TRIO / "reasoning", **how: Any
+) -> DivergenceMeter:
+    return DivergenceMeter(checkpoint(reference), samples, VerifyOptions(LoadOptions(), **how))
 
 
 # KL divergence
@@ -88,61 +91,64 @@ def test_kl_divergence_is_not_negative_and_zero_for_equals(seed: int) -> None:
 
 @pytest.mark.parametrize("numbers", [739 * 1000, 739 * 16, 1])
 def test_chunks_equal_one_dense_forward_pass(
-    reasoning: Qwen2ForCausalLM,
-    instruct: Qwen2ForCausalLM,
-    samples: tuple[ReasoningTokens, ...],
-    numbers: int,
-    monkeypatch: pytest.MonkeyPatch,
+    samples: tuple[ReasoningTokens, ...], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(divergence, "CHUNK_LOGITS", numbers)
+    monkeypatch.setattr(layerwise_drift, "CHUNK_LOGITS", numbers)
     ids = samples[0].input_ids
     assert len(ids) > 48  # at the smallest size several chunks
-    found = token_drift(reasoning, instruct, ids)
-    expected = rel_entr(dense(reasoning, ids), dense(instruct, ids)).sum(-1)
-    assert found.numpy() == pytest.approx(expected, rel=1e-3, abs=3e-6)
+    with meter(samples[:1], dtype=torch.float64) as measuring:
+        (found,) = measuring.divergences(checkpoint(TRIO / "instruct"))
+    expected = divergence(whole(TRIO / "reasoning"), whole(TRIO / "instruct"), ids)
+    assert found.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("role", ["instruct", "pretrained"])
 def test_places_are_means_over_their_positions(
-    reasoning: Qwen2ForCausalLM,
-    instruct: Qwen2ForCausalLM,
-    samples: tuple[ReasoningTokens, ...],
+    samples: tuple[ReasoningTokens, ...], role: str
 ) -> None:
-    found = drift(reasoning, instruct, samples)
-    values: dict[str, list[float]] = {"think": [], "content": [], "rest": []}
-    means = {}
-    for sample in samples:
-        apart = rel_entr(dense(reasoning, sample.input_ids), dense(instruct, sample.input_ids))
-        inside = {*sample.think_positions, *sample.content_positions}
-        for position, value in enumerate(apart.sum(-1)):
-            place = "think" if position in sample.think_positions else "content"
-            values[place if position in inside else "rest"].append(value)
-        means[sample.source] = np.mean(apart.sum(-1)[list(sample.think_positions)])
-    for name, numbers in values.items():
+    """Of layers that run one after the other as of whole models: the same to the sixth digit."""
+    with meter(samples, dtype=torch.float64) as measuring:
+        found = measuring.drift(checkpoint(TRIO / role))
+    expected = means(whole(TRIO / "reasoning"), whole(TRIO / role), samples)
+    for name in ("think", "content", "rest"):
         place: Place = getattr(found, name)
-        assert place.positions == len(numbers)
-        assert place.mean == pytest.approx(np.mean(numbers), rel=1e-3)
-    assert found.worst_source == max(means, key=means.__getitem__)
-    assert found.worst == pytest.approx(max(means.values()), rel=1e-3)
+        assert place.positions == expected.positions[name]
+        assert place.mean == pytest.approx(expected.mean[name], rel=1e-6)
+    assert found.worst_source == expected.worst_source
+    assert found.worst == pytest.approx(expected.worst, rel=1e-6)
     assert found.samples == len(samples)
     assert found.verdict == "damaged"
 
 
-def test_a_model_does_not_drift_from_itself(
-    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
-) -> None:
+def test_one_reference_measures_several_models(samples: tuple[ReasoningTokens, ...]) -> None:
+    """One after the other, with hidden states on disk: as each of them alone."""
+    alone = []
+    for role in ("instruct", "pretrained"):
+        with meter(samples) as measuring:
+            alone.append(measuring.drift(checkpoint(TRIO / role)))
+    with meter(samples, budget=0) as measuring:
+        found = [measuring.drift(checkpoint(TRIO / role)) for role in ("instruct", "pretrained")]
+    assert found == alone
+
+
+def test_a_model_does_not_drift_from_itself(samples: tuple[ReasoningTokens, ...]) -> None:
     seen: list[int] = []
-    found = drift(reasoning, reasoning, samples, seen.append)
+    with meter(samples) as measuring:
+        found = measuring.drift(checkpoint(TRIO / "reasoning"), seen.append)
     assert (found.think.mean, found.content.mean, found.rest.mean) == (0.0, 0.0, 0.0)
     assert found.verdict == "kept"
-    assert seen == [len(sample.input_ids) for sample in samples]
+    assert seen == 4 * [len(sample.input_ids) for sample in samples]  # its layers
 
 
-def test_a_broken_model_is_damaged(
-    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
+def test_a_model_that_overflows_is_damaged(
+    samples: tuple[ReasoningTokens, ...], tmp_path: Path
 ) -> None:
-    broken = load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
-    broken.model.norm.weight.data.fill_(torch.nan)
-    found = drift(reasoning, broken, samples[:2])
+    folder = make_models(tmp_path) / "reasoning"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(1e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with meter(samples[:2]) as measuring:
+        found = measuring.drift(checkpoint(folder))
     assert math.isnan(found.think.mean)
     assert math.isnan(found.worst)
     assert found.verdict == "damaged"
@@ -157,18 +163,27 @@ def test_verdicts(mean: float, verdict: str) -> None:
     assert Drift(place, place, place, 1, "x", 0.0).verdict == verdict
 
 
-def test_nothing_to_compare(reasoning: Qwen2ForCausalLM) -> None:
+def test_nothing_to_compare() -> None:
     with pytest.raises(RainError, match="no samples"):
-        drift(reasoning, reasoning, [])
+        meter(())
 
 
 def test_tokens_that_one_model_lacks_do_not_count(
-    reasoning: Qwen2ForCausalLM, samples: tuple[ReasoningTokens, ...]
+    samples: tuple[ReasoningTokens, ...], tmp_path: Path
 ) -> None:
-    other = load_model(checkpoint(TRIO / "reasoning"), "cpu", None)
-    other.resize_token_embeddings(760)
-    for pair in ((reasoning, other), (other, reasoning)):
-        assert drift(*pair, samples).think.mean == pytest.approx(0.0, abs=1e-6)
+    """As mergekit pads or cuts the vocabulary."""
+    padded = tmp_path / "padded"
+    shutil.copytree(TRIO / "reasoning", padded)
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": 760}))
+    weights = load_file(padded / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    more = torch.ones(760 - len(table), table.shape[1], dtype=table.dtype)
+    weights["model.embed_tokens.weight"] = torch.cat([table, more])
+    save_file(weights, padded / "model.safetensors", metadata={"format": "pt"})
+    for pair in ((TRIO / "reasoning", padded), (padded, TRIO / "reasoning")):
+        with meter(samples, reference=pair[0]) as measuring:
+            assert measuring.drift(checkpoint(pair[1])).think.mean == pytest.approx(0.0, abs=1e-6)
 
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import architectures
+import dense
 import pytest
 import torch
 from commands import TRIO, needs_rules, refused, run, succeed
@@ -25,13 +26,14 @@ from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import layerwise_drift
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
-from rain_mergekit.evaluation.divergence import Drift, Place, drift
+from rain_mergekit.evaluation.divergence import Drift, Place
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.marker_distance import REACH
-from rain_mergekit.evaluation.verify import VerifyOptions, measure_merge, verdict
+from rain_mergekit.evaluation.verify import measure_merge, verdict
 from rain_mergekit.instructions.prompts import Asked, Instruction, read_prompts
 from rain_mergekit.instructions.rules import follows
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.generation import Answer, load_model
+from rain_mergekit.models.generation import Answer
 from rain_mergekit.models.loading import LoadOptions
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_reasoning
@@ -108,14 +110,14 @@ def test_next_tokens_equal_those_of_whole_models(
     samples, folder = samples_of(tiny), tiny.folder
     places = [folder / "reasoning", folder / "bfloat16/merged", folder / "float32/merged"]
     found = measure_merge(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)
-    models = [load_model(checkpoint(place), "cpu", None) for place in places]
+    models = [dense.whole(place) for place in places]
     for one, model in ((found.drift, models[1]), (found.unrounded, models[2])):
-        expected = drift(models[0], model, samples)
+        expected = dense.means(models[0], model, samples)
         assert one is not None
         for place in ("think", "content", "rest"):
-            value, wanted = getattr(one, place), getattr(expected, place)
-            assert value.positions == wanted.positions
-            assert value.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-7)
+            value = getattr(one, place)
+            assert value.positions == expected.positions[place]
+            assert value.mean == pytest.approx(expected.mean[place], rel=1e-3, abs=1e-7)
         assert one.worst_source == expected.worst_source
 
 
@@ -253,9 +255,8 @@ def test_rounding_of_experts(family: str, tmp_path: Path) -> None:
     )
     reasoning = checkpoint(tmp_path / "reasoning")
     found = measure_merge(reasoning, checkpoint(rounded), samples, HOW)
-    models = [load_model(reasoning, "cpu", None), load_model(checkpoint(exact), "cpu", None)]
-    for place in ("think", "content", "rest"):
-        wanted = getattr(drift(models[0], models[1], samples), place).mean
+    expected = dense.means(dense.whole(tmp_path / "reasoning"), dense.whole(exact), samples)
+    for place, wanted in expected.mean.items():
         assert getattr(found.unrounded, place).mean == pytest.approx(wanted, rel=1e-3, abs=1e-7)
         assert getattr(found.drift, place).mean != pytest.approx(wanted, rel=1e-3, abs=1e-7)
     last = list(found.layers[-1].values())[-1]

@@ -1,0 +1,48 @@
+"""How many threads torch computes with: one where more would only wait for each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOG = logging.getLogger(__name__)
+_SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Below this hidden size a second thread gains little on idle cores, and on busy ones threads that
+# wait for each other cost several times what they gain (docs/performance.md).
+LARGE = 1024
+
+
+def wait_passively() -> None:
+    """Let threads that wait for each other sleep, not spin; the user's own choice stays.
+
+    The OpenMP of torch reads it when it is loaded: afterwards nothing is set.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@contextmanager
+def threads_for(hidden_size: int, wanted: int | None = None) -> Iterator[None]:
+    """Inside the block torch has `wanted` threads; None: one for a small model, else as before.
+
+    The number that the user gave in the environment is not changed.
+    """
+    import torch  # noqa: PLC0415 - a variable may have to be set before it is loaded
+
+    before = torch.get_num_threads()
+    given = next((name for name in _SET_BY_USER if os.environ.get(name)), None)
+    if wanted is None and given is None and hidden_size < LARGE and before > 1:
+        LOG.info("one thread: models of hidden size %d gain nothing from more", hidden_size)
+        wanted = 1
+    if wanted is None:
+        LOG.info("%d threads%s", before, f", as {given} says" if given else "")
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
