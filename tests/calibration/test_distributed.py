@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hangs import HANGS
 from tiny import Tiny
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def torchrun(tiny: Tiny, *options: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hangs import HANGS
 from tiny import Tiny
 
 from rain_mergekit.calibration.options import RunOptions
@@ -62,7 +63,7 @@ with Progress(1, 1, 5) as progress:
 
 def test_a_terminal_without_a_size_shows_it_too() -> None:
     master, slave = pty.openpty()  # 0 x 0 until somebody sets it
-    subprocess.run([sys.executable, "-c", SHOWN], stderr=slave, check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", SHOWN], stderr=slave, check=True, timeout=HANGS)
     os.close(slave)
     shown = os.read(master, 65536).decode()
     os.close(master)

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from hangs import HANGS
 from hypothesis import given
 from mutations import FUZZ, chances, changed, edited
 from safetensors import safe_open
@@ -288,7 +289,7 @@ write_calibration(sys.argv[1], {}, tensors)
 def test_a_killed_process_leaves_nothing_behind(path: Path, sent: str) -> None:
     before = path.read_bytes()
     command = [sys.executable, "-c", KILLED, str(path), sent]
-    done = subprocess.run(command, check=False, capture_output=True, timeout=600)
+    done = subprocess.run(command, check=False, capture_output=True, timeout=HANGS)
     assert done.returncode == -getattr(signal, sent), done.stderr
     assert names(path.parent) == [path.name]
     assert path.read_bytes() == before

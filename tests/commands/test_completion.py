@@ -13,6 +13,7 @@ import commands
 import pytest
 from commands import MAIN
 from doc_blocks import ROOT, blocks
+from hangs import HANGS
 
 from rain_mergekit.commands.console import Console
 
@@ -34,7 +35,7 @@ def complete(shell: str, *words: str, place: int, script: str = MAIN) -> list[st
         text=True,
         env=environment,
         check=True,
-        timeout=600,
+        timeout=HANGS,
     )
     return done.stdout.splitlines()
 
@@ -66,7 +67,7 @@ def test_script_is_the_documented_one(shell: str) -> None:
         text=True,
         env={**os.environ, "_MERGEKIT_RAIN_COMPLETE": f"{shell}_source"},
         check=True,
-        timeout=600,
+        timeout=HANGS,
     )
     assert f"_MERGEKIT_RAIN_COMPLETE={shell}_complete" in done.stdout
     if shell == "bash":

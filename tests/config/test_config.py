@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hangs import HANGS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -228,6 +229,6 @@ def test_reading_a_configuration_first_leaves_the_method_registered() -> None:
         "print('rain' in {method.spec.name for method in registry.registered_methods()})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANGS
     )
     assert done.stdout == "True\n", done.stderr

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from commands import MAIN, TRIO, refused, run, succeed
+from hangs import HANGS
 from watching import untouched
 
 from rain_mergekit.data_building.balance import Candidate, choose
@@ -355,7 +356,7 @@ def test_killed_run_goes_on(server: str, tmp_path: Path) -> None:
     journal = tmp_path / f"set.jsonl{SUFFIX}"
     before = len(seen(server))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 600
+        end = time.monotonic() + HANGS
         while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
             assert time.monotonic() < end
             time.sleep(0.05)

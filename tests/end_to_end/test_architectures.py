@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,9 +86,22 @@ def add_buffers(folder: Path, names: tuple[str, ...]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+# One of each kind: with windows, transposed, experts as modules and in one tensor, layers without
+# attention, one state space, a part with eyes. The others take minutes.
+QUICK = {"gemma2", "gpt2", "mixtral", "deepseek_v3", "qwen3_next", "falcon_h1", "qwen2_5_vl"}
+
+
+def quick_ones(families: Iterable[str]) -> list[Any]:
+    """The families as parameters, of which all but `QUICK` are marked as slow."""
+    return [
+        family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+        for family in families
+    ]
+
+
 # Llama 4's vision tower keeps complex rotary tables, and the reference is converted to float64.
 @pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick_ones(FAMILIES))
 def test_the_merge_is_what_the_method_says(tmp_path: Path, family: str) -> None:
     tiny = prepared(tmp_path, family)
     summary = tiny.calibrate()
@@ -143,7 +157,7 @@ def assert_untouched(reference: Reference, weights: set[str]) -> None:
             assert name.endswith(kinds), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", quick_ones(["mixtral", "qwen3_moe", "glm4_moe"]))
 def test_both_layouts_of_experts_give_the_same_merge(tmp_path: Path, family: str) -> None:
     """One tensor an expert in all three, then the reasoning model with one tensor for all."""
     results = []
@@ -170,7 +184,7 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("family", READING)
+@pytest.mark.parametrize("family", quick_ones(READING))
 def test_what_attention_reads_is_protected_to_its_share(tmp_path: Path, family: str) -> None:
     """Of a site's response to prompts, and to responses, at most a tenth is left by the merge."""
     bare = prepared(tmp_path, family)
@@ -296,6 +310,7 @@ def test_what_mergekit_leaves_out_takes_one_lambda(tmp_path: Path) -> None:
     assert not tiny.path.exists()  # said before the calibration
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_package_finds() -> None:
     text = architecture_table.PAGE.read_text(encoding="utf-8")
     assert text == architecture_table.page(text), "run: python tests/support/architecture_table.py"

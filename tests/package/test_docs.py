@@ -24,6 +24,7 @@ import settings_table
 import transformers
 from click.testing import CliRunner
 from doc_blocks import EMPTY, PAGES, ROOT, Block, blocks, fences
+from hangs import HANGS
 
 import rain_mergekit
 from rain_mergekit.calibration_file.published_coefficients import read_alpha
@@ -136,7 +137,7 @@ def run_shell(line: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
         env=environment,
     )
     return done.returncode, done.stdout + done.stderr

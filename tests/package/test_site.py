@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 from doc_blocks import PAGES, ROOT
+from hangs import HANGS
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

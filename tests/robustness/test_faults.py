@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from forks import NOT_PERMITTED, Ended, Forks, wait_for_stop
+from hangs import HANGS
 from tiny import Tiny
 from watching import untouched
 
@@ -309,7 +310,7 @@ def short_of_memory_after(shards: int, wide: Tiny, forks: Forks) -> Ended:
     """A merge that has written so many shards when there is no more memory for large things."""
     for _ in range(20):
         pid = forks.start(*merge(wide))
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + HANGS
         while len(list(wide.folder.glob("out/**/model*.safetensors"))) < shards:
             assert time.monotonic() < limit
             time.sleep(0.001)

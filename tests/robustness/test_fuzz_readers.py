@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hangs import HANGS
 from hypothesis import given
 from mergekit.config import MergeConfiguration
 from mutations import FUZZ, chances, changed, edited, edited_text, value
@@ -225,7 +226,7 @@ def test_reading_a_file_does_nothing_else() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     found, *targets = done.stdout.splitlines()

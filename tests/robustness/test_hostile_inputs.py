@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hangs import HANGS
 from test_fuzz_readers import YAML
 from tiny import Tiny
 
@@ -183,7 +184,7 @@ def test_memory_follows_the_file_not_what_it_says(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
     )
     assert done.stderr == ""
     found = [json.loads(line) for line in done.stdout.splitlines()]

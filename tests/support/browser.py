@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hangs import HANGS
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Measures pages in frames as wide as a phone; the title carries the numbers out: how far the page
@@ -126,4 +127,4 @@ def browse(
     flags += ["no-first-run", "disable-extensions", "disable-dev-shm-usage", "disable-sync"]
     flags += ["disable-component-update", "disable-quic", f"blink-settings={_BLINK[scheme]}"]
     command = [program, *(f"--{flag}" for flag in flags), address]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from hangs import HANGS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def run_process(*arguments: object, **options: Any) -> Outcome:
     """The command in its own process."""
     command = [sys.executable, "-c", MAIN, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=600, **options
+        command, capture_output=True, text=True, check=False, timeout=HANGS, **options
     )
     return Outcome(done.returncode, done.stdout + done.stderr, done.stdout)
 

@@ -25,7 +25,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 600  # for what hangs: machines differ in speed
+from hangs import HANGS
+
 NOT_PERMITTED = 77
 NO_MOUNTS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOSPC)  # the last: no namespace left
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # of unshare(2)
@@ -114,7 +115,7 @@ class Forks:
 
     def _answer(self) -> dict[str, Any]:
         assert self._server.stdout is not None
-        ready, _, _ = select.select([self._server.stdout], [], [], TIMEOUT)
+        ready, _, _ = select.select([self._server.stdout], [], [], HANGS)
         assert ready, "the run does not end: " + self.log.read_text(errors="replace")
         answer: dict[str, Any] = json.loads(self._server.stdout.readline())
         return answer

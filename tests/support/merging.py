@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from click.testing import CliRunner
+from hangs import HANGS
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -248,7 +249,7 @@ def merge_process(folder: Path, content: Mapping[str, Any], *options: str) -> Ou
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANGS,
     )
     return Outcome(done.returncode, done.stdout + done.stderr, folder / "merged")
 

@@ -29,10 +29,8 @@ class Means:
 
 
 def whole(folder: Path) -> Any:
-    """The model as transformers loads it, in float64."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
+    """The model as transformers loads it, in float64 (its eager attention is not)."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
 def distribution(model: Any, ids: Sequence[int], tokens: int) -> Numbers:
