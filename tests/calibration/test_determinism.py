@@ -168,6 +168,7 @@ def test_any_number_of_threads(wide: Tiny, forks: Forks, alone: tuple[bytes, byt
     assert merged(wide, forks, 3, "--activation-budget", "0") == alone
 
 
+@pytest.mark.slow
 def test_stock_mergekit_with_mkls_strict_mode(
     wide: Tiny, forks: Forks, alone: tuple[bytes, bytes]
 ) -> None:
@@ -180,11 +181,13 @@ def test_stock_mergekit_with_mkls_strict_mode(
     assert weights.read_bytes() == alone[1]
 
 
+@pytest.mark.slow
 def test_any_number_of_threads_in_bfloat16(wide: Tiny, forks: Forks) -> None:
     options = ("--deterministic", "--dtype", "bfloat16")
     assert calibrated(wide, forks, 1, *options) == calibrated(wide, forks, 3, *options)
 
 
+@pytest.mark.slow
 def test_continued_with_other_threads(wide: Tiny, forks: Forks, alone: tuple[bytes, bytes]) -> None:
     stopped(wide, forks, 2)
     ended = forks.run("calibrate", wide.config().path, "--deterministic", threads=3)

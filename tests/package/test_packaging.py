@@ -82,6 +82,7 @@ def contents(fresh: environments.Environment) -> set[Path]:
     return {p for f in folders for p in f.rglob("*") if p.parent.name != "__pycache__"}
 
 
+@pytest.mark.slow
 def test_the_wheel_works_away_from_the_sources(built: tuple[Path, Path], tmp_path: Path) -> None:
     """And nothing is left of it when it is uninstalled."""
     dependencies = environments.link_dependencies(tmp_path / "dependencies")

@@ -168,6 +168,7 @@ def test_calibrate_killed_at_changes_of_the_file_system(
         assert tiny.path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_calibrate_killed_again_and_again(tiny: Tiny, forks: Forks, whole: bytes) -> None:
     """At random times, each run going on from what the killed ones left."""
     chance = random.Random(2)  # noqa: S311 - no secret
@@ -196,6 +197,7 @@ def test_calibrate_killed_again_and_again(tiny: Tiny, forks: Forks, whole: bytes
     assert not Path(f"{tiny.path}.work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_merge_killed_at_changes_of_the_file_system(
     tiny: Tiny, forks: Forks, whole: bytes, merged: dict[str, str], *, older: bool
@@ -272,6 +274,7 @@ def with_little_memory(forks: Forks, pid: int) -> Ended:
     return forks.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_no_memory_in_a_layer(wide: Tiny, forks: Forks, layer: int) -> None:
@@ -292,6 +295,7 @@ def test_no_memory_in_a_layer(wide: Tiny, forks: Forks, layer: int) -> None:
     assert wide.path.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
 def test_no_memory_in_the_merge(wide: Tiny, forks: Forks) -> None:
     assert forks.run(*merge(wide)).code == 0
@@ -362,6 +366,7 @@ def test_a_shard_is_lost_before_the_merge(
     assert model(tiny) == merged
 
 
+@pytest.mark.slow
 def test_interruptions(tiny: Tiny, forks: Forks, whole: bytes) -> None:
     """Ctrl-C at random moments: exit code 130, one line, and a run that goes on."""
     for moment in moments(3 * LAYERS, 2, seed=4):
