@@ -32,6 +32,10 @@ _COMMANDS = {
         "rain_mergekit.commands.convert_alpha:convert_alpha",
         "Take over coefficients of the published scripts.",
     ),
+    "export-lora": (
+        "rain_mergekit.commands.export_lora:export_lora",
+        "Write a calibration with fit: streams as a LoRA adapter.",
+    ),
     "demo": ("rain_mergekit.demo.command:demo", "Show it on a small trained trio, offline."),
 }
 _INTERRUPTED = 130

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rain_mergekit
 from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerResultFile
+from rain_mergekit.calibration.stream_warnings import stream_warnings
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.capture.input_sites import site_name
 from rain_mergekit.config.settings import RainSettings
@@ -41,7 +42,9 @@ def write_file(
     tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
     layers = _coefficients(parts, settings, tensors, sources)
     left = header.get("untouched", ())
+    streams = [part.streams for part in parts if part.streams is not None]
     warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers, left)]
+    warnings += stream_warnings(streams, tensors)
     complete = {
         "created_by": f"rain_mergekit {rain_mergekit.__version__}",
         **header,
@@ -50,6 +53,8 @@ def write_file(
         "layers": layers,
         "warnings": warnings,
     }
+    if streams:
+        complete["streams"] = {"layers": streams}
     write_calibration(path, complete, sources)
     return tuple(warnings)
 

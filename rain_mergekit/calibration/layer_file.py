@@ -25,7 +25,10 @@ TOKENS = "tokens"  # the key of the rows that are merged, where rows are tokens
 
 @dataclass(frozen=True)
 class LayerResultFile:
-    """One layer as read back: header entries, statistics, and which tensors lie in the file."""
+    """One layer as read back: header entries, statistics, and which tensors lie in the file.
+
+    streams: of a layer of stream matching, its name and the errors by group of tokens.
+    """
 
     path: Path
     name: str
@@ -34,6 +37,7 @@ class LayerResultFile:
     statistics: HeadStatistics | None
     layout: HeadLayout | None
     keys: tuple[str, ...]
+    streams: dict[str, Any] | None = None
 
     def read(self, key: str) -> Tensor:
         """One tensor of the calibration file."""
@@ -84,6 +88,7 @@ def read_part(path: Path) -> LayerResultFile:
         statistics=statistics,
         layout=layout,
         keys=tuple(header["keys"]),
+        streams=header.get("streams"),
     )
 
 

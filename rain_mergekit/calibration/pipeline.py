@@ -17,6 +17,7 @@ from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.layer_file import LayerResultFile, read_part
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
+from rain_mergekit.calibration.stream_engine import StreamEngine
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
@@ -46,7 +47,7 @@ class CalibrationSummary:
 
 
 def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
-    """Run the calibration that `config` describes and write the file that it names.
+    """CalibrationEngine the calibration that `config` describes and write the file that it names.
 
     Raises RainError for anything wrong with the input; then no calibration file is written.
     """
@@ -64,7 +65,7 @@ def plan(config: RainConfig, options: RunOptions) -> Estimate:
     """What `calibrate` would need, from file headers and token counts; nothing is run."""
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
-    run = CalibrationEngine(config, options, trio, samples, World(torch.device("cpu")))
+    run = _engine(config)(config, options, trio, samples, World(torch.device("cpu")))
     return run.estimate()
 
 
@@ -74,7 +75,7 @@ def _calibrate(
     trio = open_trio(config, options.load)
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
-    run = CalibrationEngine(config, options, trio, samples, world)
+    run = _engine(config)(config, options, trio, samples, world)
     accept = config.settings.accept
     names = merge_names(trio.config, run.shell.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))
@@ -115,6 +116,10 @@ def _calibrate(
     )
 
 
+def _engine(config: RainConfig) -> type[CalibrationEngine | StreamEngine]:
+    return StreamEngine if config.settings.fit == "streams" else CalibrationEngine
+
+
 def _model_records(trio: Trio) -> dict[str, Any]:
     return {
         role: {
@@ -128,7 +133,8 @@ def _model_records(trio: Trio) -> dict[str, Any]:
 
 def _mean_rank(parts: Sequence[LayerResultFile]) -> float:
     ranks = [int(site["rank"]) for part in parts for site in part.sites.values()]
-    return sum(ranks) / len(ranks)
+    ranks += [int(t["fit"]["rank"]) for part in parts for t in part.tensors.values() if "fit" in t]
+    return sum(ranks) / max(1, len(ranks))
 
 
 def _check_writable(path: Path) -> None:

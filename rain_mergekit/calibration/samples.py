@@ -46,6 +46,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
             chat_template_kwargs=options,
             window=settings.window,
             max_tokens=settings.max_tokens,
+            spans_needed=settings.fit == "projection",
         )
     return Samples(reasoning, instruction, markers)
 

@@ -113,6 +113,12 @@ class CalibrationFile:
         u = self._finite(plan.u)
         return Factors(u, u if plan.v in (None, plan.u) else self._finite(str(plan.v)))
 
+    def change(self, plan: TensorPlan) -> tuple[Tensor, Tensor] | None:
+        """A (d_out, r) and B (d_in, r) of a weight in float32; None if nothing is added to it."""
+        if plan.a is None or plan.b is None:
+            return None
+        return self._finite(plan.a), self._finite(plan.b)
+
     def scale(self, key: str | None) -> Tensor | None:
         """A row or column vector in float32; None stands for all ones."""
         return None if key is None else self._finite(key)
@@ -148,7 +154,7 @@ def _plans(metadata: dict[str, Any], entries: Mapping[str, Entry]) -> tuple[dict
             f"it has format version {int(version)} and was written by a newer rain_mergekit; "
             f"this one reads version {VERSION}: upgrade with `pip install -U rain-mergekit`"
         )
-    if int(version) < VERSION:
+    if int(version) < 1:
         raise RainError(f"there is no format version {int(version)}")
     text = metadata.get("header")
     if not isinstance(text, str):

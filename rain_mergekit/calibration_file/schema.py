@@ -1,4 +1,4 @@
-"""The header of a calibration file (format version 1): names, types, and what must fit together."""
+"""The header of a calibration file (versions 1 and 2): names, types, what must fit together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from rain_mergekit.calibration_file.container import Entry
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
-VERSION = 1
+VERSION = 2
+# The oldest version that can say what a file says: 2 added the factors A and B of a weight.
+_ADDED = 2
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -42,6 +44,8 @@ class TensorPlan:
     """One weight: its site (or one for each expert), shape, input axis, and scale vectors.
 
     tokens: its rows are tokens; a merge that aligns vocabularies may have more of them or fewer.
+    a, b: keys of the factors (d_out, r) and (d_in, r) of a change that is added; a weight with
+    one and without a site takes nothing else.
     """
 
     site: str | tuple[str, ...] | None
@@ -50,6 +54,13 @@ class TensorPlan:
     rows: str | None
     cols: str | None
     tokens: bool = False
+    a: str | None = None
+    b: str | None = None
+
+    @property
+    def projected(self) -> bool:
+        """Whether the task vector, scaled and projected, is part of the change."""
+        return self.a is None or self.site is not None
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,13 @@ class Plans:
     sites: Mapping[str, SitePlan]
     tensors: Mapping[str, TensorPlan]
     digests: Mapping[str, str]
+
+
+def version_of(header: Mapping[str, Any]) -> int:
+    """The format version that a file with this header needs."""
+    entries = header.get("tensors")
+    tensors = entries.values() if isinstance(entries, dict) else ()
+    return _ADDED if any(isinstance(t, dict) and t.get("a") for t in tensors) else 1
 
 
 def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Plans:
@@ -200,7 +218,19 @@ def _tensor(fields: _Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
     tokens = fields.optional_flag("tokens")
     if tokens and (len(shape) != 2 or axis != -1):
         fields.fail("tokens", "true only for a weight with a row for each token", tokens)
-    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens)
+    a, b = _change(fields, shape, d_out, d_in)
+    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens, a, b)
+
+
+def _change(
+    fields: _Fields, shape: list[int], d_out: int, d_in: int
+) -> tuple[str | None, str | None]:
+    a, b = fields.key("a", (d_out, None)), fields.key("b", (d_in, None))
+    if (a is None) != (b is None) or (a is not None and len(shape) != 2):
+        fields.fail("a", "given together with b, for a weight of two dimensions", a or b)
+    if a is not None and b is not None and fields.entries[a].shape[1] != fields.entries[b].shape[1]:
+        fields.fail("b", f"a tensor of as many columns as {a}", list(fields.entries[b].shape))
+    return a, b
 
 
 def _require_width(fields: _Fields, plan: SitePlan | None, name: object, width: int) -> None:
@@ -225,5 +255,29 @@ def _check_remarks(root: _Fields) -> None:
         for key in (stats := fields.table("stats")):
             if stats.text(key) not in root.entries:
                 stats.fail(key, "the key of a stored tensor", stats.get(key))
+    _check_streams(root)
     if not all(isinstance(line, str) for line in root.get("warnings") or []):
         root.fail("warnings", "a list of texts", root.get("warnings"))
+
+
+def _check_streams(root: _Fields) -> None:
+    """Errors of stream matching by layer, and how each change was fitted: numbers by name."""
+    if root.get("streams") is not None:
+        section = root.table("streams")
+        if not isinstance(section.get("layers"), list):
+            section.fail("layers", "a list", section.get("layers"))
+        for index, layer in enumerate(section.get("layers")):
+            fields = _Fields(layer, f"streams.layers.{index}", root.entries)
+            fields.text("name")
+            for kind in ("fitted", "held_out"):
+                _require_numbers(fields.table(kind))
+    for _, tensor in root.table("tensors").tables():
+        if tensor.get("fit") is not None:
+            fit = tensor.table("fit")
+            _require_numbers(fit, "rank", "explained", "fitted", "wanted")
+
+
+def _require_numbers(fields: _Fields, *names: str) -> None:
+    for name in names or tuple(fields):
+        if fields.optional_number(name) is None:
+            fields.fail(name, "a finite number", fields.get(name))

@@ -14,6 +14,7 @@ from typing import Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site, kinds, locate, place, site_modules
+from rain_mergekit.calibration_file.stream_summary import Matching, matching
 from rain_mergekit.config.settings import RainSettings
 
 _DATA = ("reasoning", "instruction")
@@ -60,6 +61,7 @@ class FileSummary:
     sites: tuple[Site, ...]
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...]
+    matching: Matching | None = None
 
 
 def summarise(file: CalibrationFile) -> FileSummary:
@@ -80,6 +82,7 @@ def summarise(file: CalibrationFile) -> FileSummary:
         sites=sites,
         layers=tuple(_layers(file)),
         warnings=tuple(dict.fromkeys(header.get("warnings") or ())),
+        matching=matching(file),
     )
 
 

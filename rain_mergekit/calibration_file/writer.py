@@ -19,7 +19,7 @@ from rain_mergekit.calibration_file.container import (
     raw_bytes,
     write_header,
 )
-from rain_mergekit.calibration_file.schema import FORMAT, VERSION, parse_header
+from rain_mergekit.calibration_file.schema import FORMAT, parse_header, version_of
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.atomic_file import replacing
 
@@ -47,7 +47,7 @@ def write_calibration(
         text = _header_text({**header, "tensor_sha256": digests})
         parse_header(parse_json(text, "the header"), spooled)
         entries = _placed(spooled)
-        out.write(write_header(_metadata(text), entries))
+        out.write(write_header(_metadata(text, version_of(header)), entries))
         for key in entries:
             _copy(spool, spooled[key], out)
 
@@ -101,12 +101,11 @@ def _placed(spooled: Mapping[str, Entry]) -> dict[str, Entry]:
     return entries
 
 
-def _metadata(text: str) -> dict[str, str]:
+def _metadata(text: str, version: int) -> dict[str, str]:
     digest = hashlib.sha256(text.encode()).hexdigest()
-    version = str(VERSION)
     return {
         "format": FORMAT,
-        "format_version": version,
+        "format_version": str(version),
         "header": text,
         "header_sha256": digest,
     }

@@ -18,7 +18,8 @@ def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str
     lost: the tensors that mergekit will leave out.
     """
     found = [lost_warning(lost)] if lost else []
-    if is_proxy({role: str(model) for role, model in config.models.items()}):
+    proxy = is_proxy({role: str(model) for role, model in config.models.items()})
+    if proxy and config.settings.fit == "projection":
         found.append(
             "the reasoning model stands for the pretrained one, so the task vector is instruct "
             "minus reasoning: where nothing is protected the merge takes back what reasoning "

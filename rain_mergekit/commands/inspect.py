@@ -15,6 +15,7 @@ from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
     from rain_mergekit.calibration_file.site_names import Kind, ValueRange
+    from rain_mergekit.calibration_file.stream_summary import MatchedLayer, Matching
     from rain_mergekit.calibration_file.summary import Data, FileSummary
 
 
@@ -77,8 +78,11 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     lines += [_head("Settings that differ from the defaults")]
     nothing = "  none" if summary.settings else "  not recorded"
     lines += _table(changed) if changed else [nothing]
-    lines += [_head("Protection: mean over layers (lowest-highest rank, lowest share)")]
-    lines += _kinds(summary.kinds)
+    if summary.matching is not None:
+        lines += _matching(summary.matching)
+    else:
+        lines += [_head("Protection: mean over layers (lowest-highest rank, lowest share)")]
+        lines += _kinds(summary.kinds)
     lines += _coefficients(summary, blocks=blocks)
     if summary.warnings:
         lines.append(click.style("Warnings", bold=True, fg="yellow"))
@@ -115,6 +119,35 @@ def _kinds(kinds: tuple[Kind, ...]) -> list[str]:
             f"{_share(kind.kept):<13}  {_share(kind.response)}".rstrip()
         )
     return lines if kinds else ["  nothing is projected"]
+
+
+def _matching(found: Matching) -> list[str]:
+    """Ranks by module, and the errors after the first, the middle and the last layer."""
+    names = [clean(module.name) for module in found.modules]
+    wide = max([len("change of"), *map(len, names)])
+    lines = [_head("Stream matching: mean over layers (lowest-highest rank, lowest share)")]
+    lines += [f"  {'change of':<{wide}} {'rank':<14}  {'of full rank':<13}  of the target"]
+    for name, module in zip(names, found.modules, strict=True):
+        rank = f"{module.rank.mean:.1f} ({module.rank.low:.0f}-{module.rank.high:.0f})"
+        lines.append(
+            f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  {_share(module.fitted)}"
+        )
+    last = len(found.layers) - 1
+    chosen = [found.layers[i] for i in sorted({0, last // 2, last})] if found.layers else []
+    wide = max([len("layer"), *(len(clean(layer.name)) for layer in chosen)])
+    lines += [_head("Distance of the merged hidden states from their teacher (held out)")]
+    lines += [f"  {'layer':<{wide}}  " + "  ".join(f"{group:<15}" for group in found.groups)]
+    lines += [
+        f"  {clean(layer.name):<{wide}}  "
+        + "  ".join(f"{_error(layer, group):<15}" for group in found.groups).rstrip()
+        for layer in chosen
+    ]
+    return lines
+
+
+def _error(layer: MatchedLayer, group: str) -> str:
+    fitted, held_out = layer.fitted.get(group, math.nan), layer.held_out.get(group)
+    return f"{fitted:.3f} ({'-' if held_out is None else f'{held_out:.3f}'})"
 
 
 def _share(value: ValueRange | None) -> str:

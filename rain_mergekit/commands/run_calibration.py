@@ -10,6 +10,7 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.stream_summary import Matching, matching
 from rain_mergekit.commands.console import Console, counted, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
@@ -42,13 +43,17 @@ def run_calibration(
 
 def report(summary: CalibrationSummary, console: Console) -> None:
     """Layers, ranks, energy, samples, size, time, warnings."""
-    header = CalibrationFile.open(summary.path).header
+    file = CalibrationFile.open(summary.path)
+    found = matching(file)
     console.heading(f"Wrote {summary.path}")
     layers = counted(summary.layers, "layer")
     if summary.first_layer:
         layers += f" (continued after {summary.first_layer})"
     console.print(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
-    console.print(f"  {_protection(header['sites'], summary.mean_rank)}")
+    if found is None:
+        console.print(f"  {_protection(file.header['sites'], summary.mean_rank)}")
+    else:
+        console.print(f"  {_matching(found)}")
     console.print(f"  thinking: {summary.samples.markers}")
     sets: list[tuple[str, DataSet[Any] | None]] = [
         ("reasoning samples", summary.samples.reasoning),
@@ -66,6 +71,20 @@ def report(summary: CalibrationSummary, console: Console) -> None:
 def next_step(config_path: str | Path, console: Console) -> None:
     """What to run after a calibration."""
     console.print(f"Next: mergekit-yaml {config_path} ./merged")
+
+
+def _matching(found: Matching) -> str:
+    """Ranks, and how far the merged hidden states are from their teachers after the last layer."""
+    weights = counted(sum(module.weights for module in found.modules), "weight")
+    text = f"changes of mean rank {found.mean_rank:.1f} for {weights}"
+    if not found.layers:
+        return text
+    last = found.layers[-1]
+    errors = ", ".join(
+        f"{group} {last.held_out.get(group, error):.1%}" for group, error in last.fitted.items()
+    )
+    kind = "held-out texts" if last.held_out else "the texts"
+    return f"{text}; distance from the teachers on {kind}: {errors}"
 
 
 def _protection(sites: dict[str, dict[str, Any]], mean_rank: float) -> str:

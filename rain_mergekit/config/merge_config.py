@@ -74,7 +74,8 @@ def read_config(path: str | Path) -> RainConfig:
         for model in merge.models
         if model.model != merge.base_model or "role" in (model.parameters or {})
     ]
-    roles = _roles(others, merge.base_model, source)
+    settings = parse_settings(data.get("rain"), source)
+    roles = _roles(others, merge.base_model, source, alone=settings.fit == "streams")
     return RainConfig(
         path=source,
         text=text,
@@ -82,7 +83,7 @@ def read_config(path: str | Path) -> RainConfig:
         instruct=roles["instruct"],
         pretrained=roles["pretrained"],
         calibration=_calibration_path(merge, source),
-        settings=parse_settings(data.get("rain"), source),
+        settings=settings,
         tokenizer=merge.tokenizer is not None or merge.tokenizer_source is not None,
     )
 
@@ -117,8 +118,14 @@ def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfigura
 
 
 def _roles(
-    models: Sequence[InputModelDefinition], base: ModelReference, source: str
+    models: Sequence[InputModelDefinition], base: ModelReference, source: str, *, alone: bool
 ) -> dict[str, ModelReference]:
+    """The models by role. alone: the instruct model needs no pretrained one beside it.
+
+    The reasoning model stands for the pretrained one then.
+    """
+    if alone and len(models) == 1 and (models[0].parameters or {}).get("role") != "pretrained":
+        return {"instruct": models[0].model, "pretrained": base}
     if len(models) != 2:
         raise RainError(
             f"{source}: models: expected exactly two besides base_model (role instruct and role "

@@ -41,6 +41,18 @@ def _yaml_off(value: object) -> object:
     return "off" if value is False else value
 
 
+class StreamWeights(BaseModel):
+    """How much each group of tokens counts in stream matching, as a whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: NonNegative = 0.5
+    markers: NonNegative = 1.0
+    thinking: NonNegative = 1.0
+    answers: NonNegative = 1.0
+    responses: NonNegative = 0.5
+
+
 class MarkerSettings(BaseModel):
     """The strings that open and close a thinking block."""
 
@@ -114,6 +126,59 @@ class RainSettings(BaseModel):
         PositiveInt | None,
         Field(description="Longer samples are skipped, counted and reported; null: no limit."),
     ] = None
+
+    fit: Annotated[
+        Literal["projection", "streams"],
+        Field(
+            description="How the change of each weight is found. projection: the paper's, the task "
+            "vector without its effect on the thinking. streams: ridge regression, module by "
+            "module, so that the merged model's hidden states equal the reasoning model's at "
+            "prompts, markers and thinking, and the instruct model's at answers."
+        ),
+    ] = "projection"
+    teacher: Annotated[
+        Literal["instruct", "contrast"],
+        Field(
+            description="For fit: streams, what is aimed at in answers: the instruct model's "
+            "hidden states, or the reasoning model's plus what the instruction changes in the "
+            "instruct model's."
+        ),
+    ] = "instruct"
+    teacher_strength: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            allow_inf_nan=False,
+            description="For fit: streams, the share of the instruct model in the aim at answers "
+            "(the rest is the reasoning model's), or the factor on the contrast.",
+        ),
+        _Number,
+    ] = 1.0
+    stream_weights: Annotated[
+        StreamWeights,
+        Field(
+            description="For fit: streams, how much each group of tokens counts as a whole: "
+            "prompts, markers, thinking, answers (of the instruction set), responses (of the "
+            "reasoning set)."
+        ),
+    ] = StreamWeights()
+    stream_epsilon: Annotated[
+        float,
+        Field(
+            ge=1e-12,
+            allow_inf_nan=False,
+            description="For fit: streams, the ridge penalty, relative to the mean energy of an "
+            "input feature.",
+        ),
+        _Number,
+    ] = 0.01
+    stream_rank_share: Annotated[
+        Share,
+        Field(
+            description="For fit: streams, the share of the fitted energy that the low-rank change "
+            "of a weight keeps; its rank follows, within max_rank or size_budget."
+        ),
+    ] = 0.99
 
     projection: Annotated[
         Literal["oblique", "orthogonal"],
@@ -262,11 +327,16 @@ class RainSettings(BaseModel):
             raise ValueError("rank_by: count needs `rank_count` (how many directions to protect)")
         if self.alpha_min > self.alpha_max:
             raise ValueError("alpha_min must not be above alpha_max")
+        if self.fit == "streams" and (self.coefficients != "off" or self.lm_head != "off"):
+            raise ValueError(
+                "fit: streams has no coefficients and leaves the output head as it is: set "
+                "coefficients: off and lm_head: off, or fit: projection"
+            )
         if self.needs_instruction_data and self.instruction_data is None:
             raise ValueError(
-                "instruction_data is missing: the oblique projection, the coefficients and "
-                "lm_head: unseen are measured on it (or set projection: orthogonal, "
-                "coefficients: off and another lm_head)"
+                "instruction_data is missing: fit: streams, the oblique projection, the "
+                "coefficients and lm_head: unseen are measured on it (or set fit: projection, "
+                "projection: orthogonal, coefficients: off and another lm_head)"
             )
         return self
 
@@ -284,7 +354,8 @@ class RainSettings(BaseModel):
     @property
     def keeps_response(self) -> bool:
         """Whether the reasoning set's responses are run through the model."""
-        return self.protect_response > 0 or self.reading_share > 0 or self.lm_head == "unseen"
+        measured = self.protect_response > 0 or self.reading_share > 0
+        return self.fit == "streams" or measured or self.lm_head == "unseen"
 
     @property
     def stores_v(self) -> bool:
@@ -295,7 +366,7 @@ class RainSettings(BaseModel):
     def needs_instruction_data(self) -> bool:
         """Whether anything is measured on the instruction set."""
         measured = self.projection == "oblique" or self.coefficients != "off"
-        return measured or self.lm_head == "unseen"
+        return self.fit == "streams" or measured or self.lm_head == "unseen"
 
 
 _PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name
@@ -315,11 +386,14 @@ def parse_settings(section: object, source: str) -> RainSettings:
         raise RainError(f"{source}: rain: " + "; ".join(lines)) from None
 
 
+_SECTIONS: Mapping[str, type[BaseModel]] = {"stream_weights": StreamWeights}
+
+
 def _describe(item: Mapping[str, Any]) -> str:
     parts = [str(part) for part in item["loc"] if part not in ("auto", "pairs")]
     field = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        model = RainSettings if len(parts) == 1 else MarkerSettings
+        model = _SECTIONS.get(parts[0], MarkerSettings) if len(parts) > 1 else RainSettings
         known = ", ".join(model.model_fields)
         return f"unknown setting {shown(field)} (known: {known})"
     message = str(item["msg"]).removeprefix("Value error, ")

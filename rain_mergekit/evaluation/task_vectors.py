@@ -188,7 +188,13 @@ class _Weights:
         site = plan.site[expert] if isinstance(plan.site, tuple) else plan.site
         factors = self._file.factors(site) if site is not None else Factors(None, None)
         rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
-        return tuned, thinking, merged_part(tuned, factors, rows, cols)
+        added = self._file.change(plan)
+        merged = merged_part(tuned, factors, rows, cols) if plan.projected else None
+        if added is not None:
+            change = added[0].to(tuned) @ added[1].to(tuned).mT
+            merged = change if merged is None else merged + change
+        assert merged is not None  # noqa: S101 - a weight without a change is projected
+        return tuned, thinking, merged
 
 
 def _part(

@@ -1,4 +1,4 @@
-"""Eq. 16: the merged weight of one matrix, in row blocks."""
+"""The merged weight of one matrix, in row blocks: Eq. 16, a fitted low-rank change, or both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ from rain_mergekit.linalg.factors import Factors
 # A block's two float32 temporaries stay in a core's second-level cache; a GPU wants few launches.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU = 2**17, 2**25
 MIN_BLOCK_ROWS = 128  # with fewer rows the products would do little else than read U and V
+
+
+def changed_weight(
+    reasoning: Tensor, added: tuple[Tensor, Tensor], strength: float, input_axis: int = -1
+) -> Tensor:
+    """Compute W_R + λ A Bᵀ.
+
+    Args:
+        reasoning: W_R, (d_out, d_in); (d_in, d_out) with `input_axis` -2.
+        added: A (d_out, r) and B (d_in, r).
+        strength: λ.
+        input_axis: the axis of the input features, -1 or -2.
+
+    Returns:
+        A new tensor like `reasoning`; computed in float32, or in float64 for float64 weights.
+    """
+    dtype = torch.float64 if reasoning.dtype == torch.float64 else torch.float32
+    result = torch.empty_like(reasoning, memory_format=torch.contiguous_format)
+    out, base = (t if input_axis == -1 else t.mT for t in (result, reasoning))
+    a, b = (factor.to(reasoning.device, dtype) for factor in added)
+    strength = _strength(strength, dtype)
+    step = _block_rows(out)
+    for start in range(0, out.shape[0], step):
+        block = slice(start, start + step)
+        out[block] = torch.addmm(base[block].to(dtype), a[block], b.mT, alpha=strength)
+    return result
 
 
 def merged_weight(
@@ -47,8 +73,7 @@ def merged_weight(
     out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
     scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
     u, v = (f if f is None else f.to(device, dtype) for f in (factors.u, factors.v))
-    # out of the type's range it is infinite, and so is the result: torch would refuse the number
-    strength = float(torch.tensor(strength, dtype=dtype, device="cpu"))
+    strength = _strength(strength, dtype)
     step = _block_rows(out)
     space = torch.empty(2, min(step, out.shape[0]), out.shape[1], dtype=dtype, device=device)
     for start in range(0, out.shape[0], step):
@@ -63,6 +88,11 @@ def merged_weight(
             delta.addmm_(delta @ u, v.mT, alpha=-1)
         out[block] = other.copy_(base[block]).add_(delta, alpha=strength)
     return result
+
+
+def _strength(value: float, dtype: torch.dtype) -> float:
+    """Out of the type's range it is infinite, and so is the result: torch refuses the number."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 def _block_rows(out: Tensor) -> int:

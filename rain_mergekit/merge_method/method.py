@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
 
@@ -19,7 +20,7 @@ from rain_mergekit.config.roles import assign_roles, is_proxy, proxy_roles
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.merged_weight import merged_weight
+from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
 from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.merge_method.spec import (
     NAME,
@@ -35,6 +36,11 @@ _HOST = "cpu"
 _FETCH = ": that checkpoint is damaged, fetch it again"
 _FETCH_OR_LEAVE = f"{_FETCH}; or leave the tensor as it is, by a filter of `lambda` that gives it 0"
 _NARROW = ": a lower `lambda`, or `dtype: bfloat16` or float32"
+STRENGTH_OF_STREAMS = (
+    "lambda is not 1, but stream matching fits every layer to what the layers before it leave at "
+    "lambda 1: other strengths are often worse on both sides; set rain.teacher_strength and "
+    "calibrate again instead"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +55,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         self._files = CalibrationCache()
         self._bases = BasisCache()
         self._checked: Recent[None] = Recent(8)
+        self._noted: Recent[None] = Recent(8)
         self.spec = rain_spec(self._calibration, self._role)
 
     def _calibration(self, value: object) -> CalibrationFile:
@@ -171,8 +178,22 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         weights: tuple[Tensor, Tensor, Tensor],
         strength: float,
     ) -> Tensor:
-        """One matrix, or each expert of a 3-D tensor with its own basis or the shared one."""
-        device = weights[0].device
+        """One matrix, or each expert of a 3-D tensor with its own basis or the shared one.
+
+        Where a fitted change is recorded it is added; a weight with nothing else takes nothing
+        from the other two models.
+        """
+        device, axis = weights[0].device, plan.input_axis
+        added = calibration.change(plan)
+        if added is not None and strength != 1:
+            self._noted.get(calibration, lambda: _log.warning(STRENGTH_OF_STREAMS))
+        if added is not None and not plan.projected:
+            return changed_weight(weights[0], added, strength, axis)
+        if added is not None:  # both in float32, and one cast
+            wide = weights[0].to(torch.promote_types(weights[0].dtype, torch.float32))
+            others = (changed_weight(wide, added, strength, axis), *weights[1:])
+            whole = self.merged(calibration, replace(plan, a=None, b=None), others, strength)
+            return whole.to(weights[0].dtype)
         rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
         if plan.tokens and rows is not None:
             rows = _of_length(rows, weights[0].shape[0])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
@@ -33,6 +35,14 @@ instruct model and the pretrained model that it was tuned from was added where t
 thinking does not notice it:
 
     W = W_reasoning + λ · (S_row · Δ · S_col) · (I − U Vᵀ),    Δ = W_instruct − W_pretrained"""  # noqa: RUF001
+_STREAMS_INTRO = """\
+{reasoning} with the instruction following of {instruct}, merged by rain-mergekit. Every weight of
+the decoder layers got a low-rank change, found by ridge regression without gradients, so that the
+merged model's hidden states follow the reasoning model's at prompts and in the thinking, and the
+instruct model's at answers ("stream matching"; the roles and calibration sets are those of
+[RAIN-Merging](https://arxiv.org/abs/2602.22538)):
+
+    W = W_reasoning + λ · A Bᵀ"""
 _CITATION = """\
 ```bibtex
 @inproceedings{huang2026rainmerging,
@@ -115,7 +125,8 @@ def section(
 ) -> str:
     """Method, models, strength, data, projection, measurement and citation, as Markdown."""
     models = summary.models
-    intro = _INTRO.format(
+    told_as = _INTRO if summary.matching is None else _STREAMS_INTRO
+    intro = told_as.format(
         reasoning=_model(models["reasoning"]), instruct=_model(models["instruct"])
     )
     told = [*_rows(config, summary), *(_measurement(measured) if measured else ())]
@@ -131,8 +142,11 @@ def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]
     yield "strength λ", _code(strength if isinstance(strength, str) else json.dumps(strength))
     for name, data in summary.data.items():
         yield f"calibration, {name} data", _data(data)
-    yield "projection", _projection(summary)
-    yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
+    if summary.matching is not None:
+        yield "stream matching", _matching(summary.matching, summary.settings)
+    else:
+        yield "projection", _projection(summary)
+        yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
     if (head := summary.settings.get("lm_head", "off")) != "off":
         yield "output head, merged and projected too", _code(head)
     yield "calibrated with", _code(summary.created_by)
@@ -144,6 +158,16 @@ def _measurement(found: VerificationRecord) -> Iterator[tuple[str, str]]:
     yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
     about = f"{found.samples} samples, SHA-256 {_code(found.sha256)}"
     yield "measured on", f"{_code(found.data)}, {about}"
+
+
+def _matching(found: Matching, settings: Mapping[str, Any]) -> str:
+    teacher = _code(settings.get("teacher", "not recorded"))
+    strength = _code(settings.get("teacher_strength", "not recorded"))
+    text = f"teacher {teacher}, strength {strength}, changes of mean rank {found.mean_rank:.1f}"
+    if found.layers and (left := found.layers[-1].held_out or found.layers[-1].fitted):
+        errors = ", ".join(f"{group} {error:.1%}" for group, error in left.items())
+        text += f"; distance from the teachers after the last layer: {errors}"
+    return text
 
 
 def _projection(summary: FileSummary) -> str:

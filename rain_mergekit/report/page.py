@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site
+from rain_mergekit.calibration_file.stream_summary import matching, ranks
 from rain_mergekit.calibration_file.summary import FileSummary, summarise
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.task_vectors import Change, TaskVectors, by_module
@@ -79,6 +80,7 @@ def render(
         summary=summary,
         merged=merged,
         overview=list(_overview(summary)),
+        matched=list(_matched(file)),
         spectra=list(_spectra(file, summary)),
         heads=list(_heads(summary)),
         moved=list(_moved(merged)),
@@ -135,6 +137,28 @@ def _overview(summary: FileSummary) -> Iterator[Picture]:
         if filled:
             svg = figures.lines(f"o-{name}", what, filled)
             yield Picture(svg, f"{what[0].upper()}{what[1:]} by layer", name)
+
+
+def _matched(file: CalibrationFile) -> Iterator[Picture]:
+    """Of stream matching: errors by layer and group, and the rank of each module by layer."""
+    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
+
+    found = matching(file)
+    if found is None:
+        return
+    for name, title in (("fitted", "texts that were fitted"), ("held_out", "held-out texts")):
+        rows = {
+            group: {
+                layer: 100 * errors[group]
+                for layer, one in enumerate(found.layers)
+                if group in (errors := getattr(one, name))
+            }
+            for group in found.groups
+        }
+        if filled := {group: row for group, row in rows.items() if row}:
+            svg = figures.lines(f"f-{name}", "distance from the teacher, percent", filled)
+            yield Picture(svg, f"Distance from the teacher, {title}", name)
+    yield Picture(figures.lines("f-rank", "rank", ranks(file)), "Rank of the changes", "rank")
 
 
 def _name(kind: Kind) -> str:

@@ -111,8 +111,11 @@ def load_instruction(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     window: int = 5,
     max_tokens: int | None = None,
+    spans_needed: bool = True,
 ) -> DataSet[InstructionTokens]:
     """Tokenise an instruction set and find the tokens of every instruction's spans.
+
+    Without ``spans_needed`` no span is looked for, so none can make a sample unusable.
 
     A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
     RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
@@ -128,7 +131,8 @@ def load_instruction(
             think_positions=tokens.think(window),
             thinking_positions=tokens.inside(),
             response_positions=tokens.response(),
-            spans=_all_spans(sample, tokens, notes),
+            spans=_all_spans(sample, tokens, notes) if spans_needed else (),
+            answer_start=tokens.answer_start(),
         )
 
     _check_options(window, max_tokens)

@@ -54,7 +54,7 @@ class InstructionTokens:
     """Token ids of one instruction sample and sorted positions in them.
 
     ``think_positions`` is Ω_think; ``thinking_positions`` is everything between the markers of a
-    block.
+    block; ``answer_start`` is the token that predicts the answer's first token.
     """
 
     source: str
@@ -63,6 +63,7 @@ class InstructionTokens:
     thinking_positions: tuple[int, ...]
     response_positions: tuple[int, ...]
     spans: tuple[SpanPositions, ...]
+    answer_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,17 @@ class Encoded:
     def response(self) -> tuple[int, ...]:
         """The tokens after the last close marker."""
         return tuple(range(self.end, len(self.input_ids)))
+
+    def answer_start(self) -> int:
+        """The token that predicts the first token of the response that is not white space.
+
+        The text's length where the response is empty.
+        """
+        for position in self.response():
+            start, end = self.offsets[position]
+            if self.rendered.text[start:end].strip():
+                return position - 1
+        return len(self.input_ids)
 
     def in_prompt(self, spans: Iterable[str]) -> tuple[int, ...]:
         """Tokens of every occurrence of ``spans`` in the texts of users and system."""

@@ -36,6 +36,7 @@ from rain_mergekit.system import atomic_file
 
 DOC = Path(__file__).parents[2] / "docs" / "calibration-file.md"
 RECORD = {"reference": "org/model", "revision": "abc", "fingerprint": {"weights": "00"}}
+FIT = {"rank": 2, "wanted": 3, "explained": 0.9, "fitted": 0.5}
 HEADER: dict[str, Any] = {
     "created_by": "tests",
     "models": {"reasoning": RECORD, "instruct": RECORD, "pretrained": RECORD},
@@ -51,7 +52,9 @@ HEADER: dict[str, Any] = {
         "w": {"site": "b", "shape": [9, 6], "input_axis": -1, "tokens": True},
         "y": {"site": None, "shape": [6, 4], "input_axis": -2, "rows": None, "cols": None},
         "z": {"site": ["a", "c"], "shape": [2, 4, 6], "input_axis": -1, "rows": "r", "cols": None},
+        "v": {"site": None, "shape": [4, 6], "input_axis": -1, "a": "v.a", "b": "v.b", "fit": FIT},
     },
+    "streams": {"layers": [{"name": "l0", "fitted": {"answers": 0.1}, "held_out": {}}]},
     "layers": [{"name": "l0", "stats": {"alpha": "s"}}],
     "warnings": ["careful"],
 }
@@ -66,6 +69,8 @@ def stored() -> dict[str, torch.Tensor]:
         "d": torch.rand(2).half(),
         "r": torch.rand(4),
         "c": torch.rand(6),
+        "v.a": torch.randn(4, 2),
+        "v.b": torch.randn(6, 2),
         "counts": torch.arange(3),
         "nothing": torch.empty(0, 4),
         "flat": torch.empty(4, 0),
@@ -427,7 +432,7 @@ def test_other_safetensors_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("2", "newer rain_mergekit.*upgrade"),
+        ("3", "newer rain_mergekit.*upgrade"),
         ("999999999", "newer rain_mergekit"),
         ("0", "no format version 0"),
         ("1.0", "whole number"),
@@ -564,6 +569,12 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("sites.a.rank", 2.0, "rank"),
     ("sites.a.u", None, "null at rank 0"),
     ("sites.a.u", "no", "key of a stored tensor"),
+    ("tensors.v.a", None, "given together with b"),
+    ("tensors.v.a", "v.b", "floating-point tensor of shape"),
+    ("tensors.v.b", "nothing", "floating-point tensor of shape"),
+    ("tensors.v.fit", {"rank": "2"}, "a finite number"),
+    ("streams", {"layers": 1}, "a list"),
+    ("streams", {"layers": [{"name": "l", "fitted": {"a": "x"}, "held_out": {}}]}, "a finite"),
     ("sites.a.u", ["a.u"], "must be a text"),
     ("sites.a.u", "counts", "floating-point"),
     ("sites.a.v", "r", "shape"),
@@ -718,7 +729,8 @@ def names_in(section: str) -> set[str]:
 def test_the_header_here_has_every_field() -> None:
     """Those that are fuzzed and looked for in the document."""
     for section, kind in (("models", ModelRecord), ("sites", SitePlan), ("tensors", TensorPlan)):
-        assert names_in(section) == {field.name for field in dataclasses.fields(kind)}
+        others = {"fit"} if section == "tensors" else set()
+        assert names_in(section) == {field.name for field in dataclasses.fields(kind)} | others
 
 
 def test_the_document_names_every_field() -> None:

@@ -13,10 +13,13 @@ import torch
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import VERSION
-from rain_mergekit.linalg.merged_weight import merged_weight
+from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
 
 GOLDEN = Path(__file__).parent / "golden"
-DIGESTS = {1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75"}
+DIGESTS = {
+    1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75",
+    2: "e5fb0ef7fb5baca28683baefbf84b05669766b5033467b9b0b3967e654e18c15",
+}
 SITE = "model.layers.0.self_attn.q_proj"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
 
@@ -45,6 +48,19 @@ def test_its_plans_are_read(version: int) -> None:
     assert (plan.site, plan.shape, plan.input_axis, plan.cols) == (SITE, (3, 4), -1, None)
     assert file.tensors[OUTPUT].site is None
     assert file.header["warnings"] == ["careful"]
+
+
+def test_a_change_of_version_2_is_added() -> None:
+    """W = 1 everywhere, A = (1, 2, -1), B = (1, 0, 1/2, 2), strength 2: by hand."""
+    file = opened(2)
+    plan = file.tensors["model.layers.0.mlp.up_proj.weight"]
+    added = file.change(plan)
+    assert added is not None
+    assert not plan.projected
+    row = torch.tensor([2.0, 0.0, 1.0, 4.0])
+    expected = 1 + torch.stack([row, 2 * row, -row])
+    assert torch.equal(changed_weight(torch.ones(3, 4), added, 2.0), expected)
+    assert torch.equal(changed_weight(torch.ones(4, 3), added, 2.0, -2), expected.mT)
 
 
 @pytest.mark.parametrize("version", DIGESTS)

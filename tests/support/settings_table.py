@@ -55,12 +55,12 @@ def _one(choice: Mapping[str, Any]) -> str:
         return ", ".join(f"`{item}`" for item in choice["enum"])
     if "const" in choice:
         return f"`{choice['const']}`"
-    if choice["type"] == "array" and "$ref" in choice["items"]:
+    if choice.get("type") == "array" and "$ref" in choice["items"]:
         return "`{open: text, close: text}`, or a list of these"
-    if choice["type"] == "array":
+    if choice.get("type") == "array":
         return f"list of {_one(choice['items'])}"
-    if choice["type"] in ("null", "object"):
-        return "null" if choice["type"] == "null" else "mapping"
+    if "$ref" in choice or choice["type"] in ("null", "object"):
+        return "null" if choice.get("type") == "null" else "mapping"
     limits = [f"{sign} {choice[key]:g}" for key, sign in _LIMITS.items() if key in choice]
     return " ".join([_WORDS[choice["type"]], ", ".join(limits)]).strip()
 

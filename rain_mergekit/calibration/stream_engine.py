@@ -1,0 +1,276 @@
+"""Stream matching of a whole model: streams of hidden states pass both models layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rain_mergekit
+from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.options import RunOptions, default_dtype
+from rain_mergekit.calibration.progress import Progress
+from rain_mergekit.calibration.samples import Samples, record
+from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
+from rain_mergekit.calibration.stream_layer import FitRule, StreamLayer, StreamLayerResult
+from rain_mergekit.calibration.stream_layer_file import write_stream_layer
+from rain_mergekit.calibration.stream_texts import StreamTexts, stream_texts
+from rain_mergekit.calibration.stream_types import HiddenStates, Lesson, SiteTargets, Teacher
+from rain_mergekit.calibration.task_vectors import TrioTensors
+from rain_mergekit.calibration.token_teachers import token_weights
+from rain_mergekit.calibration.work_folder import WorkDir
+from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.models.loading import Trio, read_model_config
+from rain_mergekit.models.tokenizer import tokenizer_digest
+from rain_mergekit.system import blas_mode
+from rain_mergekit.system.distributed import World
+from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
+
+LOG = logging.getLogger(__name__)
+REASONING, MERGED, INSTRUCT, BARE = "reasoning", "merged", "instruct", "uninstructed"
+
+
+class StreamEngine:
+    """The work of one process: its share of the texts, every layer.
+
+    One layer of each model is in memory at a time.
+    """
+
+    def __init__(
+        self, config: RainConfig, options: RunOptions, trio: Trio, samples: Samples, world: World
+    ) -> None:
+        self._settings, self._options, self._trio = config.settings, options, trio
+        self._samples, self._world = samples, world
+        dtype, device = options.dtype or default_dtype(trio, options.device), str(world.device)
+        self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, device)
+        self.instruct = LayerwiseModel(
+            trio.instruct, read_model_config(trio.instruct), dtype, device
+        )
+        self.indices = range(len(self.shell.layers))
+        weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
+        weights.check(self._expected(), self.matrices)
+        self._passes = Counter[str]()
+
+    @cached_property
+    def texts(self) -> StreamTexts:
+        """All texts of all processes."""
+        return stream_texts(self._settings, self._trio, self._samples)
+
+    @cached_property
+    def _rule(self) -> FitRule:
+        settings = self._settings
+        return FitRule(
+            epsilon=settings.stream_epsilon,
+            share=settings.stream_rank_share,
+            max_rank=self._shape.rank_within(settings),
+            budget=self._options.activation_budget // 2,
+            token_weight=token_weights(self.texts.all, settings.stream_weights.model_dump()),
+        )
+
+    @property
+    def _shape(self) -> StreamShape:
+        return StreamShape.of(self.shell)
+
+    @property
+    def matrices(self) -> list[str]:
+        """All weights of the decoder layers that may multiply features."""
+        return [
+            f"{self._name(index)}.{name}"
+            for index in self.indices
+            for name, parameter in self.shell.layers[index].named_parameters()
+            if parameter.dim() > 1
+        ]
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{self._name(index)}.{name}": tuple(tensor.shape)
+            for index in self.indices
+            for name, tensor in self.shell.layers[index].state_dict().items()
+            if tensor.is_meta
+        }
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of all these in the reasoning model's checkpoint."""
+        sources = self.shell.tensors.sources
+        return [part for name in self.matrices for part, _ in sources[name].parts]
+
+    @property
+    def parts(self) -> int:
+        """How many parts the calibration file is made of: one a layer."""
+        return len(self.indices)
+
+    def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be equal for an interrupted run to be continued."""
+        identity = {
+            "version": rain_mergekit.__version__,
+            "models": models,
+            "tokenizer": tokenizer_digest(self._trio.reasoning.path),
+            "data": record(self._samples),
+            "settings": self._settings.numbers(),
+            "dtype": str(self.shell.dtype),
+            "device": torch.device(self._options.device).type,
+            "processes": self._world.size,
+        }
+        if self._options.deterministic:
+            identity["deterministic"] = blas_mode.mode()  # which changes the bits of products
+        return identity
+
+    def layer_passes(self) -> dict[str, int]:
+        """Samples x layers by stream, over all processes."""
+        names = [REASONING, INSTRUCT, MERGED]
+        counts = self._world.sum(torch.tensor([self._passes[name] for name in names]))
+        return dict(zip(names, counts.tolist(), strict=True))
+
+    def walk(self, work: WorkDir) -> tuple[int, Likelihood]:
+        """All layers that are not done yet, in order; returns the first of them.
+
+        Also how likely the markers are by the hidden states that left the last layer.
+        """
+        texts = self.texts.part(self._world)
+        folder = work.path / f"process-{self._world.rank}"
+        with self._streams(texts, folder) as streams:
+            stores = {name: states.store for name, states in streams.items()}
+            first = work.restore(stores)
+            quiet = self._options.quiet or self._world.rank > 0
+            needs = self._shape.needs(texts)
+            with Progress(
+                len(self.indices), needs.samples, needs.tokens, first=first, quiet=quiet
+            ) as progress:
+                for index in self.indices[first:]:
+                    progress.layer(index)
+                    with naming_shortage(
+                        f"in layer {index + 1} of {len(self.indices)}", CALIBRATION
+                    ):
+                        result = self._layer(index, texts, streams, folder, progress.sample)
+                    if self._world.rank == 0:
+                        write_stream_layer(work.part(index), self._name(index), result)
+                    LOG.info("finished layer %d of %d", index + 1, len(self.indices))
+                    if index + 1 < self.parts:
+                        work.save(index, stores)
+            return first, self._likelihood(streams[REASONING])
+
+    def estimate(self) -> Estimate:
+        """Memory, disk and operations of the whole run on one process."""
+        budget = self._options.activation_budget
+        return estimate_streams(
+            self._shape, self.texts, self.shell.dtype, self._rule.max_rank, budget
+        )
+
+    def _layer(
+        self,
+        index: int,
+        texts: StreamTexts,
+        streams: Mapping[str, HiddenStates],
+        folder: Path,
+        tick: Callable[[int], object],
+    ) -> StreamLayerResult:
+        targets = SiteTargets(folder, self._options.activation_budget // 2, self.shell.dtype)
+        teachers = self._teachers(texts, streams)
+        try:
+            with self.shell.layer(index) as layer:
+                name = self._name(index)
+                fit = StreamLayer(name, index, layer, texts.all, self._world, tick)
+                fit.teach(streams[REASONING], targets)
+                with self.instruct.layer(index) as other:
+                    for teacher in teachers:
+                        fit.teach_answers(other, teacher, targets)
+                trim_heap()
+                changes = fit.fit(streams[MERGED], targets, self._rule)
+                fit.advance(streams[MERGED])
+                errors = fit.errors(streams[MERGED], streams[REASONING], teachers)
+                result = fit.result(changes, errors)
+        finally:
+            targets.close_all()
+        self._count(texts, len(fit.sites))
+        trim_heap()
+        return result
+
+    def _teachers(self, texts: StreamTexts, streams: Mapping[str, HiddenStates]) -> list[Teacher]:
+        """The instruct model at the answers; for the contrast, less what it does unasked."""
+        first = len(texts.reasoning)
+        lessons = [
+            Lesson(first + number, number, reading.answer)
+            for number, reading in enumerate(texts.readings)
+        ]
+        strength = self._settings.teacher_strength
+        if self._settings.teacher == "contrast":
+            return [
+                Teacher(streams[INSTRUCT], lessons, share=strength, keeps=1.0),
+                Teacher(streams[BARE], lessons, share=-strength, keeps=1.0),
+            ]
+        return [Teacher(streams[INSTRUCT], lessons, share=strength, keeps=1.0 - strength)]
+
+    @contextmanager
+    def _streams(self, texts: StreamTexts, folder: Path) -> Iterator[dict[str, HiddenStates]]:
+        """Embed all texts; half of the activation budget holds hidden states, the rest is on disk.
+
+        The merged stream begins as the reasoning model's: embeddings are not merged.
+        """
+        own = [text.input_ids for text in texts.all]
+        streams: dict[str, HiddenStates] = {}
+        budget = self._options.activation_budget // 2
+        try:
+            for name, ids in (
+                (REASONING, own),
+                (MERGED, own),
+                (INSTRUCT, [one.input_ids for one in texts.readings]),
+                (BARE, [one.input_ids for one in texts.bare]),
+            ):
+                if ids:
+                    store = self._store(name, ids, budget, folder)
+                    budget -= store.memory_bytes
+                    streams[name] = HiddenStates(store, [()] * len(ids))
+            _embed(self.shell, own, [streams[REASONING], streams[MERGED]])
+            for name, readings in ((INSTRUCT, texts.readings), (BARE, texts.bare)):
+                if readings:
+                    _embed(self.instruct, [one.input_ids for one in readings], [streams[name]])
+            yield streams
+        finally:
+            for states in streams.values():
+                states.store.close()
+
+    def _store(
+        self, name: str, ids: Sequence[Sequence[int]], budget: int, folder: Path
+    ) -> ActivationStore:
+        shell = self.shell
+        place = shell.device if self._options.keep_on_device else torch.device("cpu")
+        lengths = [len(one) for one in ids]
+        path = folder / f"{name}.activations"
+        return ActivationStore(lengths, shell.hidden_size, shell.dtype, budget, path, place)
+
+    def _likelihood(self, states: HiddenStates) -> Likelihood:
+        samples = self._world.part(self._samples.reasoning.samples)
+        rows = (states.store.get(index) for index in range(len(samples)))
+        few = shortest(self._samples.reasoning.samples)
+        return likelihood(self.shell, samples, rows, self._world, few)
+
+    def _name(self, index: int) -> str:
+        return f"{self.shell.prefix}.{index}"
+
+    def _count(self, texts: StreamTexts, sites: int) -> None:
+        self._passes[REASONING] += len(texts.all)
+        self._passes[INSTRUCT] += len(texts.readings) + len(texts.bare)
+        self._passes[MERGED] += (sites + 1) * len(texts.all)
+
+
+def _embed(
+    shell: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[HiddenStates]
+) -> None:
+    """Embed each text once, for all streams that carry it; they share its layer calls."""
+    # Longest first, so that shorter texts share the memory of its rotary tables.
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    recorded = shell.record([texts[index] for index in order])
+    for index, (hidden, calls) in zip(order, recorded, strict=True):
+        for stream in streams:
+            stream.store.put(index, hidden)
+            stream.calls[index] = calls

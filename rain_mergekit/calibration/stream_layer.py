@@ -1,0 +1,313 @@
+"""One layer of stream matching: the teachers' outputs, then one module after the other is fitted.
+
+The merged model's layer starts as the reasoning model's. Its modules are solved in the order in
+which they run, each on what the modules before it now give, so that a later one repairs what an
+earlier one left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.calibration.stream_types import (
+    HiddenStates,
+    LinearSite,
+    SiteTargets,
+    StreamErrors,
+    Teacher,
+)
+from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
+from rain_mergekit.capture.layer_calls import run_layer
+from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
+from rain_mergekit.system.distributed import World
+
+LOG = logging.getLogger(__name__)
+# Bytes a number of a site's square matrix: the sums, its factor, one to work in; float64.
+_MATRICES = 3 * 8
+# Families call the map from features to experts so; it is no map of features to features.
+_ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "classifier")
+
+
+@dataclass(frozen=True)
+class FitRule:
+    """epsilon: ε of the ridge. share and max_rank: how the rank of each change is chosen.
+
+    token_weight: of one token, by group. budget: bytes that the sums of one site may take.
+    """
+
+    epsilon: float
+    share: float
+    max_rank: int
+    token_weight: Mapping[str, float]
+    budget: int
+
+
+@dataclass(frozen=True)
+class StreamLayerResult:
+    """What one layer contributes to the calibration file, by the weights' names in the layer.
+
+    left: linear maps that are not fitted and stay the reasoning model's. fitted and held_out: the
+    relative error of the merged stream by group of tokens, on texts of both kinds.
+    """
+
+    changes: Mapping[str, LowRankChange]
+    shapes: Mapping[str, tuple[int, ...]]
+    input_axes: Mapping[str, int]
+    left: tuple[str, ...]
+    fitted: Mapping[str, float]
+    held_out: Mapping[str, float]
+
+
+class StreamLayer:
+    """Fits one layer. `layer` holds the reasoning model's weights and, in the end, the merged."""
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        layer: nn.Module,
+        texts: Sequence[TaughtText],
+        world: World,
+        tick: Callable[[int], object],
+    ) -> None:
+        self.name, self.index, self.layer, self.texts = name, index, layer, texts
+        self._world, self._tick, self._device = world, tick, world.device
+        self.sites: dict[str, LinearSite] = {}
+        self._unfit: set[str] = set()
+
+    def teach(self, states: HiddenStates, targets: SiteTargets) -> None:
+        """Run the reasoning model: its outputs become the targets everywhere."""
+        for text in range(len(states)):
+            found = self._advance(self.layer, states, text)
+            if not self.sites:
+                self.sites = _sites(self.layer, found)
+                targets.open(self.sites, states.store.lengths)
+            for name, rows in self._by_site(found):
+                targets.put(name, text, rows)
+
+    def teach_answers(self, layer: nn.Module, teacher: Teacher, targets: SiteTargets) -> None:
+        """Run another model's layer: its outputs enter the targets at the answers."""
+        for lesson in teacher.lessons:
+            found = self._advance(layer, teacher.states, lesson.reading)
+            for name, rows in self._by_site(found):
+                targets.mix(name, lesson, rows[-lesson.tokens :], teacher)
+
+    def fit(
+        self, states: HiddenStates, targets: SiteTargets, rule: FitRule
+    ) -> dict[str, LowRankChange]:
+        """Solve every site in order and change the layer's weights; returns the changes."""
+        changes: dict[str, LowRankChange] = {}
+        for name, site in self.sites.items():
+            wanted = [one for one in site.outputs if one not in self._unfit]
+            if wanted:
+                sums = self._sums(name, wanted, states, targets, rule)
+                changes |= self._solve(name, sums, rule)
+            targets.close(name)
+        return changes
+
+    def _sums(
+        self,
+        name: str,
+        wanted: Sequence[str],
+        states: HiddenStates,
+        targets: SiteTargets,
+        rule: FitRule,
+    ) -> RidgeSums | RidgeRows:
+        site = self.sites[name]
+        outputs = {one: site.outputs[one] for one in wanted}
+        sums, step = self._empty_sums(site.width, outputs, rule)
+        for index, text in enumerate(self.texts):
+            if text.held_out:
+                continue
+            found = self._until(wanted, states, index)
+            goals = dict(zip(site.outputs, self._split(site, targets, name, index), strict=True))
+            missing = set(wanted) - found.keys()
+            if missing:
+                raise RainError(
+                    f"{self.name}.{min(missing)}: it runs for some texts and not for others, so it "
+                    f"cannot be fitted (the text {text.source}); set fit: projection"
+                )
+            errors = {one: goals[one] - found[one].rows / found[one].factor for one in wanted}
+            inputs = found[wanted[0]].inputs
+            self._require_finite(name, text, inputs, *errors.values())
+            weights = weights_of(text, rule.token_weight).to(self._device)
+            counted = weights.nonzero().flatten()[index % step :: step]
+            sums.add(
+                inputs[counted],
+                {one: rows[counted] for one, rows in errors.items()},
+                weights[counted] * step,
+            )
+            self._tick(inputs.shape[0])
+        return sums.summed(self._world.sum) if isinstance(sums, RidgeSums) else sums
+
+    def _empty_sums(
+        self, width: int, outputs: Mapping[str, int], rule: FitRule
+    ) -> tuple[RidgeSums | RidgeRows, int]:
+        """Sums of d x d, or, where these are beyond the budget, rows: then every how many tokens.
+
+        Several processes add up sums only.
+        """
+        if _MATRICES * width**2 <= rule.budget or self._world.size > 1:
+            return RidgeSums(width, outputs, self._device), 1
+        tokens = sum(len(text.groups) for text in self.texts if not text.held_out)
+        row = sum(outputs.values()) + width
+        # _MATRICES n² + 4 row n = budget
+        room = 2 * row / _MATRICES
+        most = int((room**2 + rule.budget / _MATRICES) ** 0.5 - room)
+        if tokens <= most:
+            return RidgeRows(outputs), 1
+        step = -(-tokens // max(1, most))
+        LOG.info("%s: every %d-th token is used at a site of width %d", self.name, step, width)
+        return RidgeRows(outputs), step
+
+    def _split(
+        self, site: LinearSite, targets: SiteTargets, name: str, index: int
+    ) -> Sequence[Tensor]:
+        rows = targets.get(name, index, self._device)
+        return torch.split(rows, list(site.outputs.values()), dim=1)
+
+    def _until(
+        self, wanted: Sequence[str], states: HiddenStates, text: int
+    ) -> dict[str, LinearOutput]:
+        """Run the merged layer as far as these maps need; nothing is stored."""
+        hidden = states.store.get(text).to(self._device)
+        trace = LinearOutputs(self.layer, hidden.shape[0], wanted)
+        with trace, suppress(LayerCutShort):
+            run_layer(self.layer, hidden, states.calls[text][self.index])
+        return trace.outputs()
+
+    def _solve(
+        self, name: str, sums: RidgeSums | RidgeRows, rule: FitRule
+    ) -> dict[str, LowRankChange]:
+        try:
+            changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
+        except RainError as error:
+            raise RainError(f"{self.name}.{name}: {error}") from None
+        for weight, change in changes.items():
+            self._apply(weight, change)
+        return changes
+
+    def _apply(self, weight: str, change: LowRankChange) -> None:
+        parameter = self.layer.get_parameter(weight)
+        matrix = change.matrix if self._axis(weight) == -1 else change.matrix.mT
+        parameter.data = (parameter.data.double() + matrix).to(parameter.dtype)
+
+    def _axis(self, weight: str) -> int:
+        return next(s.input_axes[weight] for s in self.sites.values() if weight in s.input_axes)
+
+    def advance(self, states: HiddenStates) -> None:
+        """The merged stream passes the finished layer."""
+        for text in range(len(states)):
+            hidden = states.store.get(text).to(self._device)
+            states.store.put(text, run_layer(self.layer, hidden, states.calls[text][self.index]))
+            self._tick(hidden.shape[0])
+
+    def errors(
+        self, merged: HiddenStates, reasoning: HiddenStates, teachers: Sequence[Teacher]
+    ) -> tuple[StreamErrors, StreamErrors]:
+        """How far the merged stream is from its teachers' after the layer: fitted, held out."""
+        found = StreamErrors(), StreamErrors()
+        lessons = {
+            text: [(t, one) for t in teachers for one in t.lessons if one.text == text]
+            for text in {one.text for t in teachers for one in t.lessons}
+        }
+        for index, text in enumerate(self.texts):
+            target = reasoning.store.get(index).clone()
+            for teacher, lesson in lessons.get(index, ()):
+                rows = teacher.states.store.get(lesson.reading)[-lesson.tokens :]
+                answer = target[-lesson.tokens :]
+                answer.mul_(teacher.keeps).add_(rows, alpha=teacher.share)
+            groups = torch.tensor(text.groups, dtype=torch.long)
+            found[text.held_out].add(merged.store.get(index), target, groups)
+        for one in found:
+            one.distance, one.norm = self._world.sum(one.distance), self._world.sum(one.norm)
+        return found
+
+    def result(
+        self, changes: Mapping[str, LowRankChange], errors: tuple[StreamErrors, StreamErrors]
+    ) -> StreamLayerResult:
+        """What goes into the file."""
+        axes = {one: axis for s in self.sites.values() for one, axis in s.input_axes.items()}
+        return StreamLayerResult(
+            changes=changes,
+            shapes={one: tuple(self.layer.get_parameter(one).shape) for one in changes},
+            input_axes={one: axes[one] for one in changes},
+            left=tuple(sorted(self._unfit)),
+            fitted=errors[0].relative(),
+            held_out=errors[1].relative(),
+        )
+
+    def _advance(
+        self, layer: nn.Module, states: HiddenStates, text: int
+    ) -> dict[str, LinearOutput]:
+        hidden = states.store.get(text).to(self._device)
+        trace = LinearOutputs(layer, hidden.shape[0])
+        with trace:
+            after = run_layer(layer, hidden, states.calls[text][self.index])
+        states.store.put(text, after)
+        self._tick(hidden.shape[0])
+        return trace.outputs()
+
+    def _by_site(self, found: Mapping[str, LinearOutput]) -> Iterator[tuple[str, Tensor]]:
+        """The outputs of each site's maps side by side; zeros for one that did not run."""
+        for name, site in self.sites.items():
+            self._unfit |= site.outputs.keys() - found.keys()
+            there = [found[one] for one in site.outputs if one in found]
+            if not there:
+                continue
+            count = there[0].inputs.shape[0]
+            rows = [
+                found[one].rows / found[one].factor
+                if one in found
+                else there[0].rows.new_zeros(count, size)
+                for one, size in site.outputs.items()
+            ]
+            yield name, torch.cat(rows, 1)
+
+    def _require_finite(self, name: str, text: TaughtText, *values: Tensor) -> None:
+        if not all(bool(torch.isfinite(one).all()) for one in values):
+            raise RainError(
+                f"{self.name}.{name}: the hidden states of sample {text.source} contain NaN or Inf "
+                "there: a model overflows; try --dtype float32, or remove the sample"
+            )
+
+
+def _sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, LinearSite]:
+    """The linear maps grouped by the tensor that they receive, in the order in which they run."""
+    owners: list[tuple[Tensor, str]] = []
+    members: dict[str, list[LinearOutput]] = {}
+    for name, output in found.items():
+        if _routes(name):
+            continue
+        seen = next((site for inputs, site in owners if _same(inputs, output.inputs)), None)
+        if seen is None:
+            seen = name.removesuffix(".weight")
+            owners.append((output.inputs, seen))
+        members.setdefault(seen, []).append(output)
+    return {
+        site: LinearSite(
+            width=int(outputs[0].inputs.shape[1]),
+            outputs={
+                one.name: int(layer.get_parameter(one.name).shape[-3 - one.input_axis])
+                for one in outputs
+            },
+            input_axes={one.name: one.input_axis for one in outputs},
+        )
+        for site, outputs in members.items()
+    }
+
+
+def _routes(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() and left.numel() == right.numel()

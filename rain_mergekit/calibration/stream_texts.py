@@ -1,0 +1,133 @@
+"""The calibration texts of stream matching, and how the instruct model reads their answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.calibration.token_teachers import TaughtText, taught_texts
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.loading import Trio
+from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
+from rain_mergekit.system.distributed import World
+from rain_mergekit.text.answer_readings import AnswerReading, read_answers
+from rain_mergekit.text.calibration_sets import read_instruction
+from rain_mergekit.text.samples import InstructionSample
+from rain_mergekit.text.token_positions import InstructionTokens
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StreamTexts:
+    """All texts: the reasoning set's, then the instruction set's.
+
+    readings: how the instruct model reads each text of the instruction set; bare: the same texts
+    without their instructions, for the contrast; empty otherwise. dropped: sources of samples
+    that cannot be used, with the reason.
+    """
+
+    reasoning: Sequence[TaughtText]
+    instruction: Sequence[TaughtText]
+    readings: Sequence[AnswerReading]
+    bare: Sequence[AnswerReading]
+    dropped: Sequence[tuple[str, str]]
+
+    @property
+    def all(self) -> list[TaughtText]:
+        """Both sets, in order."""
+        return [*self.reasoning, *self.instruction]
+
+    def part(self, world: World) -> StreamTexts:
+        """The share of one process."""
+        return StreamTexts(
+            world.part(self.reasoning),
+            world.part(self.instruction),
+            world.part(self.readings),
+            world.part(self.bare),
+            self.dropped,
+        )
+
+
+def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> StreamTexts:
+    """Group the tokens, and read every answer as the instruct model does, in its own chat format.
+
+    RainError if no sample of the instruction set is left.
+    """
+    if samples.instruction is None or settings.instruction_data is None:
+        raise RainError("fit: streams needs rain.instruction_data: its answers are what is fitted")
+    used = {one.source: one for one in samples.instruction.samples}
+    raw = [one for one in read_instruction(settings.instruction_data) if one.source in used]
+    own, other = _tokenizers(trio)
+    views = [_readings(raw, other, settings, samples, bare=False)]
+    if settings.teacher == "contrast":
+        views.append(_readings(raw, other, settings, samples, bare=True))
+    kept: list[tuple[InstructionTokens, list[AnswerReading]]] = []
+    dropped: list[tuple[str, str]] = []
+    for source, tokens in used.items():
+        found = [view[source] for view in views]
+        problem = next((p for p in (_problem(tokens, f, own, other) for f in found) if p), None)
+        if problem is None:
+            kept.append((tokens, [one for one in found if isinstance(one, AnswerReading)]))
+        else:
+            dropped.append((source, problem))
+    for source, problem in dropped[:3]:
+        LOG.warning("%s is left out: %s", source, problem)
+    if not kept:
+        raise RainError(
+            f"{settings.instruction_data}: the instruct model {trio.instruct.reference} can read "
+            f"none of its {len(used)} samples ({dropped[0][0]}: {dropped[0][1]})"
+        )
+    reasoning, instruction = taught_texts(samples.reasoning.samples, [tokens for tokens, _ in kept])
+    bare = [views[1] for _, views in kept] if len(views) > 1 else []
+    return StreamTexts(reasoning, instruction, [v[0] for _, v in kept], bare, dropped)
+
+
+def _tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The reasoning model's, and the one with which the instruct model reads.
+
+    An instruct model without a tokenizer or chat template of its own reads the reasoning model's.
+    """
+    own = load_tokenizer(trio.reasoning)
+    if not has_tokenizer(trio.instruct.path):
+        return own, own
+    other = load_tokenizer(trio.instruct)
+    if not other.chat_template:
+        other.chat_template = own.chat_template
+    return own, other
+
+
+def _readings(
+    raw: Sequence[InstructionSample],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RainSettings,
+    samples: Samples,
+    *,
+    bare: bool,
+) -> dict[str, AnswerReading | str]:
+    options = settings.chat_template_kwargs
+    return read_answers(raw, tokenizer, samples.markers, options, without_instructions=bare)
+
+
+def _problem(
+    tokens: InstructionTokens,
+    found: AnswerReading | str,
+    own: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+) -> str | None:
+    """Why the two readings of an answer cannot be laid side by side; None if they can."""
+    count = len(tokens.input_ids) - tokens.answer_start
+    if count < 2:
+        return "it has no answer after its thinking"
+    if isinstance(found, str):
+        return found
+    mine = own.convert_ids_to_tokens(list(tokens.input_ids[-count:]))
+    theirs = other.convert_ids_to_tokens(list(found.input_ids[-count:]))
+    if found.answer != count or mine[1:] != theirs[1:]:  # the first only predicts the answer
+        return "the instruct model's tokenizer divides its answer otherwise"
+    return None

@@ -1,0 +1,129 @@
+"""What passes through one layer in stream matching: texts, teachers, and the targets they set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.calibration.token_teachers import GROUPS
+from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.capture.layer_calls import LayerCall
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The hidden states of some texts on their way through one model."""
+
+    store: ActivationStore
+    calls: list[Sequence[LayerCall]]
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An answer that a second model teaches.
+
+    text: index of the text among all; reading: index among that model's own texts; tokens: how
+    many of the last tokens are the answer, in both.
+    """
+
+    text: int
+    reading: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that teaches answers: target = Σ share · its output, beside the reasoning model's.
+
+    share: of this model in the target at the answers; keeps: what is left there of the target so
+    far.
+    """
+
+    states: HiddenStates
+    lessons: Sequence[Lesson]
+    share: float
+    keeps: float
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Linear maps of the layer that receive the same tensor: names, and rows of each weight."""
+
+    width: int
+    outputs: Mapping[str, int]
+    input_axes: Mapping[str, int]
+
+
+@dataclass
+class StreamErrors:
+    """Squared distance of the merged stream from its teachers, and their squared norm, by group."""
+
+    distance: Tensor = field(default_factory=lambda: torch.zeros(len(GROUPS), dtype=torch.float64))
+    norm: Tensor = field(default_factory=lambda: torch.zeros(len(GROUPS), dtype=torch.float64))
+
+    def add(self, merged: Tensor, target: Tensor, groups: Tensor) -> None:
+        """Add the tokens (n, d) of one text."""
+        for total, values in ((self.distance, merged - target), (self.norm, target)):
+            squares = values.double().square().sum(1)
+            total.index_add_(0, groups, squares.cpu())
+
+    def relative(self) -> dict[str, float]:
+        """‖h_M - h_T‖ / ‖h_T‖ of each group that has tokens."""
+        shares = (self.distance / self.norm.clamp(min=1e-300)).sqrt().tolist()
+        return {
+            name: share
+            for name, share, norm in zip(GROUPS, shares, self.norm.tolist(), strict=True)
+            if norm > 0
+        }
+
+
+class SiteTargets:
+    """Mutable: the target outputs of every site for all texts, each (n, Σ d_out)."""
+
+    def __init__(self, folder: Path, budget: int, dtype: torch.dtype) -> None:
+        self._folder, self._budget, self._dtype = folder, budget, dtype
+        self._stores: dict[str, ActivationStore] = {}
+
+    def open(self, sites: Mapping[str, LinearSite], lengths: Sequence[int]) -> None:
+        """Make room for so many texts; what finds none in the budget goes to disk."""
+        for number, (name, site) in enumerate(sites.items()):
+            store = ActivationStore(
+                lengths,
+                sum(site.outputs.values()),
+                self._dtype,
+                self._budget,
+                self._folder / f"targets-{number}.activations",
+            )
+            self._budget -= store.memory_bytes
+            self._stores[name] = store
+
+    def put(self, site: str, text: int, rows: Tensor) -> None:
+        """The targets of one text."""
+        self._stores[site].put(text, rows)
+
+    def get(self, site: str, text: int, device: torch.device) -> Tensor:
+        """The targets of one text."""
+        return self._stores[site].get(text).to(device)
+
+    def mix(self, site: str, lesson: Lesson, rows: Tensor, teacher: Teacher) -> None:
+        """Let another model teach the answer: `rows` (tokens, Σ d_out) are what it gives."""
+        target = self._stores[site].get(lesson.text).clone()
+        answer = target[-lesson.tokens :]
+        answer.mul_(teacher.keeps).add_(rows.to(target), alpha=teacher.share)
+        self._stores[site].put(lesson.text, target)
+
+    def close(self, site: str) -> None:
+        """Free one site's targets."""
+        self._stores.pop(site).close()
+
+    def close_all(self) -> None:
+        """Free everything."""
+        for site in list(self._stores):
+            self.close(site)

@@ -1,0 +1,116 @@
+"""Which teacher each token of the calibration texts has in stream matching, and how much it weighs.
+
+The reasoning model is the teacher of prompts, markers, thinking, and of the reasoning set's
+responses. The instruct model is the teacher of the instruction set's answers, from the token that
+predicts an answer's first token on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
+
+PROMPTS, MARKERS, THINKING, ANSWERS, RESPONSES = GROUPS = (
+    "prompts",
+    "markers",
+    "thinking",
+    "answers",
+    "responses",
+)
+# About one text in so many is held out of the fit, where a set has at least twice as many texts.
+HELD_OUT_EVERY = 8
+
+
+@dataclass(frozen=True)
+class TaughtText:
+    """One calibration text: its token ids and the group of each token, by index into GROUPS.
+
+    held_out: its tokens measure the fit and take no part in it.
+    """
+
+    source: str
+    input_ids: tuple[int, ...]
+    groups: tuple[int, ...]
+    held_out: bool
+
+    @property
+    def answer_start(self) -> int:
+        """The first token that the instruct model teaches; the text's length if there is none."""
+        answers = GROUPS.index(ANSWERS)
+        return self.groups.index(answers) if answers in self.groups else len(self.groups)
+
+
+def taught_texts(
+    reasoning: Sequence[ReasoningTokens], instruction: Sequence[InstructionTokens]
+) -> tuple[list[TaughtText], list[TaughtText]]:
+    """Both sets with the group of every token; about one text in eight of each is held out."""
+    return (
+        [_text(one, _of_reasoning(one), len(reasoning)) for one in reasoning],
+        [_text(one, _of_instruction(one), len(instruction)) for one in instruction],
+    )
+
+
+def _text(
+    sample: ReasoningTokens | InstructionTokens, groups: Sequence[str], count: int
+) -> TaughtText:
+    numbers = tuple(GROUPS.index(group) for group in groups)
+    held_out = count >= 2 * HELD_OUT_EVERY and _lot(sample.input_ids) % HELD_OUT_EVERY == 0
+    return TaughtText(sample.source, sample.input_ids, numbers, held_out)
+
+
+def _lot(ids: Sequence[int]) -> int:
+    """A number drawn from the text itself: sets often list their kinds in rotation."""
+    return crc32(" ".join(map(str, ids)).encode())
+
+
+def _of_reasoning(sample: ReasoningTokens) -> list[str]:
+    """What is in no other group counts as prompt: later questions, tool results, white space."""
+    groups = [PROMPTS] * len(sample.input_ids)
+    _mark(groups, sample.response_positions, RESPONSES)
+    _mark(groups, sample.content_positions, THINKING)
+    _mark(groups, sample.think_positions, MARKERS)
+    return groups
+
+
+def _of_instruction(sample: InstructionTokens) -> list[str]:
+    """White space between the close marker and the answer belongs to the markers."""
+    groups = [PROMPTS] * len(sample.input_ids)
+    _mark(groups, sample.thinking_positions, THINKING)
+    _mark(groups, sample.response_positions, MARKERS)
+    _mark(groups, sample.think_positions, MARKERS)
+    _mark(groups, range(sample.answer_start, len(groups)), ANSWERS)
+    return groups
+
+
+def _mark(groups: list[str], positions: Iterable[int], name: str) -> None:
+    for position in positions:
+        groups[position] = name
+
+
+def token_weights(texts: Iterable[TaughtText], totals: Mapping[str, float]) -> dict[str, float]:
+    """The weight of one token of each group: the group's total divided by its number of tokens.
+
+    Tokens of texts that are held out do not count.
+    """
+    counts = Counter[int]()
+    for text in texts:
+        if not text.held_out:
+            counts.update(text.groups)
+    return {
+        name: totals[name] / counts[number] if counts[number] else 0.0
+        for number, name in enumerate(GROUPS)
+    }
+
+
+def weights_of(text: TaughtText, by_group: Mapping[str, float]) -> Tensor:
+    """The weight of each token, (n) float64; zeros for a text that is held out."""
+    values = torch.tensor([by_group[name] for name in GROUPS], dtype=torch.float64)
+    weights = values[torch.tensor(text.groups, dtype=torch.long)]
+    return torch.zeros_like(weights) if text.held_out else weights

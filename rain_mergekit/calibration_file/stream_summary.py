@@ -1,0 +1,100 @@
+"""What a calibration file says of stream matching: errors by layer and group, ranks by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.site_names import ValueRange, locate, module_order, value_range
+
+
+@dataclass(frozen=True)
+class MatchedLayer:
+    """Relative distance of the merged hidden states from their teacher's after one layer.
+
+    By group of tokens: on the texts that were fitted, and on those that were held out.
+    """
+
+    name: str
+    fitted: Mapping[str, float]
+    held_out: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MatchedModule:
+    """The changes of one module over all layers.
+
+    explained: the share of the full-rank solution that the rank keeps. fitted: the share of the
+    targets' energy that the change explains.
+    """
+
+    name: str
+    weights: int
+    rank: ValueRange
+    explained: ValueRange
+    fitted: ValueRange
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Stream matching as a calibration file records it."""
+
+    layers: tuple[MatchedLayer, ...]
+    modules: tuple[MatchedModule, ...]
+
+    @property
+    def mean_rank(self) -> float:
+        """Over all changed weights."""
+        total = sum(module.rank.mean * module.weights for module in self.modules)
+        return total / max(1, sum(module.weights for module in self.modules))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of tokens, in the order of the file."""
+        return tuple(dict.fromkeys(group for layer in self.layers for group in layer.fitted))
+
+
+def matching(file: CalibrationFile) -> Matching | None:
+    """Read the header; None if the file holds no stream matching."""
+    section = file.header.get("streams")
+    if section is None:
+        return None
+    layers = tuple(
+        MatchedLayer(str(one["name"]), dict(one["fitted"]), dict(one["held_out"]))
+        for one in section["layers"]
+    )
+    return Matching(layers, _modules(file))
+
+
+def ranks(file: CalibrationFile) -> dict[str, dict[int, float]]:
+    """The rank of each change, by module and layer."""
+    found: dict[str, dict[int, float]] = {}
+    for name in file.tensors:
+        layer, module = locate(name.removesuffix(".weight"))
+        fit = file.header["tensors"][name].get("fit")
+        if isinstance(fit, dict) and layer is not None:
+            found.setdefault(module, {})[layer] = fit["rank"]
+    order = sorted(found, key=module_order)
+    return {module: dict(sorted(found[module].items())) for module in order}
+
+
+def _modules(file: CalibrationFile) -> tuple[MatchedModule, ...]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name in file.tensors:
+        fit = file.header["tensors"][name].get("fit")
+        if isinstance(fit, dict):
+            module = locate(name.removesuffix(".weight"))[1]
+            found.setdefault(module, []).append(fit)
+    modules = [
+        MatchedModule(
+            name=name,
+            weights=len(fits),
+            rank=value_range([fit["rank"] for fit in fits]),
+            explained=value_range([fit["explained"] for fit in fits]),
+            fitted=value_range([fit["fitted"] for fit in fits]),
+        )
+        for name, fits in found.items()
+    ]
+    return tuple(sorted(modules, key=lambda module: module_order(module.name)))

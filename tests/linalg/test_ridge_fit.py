@@ -1,0 +1,132 @@
+"""Ridge regression of one site against normal equations and singular values as numpy has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
+
+CPU = torch.device("cpu")
+Array = NDArray[np.float64]
+
+
+def problem(tokens: int, width: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, width, generator=chance, dtype=torch.float64)
+    inputs[:, 0] *= 30  # a massive activation
+    errors = torch.randn(tokens, outputs, generator=chance, dtype=torch.float64)
+    return inputs, errors, torch.rand(tokens, generator=chance, dtype=torch.float64) + 0.1
+
+
+def dense(inputs: Tensor, errors: Tensor, weights: Tensor, epsilon: float) -> tuple[Array, Array]:
+    """D and G + g I from the formula."""
+    x, e, w = (t.numpy() for t in (inputs, errors, weights))
+    gram = x.T @ np.diag(w) @ x
+    system = gram + epsilon * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return e.T @ np.diag(w) @ x @ np.linalg.inv(system), system
+
+
+def solve(
+    kind: str, data: tuple[Tensor, Tensor, Tensor], epsilon: float, rank: int, share: float = 1.0
+) -> LowRankChange:
+    inputs, errors, weights = data
+    sums: RidgeSums | RidgeRows = (
+        RidgeSums(inputs.shape[1], {"w": errors.shape[1]}, CPU)
+        if kind == "sums"
+        else RidgeRows({"w": errors.shape[1]})
+    )
+    for part in torch.arange(len(inputs)).split(7):  # as texts come
+        sums.add(inputs[part], {"w": errors[part]}, weights[part])
+    return sums.changes(epsilon, rank, share)["w"]
+
+
+SHAPES = [(60, 12, 7), (60, 7, 12), (9, 20, 6), (9, 20, 30)]
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_at_full_rank_it_is_the_formula(kind: str, shape: tuple[int, int, int]) -> None:
+    data = problem(*shape)
+    expected, _ = dense(*data, 0.01)
+    found = solve(kind, data, 0.01, 1000).matrix.numpy()
+    assert np.linalg.norm(found - expected) < 1e-9 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_low_rank_is_the_best_one_in_the_metric(kind: str, shape: tuple[int, int, int]) -> None:
+    """Eckart and Young: the best rank-r approximation of D (G + g I)^½, taken back."""
+    data = problem(*shape)
+    whole, system = dense(*data, 0.1)
+    root = np.linalg.cholesky(system)
+    u, s, v = np.linalg.svd(whole @ root, full_matrices=False)
+    expected = (u[:, :3] * s[:3]) @ v[:3] @ np.linalg.inv(root)
+    found = solve(kind, data, 0.1, 3)
+    assert found.rank == 3
+    assert np.linalg.norm(found.matrix.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
+    assert found.explained == pytest.approx(float((s[:3] ** 2).sum() / (s**2).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+def test_the_share_chooses_the_smallest_rank_that_keeps_it(kind: str) -> None:
+    data = problem(60, 12, 7)
+    whole, system = dense(*data, 0.1)
+    energies = np.linalg.svd(whole @ np.linalg.cholesky(system), compute_uv=False) ** 2
+    wanted = int((np.cumsum(energies) < 0.8 * energies.sum()).sum()) + 1
+    found = solve(kind, data, 0.1, 1000, share=0.8)
+    assert (found.rank, found.wanted) == (wanted, wanted)
+    capped = solve(kind, data, 0.1, 2, share=0.8)
+    assert (capped.rank, capped.wanted) == (2, wanted)
+
+
+def test_what_fits_exactly_is_found_exactly() -> None:
+    """Errors that a matrix makes, and hardly any penalty: that matrix, and all energy fitted."""
+    inputs, _, weights = problem(60, 12, 7)
+    matrix = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = solve("sums", (inputs, inputs @ matrix.mT, weights), 1e-13, 1000)
+    assert torch.allclose(found.matrix, matrix, atol=1e-6)
+    assert found.fitted == pytest.approx(1.0, abs=1e-6)
+
+
+@given(st.floats(1e-6, 10.0), st.integers(1, 12), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_both_forms_agree_and_no_change_of_that_rank_is_better(
+    epsilon: float, rank: int, seed: int
+) -> None:
+    data = problem(25, 10, 8, seed)
+    inputs, errors, weights = data
+    one, other = (solve(kind, data, epsilon, rank) for kind in ("sums", "rows"))
+    penalty = epsilon * float((weights[:, None] * inputs**2).sum()) / inputs.shape[1]
+
+    def loss(change: Tensor) -> float:
+        left = errors - inputs @ change.mT
+        return float((weights[:, None] * left**2).sum() + penalty * (change**2).sum())
+
+    assert loss(one.matrix) == pytest.approx(loss(other.matrix), rel=1e-6)
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        a, b = (
+            t + 1e-3 * torch.randn(t.shape, generator=chance, dtype=t.dtype) for t in (one.a, one.b)
+        )
+        assert loss(one.matrix) <= loss(a @ b.mT) * (1 + 1e-9)
+
+
+def test_no_errors_give_no_change() -> None:
+    inputs, errors, weights = problem(20, 6, 4)
+    found = solve("sums", (inputs, torch.zeros_like(errors), weights), 0.01, 1000)
+    assert found.rank == 0
+    assert torch.equal(found.matrix, torch.zeros(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+def test_inputs_of_zeros_are_told(kind: str) -> None:
+    inputs, errors, weights = problem(20, 6, 4)
+    with pytest.raises(RainError, match="all zero"):
+        solve(kind, (torch.zeros_like(inputs), errors, weights), 0.01, 1000)
