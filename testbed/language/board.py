@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Board:
         def make() -> Found:
             start = time.monotonic()
             config = configuration(row, strength, self.trio, self.work)
-            out = merged(config, self.work / "merged")
+            out = merged(config, self.work / f"merged-{os.getpid()}")
             made = time.monotonic() - start
             found = judge.measure(out)
             seconds = {"making": round(made), "judging": round(time.monotonic() - start - made)}

@@ -9,8 +9,8 @@ import yaml
 
 Config = dict[str, Any]
 Recipe = Callable[[Path, float], Config]
-BETWEEN = (0.2, 0.35, 0.5, 0.65)  # the instruct model's share
-ADDED = (0.3, 0.5, 0.7, 1.0)  # its task vector's factor
+BETWEEN = (0.3, 0.5, 0.7)  # the instruct model's share
+ADDED = (0.3, 0.5, 0.7)  # its task vector's factor
 FLOAT = {"dtype": "float32", "out_dtype": "bfloat16"}  # one rounding, at the end
 
 
