@@ -67,7 +67,10 @@ class Board:
         return self._kept(name, key, lambda: self.test.measure(path))
 
     def row(self, row: Row) -> Found:
-        """Choose the strength, then judge."""
+        """Choose the strength where there is a choice, then judge."""
+        if len(row.strengths) == 1:
+            found = self._numbers(row, row.strengths[0], "test")
+            return self._write(row.slug, {**found, "name": row.name, "strength": row.strengths[0]})
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
         while (more := further(swept)) is not None and len(swept) < (
             len(row.strengths) + MOST_STEPS
