@@ -72,7 +72,7 @@ class Board:
             found = self._numbers(row, row.strengths[0], "test")
             return self._write(row.slug, {**found, "name": row.name, "strength": row.strengths[0]})
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
-        while (more := further(swept)) is not None and len(swept) < (
+        while (more := further(swept, row.most)) is not None and len(swept) < (
             len(row.strengths) + MOST_STEPS
         ):
             swept[more] = self._numbers(row, more, "validation")
@@ -124,14 +124,14 @@ def _merit(found: Mapping[str, Any]) -> tuple[float, float]:
     return numbers["both"]["value"], numbers["plain_right"]["value"]
 
 
-def further(swept: Mapping[float, Found]) -> float | None:
+def further(swept: Mapping[float, Found], most: float) -> float | None:
     """The next strength to try where the best one is at an edge of the grid."""
     if len(swept) < 2:
         return None
     best = max(swept, key=lambda s: _merit(swept[s]))
     if best == min(swept):
         return round(best / STEPS, 3)
-    return round(best * STEPS, 3) if best == max(swept) and best * STEPS <= 3 else None
+    return round(best * STEPS, 3) if best == max(swept) and best * STEPS <= most else None
 
 
 def _brief(found: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import yaml
 Config = dict[str, Any]
 Recipe = Callable[[Path, float], Config]
 BETWEEN = (0.3, 0.5, 0.7)  # the instruct model's share
+WHOLLY = 1.0  # nothing of the reasoning model is left
 ADDED = (0.3, 0.5, 0.7)  # its task vector's factor
 FLOAT = {"dtype": "float32", "out_dtype": "bfloat16"}  # one rounding, at the end
 
@@ -22,6 +23,7 @@ class Row:
     strengths: tuple[float, ...]
     recipe: Recipe
     rain: Mapping[str, Any] = field(default_factory=dict)
+    most: float = 3.0  # the grid goes no further
 
     @property
     def slug(self) -> str:
@@ -77,12 +79,12 @@ def rivals() -> list[Row]:
     """Merge methods that mergekit has."""
     return [
         Row("task_arithmetic", ADDED, task_arithmetic),
-        Row("linear", BETWEEN, linear),
+        Row("linear", BETWEEN, linear, most=WHOLLY),
         Row("ties 0.2", ADDED, sparse("ties", 0.2)),
         Row("ties 0.5", ADDED, sparse("ties", 0.5)),
-        Row("slerp", BETWEEN, slerp),
+        Row("slerp", BETWEEN, slerp, most=WHOLLY),
         Row("dare_ties 0.5", ADDED, sparse("dare_ties", 0.5)),
-        Row("nuslerp", BETWEEN, nuslerp),
+        Row("nuslerp", BETWEEN, nuslerp, most=WHOLLY),
     ]
 
 

@@ -47,6 +47,11 @@ class Score:
     loop: bool
     tokens: int
 
+    @property
+    def all_three(self) -> bool:
+        """Right and as asked, after one whole block."""
+        return self.both and self.whole
+
 
 def score(record: Record, output: str, tokens: int, ended: bool) -> Score:
     """Judge one output against its record."""
@@ -107,6 +112,7 @@ def _ratios(records: Sequence[Record], scores: Sequence[Score]) -> dict[str, Rat
         "followed_held_out": over("followed", held),
         "constrained_right": over("right", asked),
         "both": over("both", asked),
+        "all_three": over("all_three", asked),
         "both_known": over("both", known),
         "both_held_out": over("both", held),
         "both_uncalibrated": over("both", unseen),

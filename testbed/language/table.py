@@ -14,6 +14,7 @@ COLUMNS = {
     "followed": "followed",
     "followed, held-out wording": "followed_held_out",
     "both": "both",
+    "right, followed and thought": "all_three",
     "both, held-out wording": "both_held_out",
     "both, uncalibrated": "both_uncalibrated",
     "tokens": "tokens",

@@ -106,10 +106,11 @@ def found(both: float, plain: float = 0.5) -> dict[str, dict[str, dict[str, floa
 
 
 def test_the_grid_goes_on_where_its_edge_is_best() -> None:
-    assert further({0.3: found(0.1), 0.5: found(0.3), 0.7: found(0.2)}) is None
-    assert further({0.3: found(0.1), 0.5: found(0.3), 1.0: found(0.4)}) == 1.4
-    assert further({0.35: found(0.5), 0.5: found(0.3), 1.0: found(0.4)}) == 0.25
-    assert further({1.0: found(0.4)}) is None
+    assert further({0.3: found(0.1), 0.5: found(0.3), 0.7: found(0.2)}, 3.0) is None
+    assert further({0.3: found(0.1), 0.5: found(0.3), 1.0: found(0.4)}, 3.0) == 1.4
+    assert further({0.35: found(0.5), 0.5: found(0.3), 1.0: found(0.4)}, 3.0) == 0.25
+    assert further({1.0: found(0.4)}, 3.0) is None
+    assert further({0.3: found(0.1), 0.5: found(0.3), 1.0: found(0.4)}, 1.0) is None
 
 
 def test_a_row_is_made_again_only_for_other_things(tmp_path: Path) -> None:

@@ -164,9 +164,22 @@ def test_right_texts_score_in_every_way() -> None:
     records = [prompt_record(draw_task(rng, "test", n % 3, held_out=n % 2 == 0)) for n in range(60)]
     scores = [score(record, record["output"], 9, ended=True) for record in records]
     found = judged(records, scores)["numbers"]
-    for name in ("plain_right", "whole_plain", "whole_constrained", "followed", "both"):
+    for name in (
+        "plain_right",
+        "whole_plain",
+        "whole_constrained",
+        "followed",
+        "both",
+        "all_three",
+    ):
         assert found[name]["value"] == 1.0
     assert found["loops"]["value"] == 0.0
+    bare = [record["output"].partition("</think>\n\n")[2] for record in records]
+    direct = [
+        score(record, text, 9, ended=True) for record, text in zip(records, bare, strict=True)
+    ]
+    found = judged(records, direct)["numbers"]
+    assert (found["both"]["value"], found["all_three"]["value"]) == (1.0, 0.0)
     plain = [score(record, "No idea.", 3, ended=False) for record in records]
     found = judged(records, plain)["numbers"]
     assert found["whole_plain"]["value"] == found["plain_right"]["value"] == 0.0
