@@ -38,7 +38,8 @@ def threads_for(hidden_size: int, wanted: int | None = None) -> Iterator[None]:
         LOG.info("one thread: models of hidden size %d gain nothing from more", hidden_size)
         wanted = 1
     if wanted is None:
-        LOG.info("%d threads%s", before, f", as {given} says" if given else "")
+        number = "one thread" if before == 1 else f"{before} threads"
+        LOG.info("%s%s", number, f", as {given} says" if given else "")
         yield
         return
     torch.set_num_threads(wanted)
