@@ -1,0 +1,146 @@
+"""What other programs may call; `import rain_mergekit` offers all of it lazily.
+
+Everything else in the package is private and may change in any release.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.calibration import pipeline
+from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import CalibrationSummary
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.errors import RainError
+from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
+from rain_mergekit.evaluation.texts import Texts, read_texts
+from rain_mergekit.evaluation.verify import VerificationResult, measure_merge
+from rain_mergekit.linalg import projection
+from rain_mergekit.merge_method.method import register
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+
+__all__ = [
+    "CalibrationFile",
+    "CalibrationSummary",
+    "Estimate",
+    "LoadOptions",
+    "RainError",
+    "RunOptions",
+    "VerificationResult",
+    "calibrate",
+    "estimate",
+    "merge",
+    "project",
+    "register",
+    "verify",
+]
+
+StrPath = str | os.PathLike[str]
+
+
+def calibrate(config: StrPath, options: RunOptions | None = None) -> CalibrationSummary:
+    """Write the calibration file that a merge configuration names.
+
+    Args:
+        config: path of the YAML, with a `rain:` section. Relative paths in it are taken from the
+            working folder.
+        options: device, dtype, memory budget; by default float32 on the CPU and 2 GiB.
+
+    Returns:
+        Path and size of the file, mean rank, the samples that were used, and warnings.
+
+    Raises:
+        RainError: an input cannot be used; no file is written then.
+    """
+    return pipeline.calibrate(read_config(str(config)), options or RunOptions(quiet=True))
+
+
+def estimate(config: StrPath, options: RunOptions | None = None) -> Estimate:
+    """Say what `calibrate` would need, from file headers and token counts; nothing is run.
+
+    Args:
+        config: path of the YAML.
+        options: as for `calibrate`.
+
+    Returns:
+        Memory by part, disk and file size in bytes, and floating-point operations.
+
+    Raises:
+        RainError: an input cannot be used.
+    """
+    return pipeline.plan(read_config(str(config)), options or RunOptions(quiet=True))
+
+
+def merge(config: StrPath, out: StrPath, *arguments: str) -> Path:
+    """Calibrate if the file is missing or was made from something else, then merge.
+
+    Args:
+        config: path of the YAML.
+        out: the folder of the merged model; it is filled only when everything has succeeded.
+        arguments: options as `mergekit-rain merge` takes them, such as `--cuda`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RainError: an input cannot be used; the folder is left as it was.
+        click.UsageError: an argument is not known.
+    """
+    from rain_mergekit.commands.merge import merge as command  # noqa: PLC0415 - click's decorators
+
+    command.main([str(config), str(out), "--quiet", *arguments], standalone_mode=False)
+    return Path(out)
+
+
+def verify(
+    merged: StrPath,
+    against: StrPath,
+    reasoning_data: StrPath,
+    *,
+    samples: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    load: LoadOptions | None = None,
+) -> VerificationResult:
+    """Measure how far a merge moved the next-token distributions from the reasoning model's.
+
+    Args:
+        merged: folder or hub name of the merged model.
+        against: folder or hub name of the reasoning model.
+        reasoning_data: texts with thinking, JSON or JSONL.
+        samples: how many of them, evenly spaced; None: all.
+        device: where the layers run, one at a time.
+        dtype: of the forward pass.
+        load: caches, and whether code of the models may run.
+
+    Returns:
+        `drift` holds L_think and the divergence elsewhere (KL, nats) and a verdict; `layers` the
+        drift of each input site; `around` the divergence by distance from the markers.
+
+    Raises:
+        RainError: a model or the texts cannot be used.
+    """
+    options = load or LoadOptions()
+    reasoning, result = (open_checkpoint(str(one), options) for one in (against, merged))
+    chosen, _ = read_texts(reasoning, Texts(str(reasoning_data), samples))
+    return measure_merge(reasoning, result, chosen, VerifyOptions(options, device, dtype))
+
+
+def project(delta: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+    """Compute Δ (I - U Vᵀ), the task vector without its effect on the protected features (Eq. 8).
+
+    Args:
+        delta: Δ, (d_out, d_in).
+        u: U, (d_in, r).
+        v: V, (d_in, r); None: V = U, the orthogonal projection for an orthonormal U.
+
+    Returns:
+        A new tensor like `delta`.
+    """
+    return projection.project(delta, projection.Factors(u, u if v is None else v))
