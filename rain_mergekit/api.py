@@ -21,7 +21,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.texts import Texts, read_texts
 from rain_mergekit.evaluation.verify import VerificationResult, measure_merge
-from rain_mergekit.linalg import projection
+from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.merge_method.method import register
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 
@@ -143,4 +143,4 @@ def project(delta: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
     Returns:
         A new tensor like `delta`.
     """
-    return projection.project(delta, projection.Factors(u, u if v is None else v))
+    return Factors(u, u if v is None else v).project(delta)

@@ -27,7 +27,6 @@ from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.coefficients import HeadAccumulator, HeadStatistics
-from rain_mergekit.linalg.projection import project
 from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
 from rain_mergekit.models.attention import Heads, observe_attention
 from rain_mergekit.models.head_layout import HeadLayout, feeds_attention
@@ -257,4 +256,4 @@ def _add(rows: Tensor, deltas: Iterator[Tensor], result: SiteResult) -> None:
     start = 0
     for delta in deltas:
         part = slice(start, start := start + delta.shape[0])
-        rows[part] = rows[part].float() + project(delta, result.factors)
+        rows[part] = rows[part].float() + result.factors.project(delta)

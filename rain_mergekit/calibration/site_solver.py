@@ -11,8 +11,8 @@ from torch import Tensor
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg import projection
+from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.feature_rows import FeatureRows
-from rain_mergekit.linalg.projection import Factors
 from rain_mergekit.system.memory import trim_heap
 
 
@@ -32,15 +32,13 @@ class SiteResult:
     @property
     def rank(self) -> int:
         """Number of protected directions."""
-        return int(self.factors.u.shape[1])
+        return self.factors.rank
 
     def to(self, device: torch.device) -> SiteResult:
         """The same result with its tensors on that device."""
-        u = self.factors.u.to(device)
-        v = u if self.factors.v is self.factors.u else self.factors.v.to(device)
         return replace(
             self,
-            factors=Factors(u, v),
+            factors=self.factors.to(device),
             spectrum=self.spectrum.to(device),
             energies=self.energies.to(device),
         )

@@ -106,10 +106,10 @@ class CalibrationFile:
         return tensor
 
     def factors(self, site: str) -> Factors:
-        """U and V of one site in float32; RainError when they are not finite."""
+        """U and V of one site in float32, (d, 0) at rank 0; RainError when they are not finite."""
         plan = self.sites[site]
         if plan.u is None:
-            return Factors(None, None)
+            return Factors.empty(plan.width)
         u = self._finite(plan.u)
         return Factors(u, u if plan.v in (None, plan.u) else self._finite(str(plan.v)))
 

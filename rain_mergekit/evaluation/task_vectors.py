@@ -186,7 +186,7 @@ class _Weights:
         if plan.input_axis == -2:
             tuned, thinking = tuned.mT, thinking.mT
         site = plan.site[expert] if isinstance(plan.site, tuple) else plan.site
-        factors = self._file.factors(site) if site is not None else Factors(None, None)
+        factors = None if site is None else self._file.factors(site)
         rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
         added = self._file.change(plan)
         merged = merged_part(tuned, factors, rows, cols) if plan.projected else None
@@ -216,15 +216,13 @@ def _mean(module: str, layer: int, parts: Sequence[tuple[float, float, Overlap |
 
 
 def merged_part(
-    delta: Tensor, factors: Factors, rows: Tensor | None, cols: Tensor | None
+    delta: Tensor, factors: Factors | None, rows: Tensor | None, cols: Tensor | None
 ) -> Tensor:
     """(S_row Δ S_col)(I - U Vᵀ) for delta (d_out, d_in), float32."""
     for scale, shape in ((rows, (-1, 1)), (cols, (1, -1))):
         if scale is not None:
             delta = delta * scale.to(delta).reshape(shape)
-    if factors.u is None or factors.v is None:
-        return delta
-    return delta - (delta @ factors.u.to(delta)) @ factors.v.to(delta).mT
+    return delta if factors is None else factors.project(delta)
 
 
 def overlap(first: Tensor, second: Tensor, rank: int) -> Overlap | None:

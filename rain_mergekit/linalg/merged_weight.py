@@ -42,7 +42,7 @@ def merged_weight(
     reasoning: Tensor,
     instruct: Tensor,
     pretrained: Tensor,
-    factors: Factors,
+    factors: Factors | None,
     rows: Tensor | None,
     cols: Tensor | None,
     strength: float,
@@ -57,7 +57,7 @@ def merged_weight(
         reasoning: W_R, (d_out, d_in); (d_in, d_out) with `input_axis` -2.
         instruct: W_I, of the same shape, dtype and device.
         pretrained: W_B, likewise.
-        factors: U and V.
+        factors: U and V; None where nothing is projected.
         rows: the scales S_row (d_out); None for ones.
         cols: the scales S_col (d_in); None for ones.
         strength: λ.
@@ -72,7 +72,7 @@ def merged_weight(
     views = (result, reasoning, instruct, pretrained)
     out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
     scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
-    u, v = (f if f is None else f.to(device, dtype) for f in (factors.u, factors.v))
+    factors = None if factors is None else factors.to(device, dtype)
     strength = _strength(strength, dtype)
     step = _block_rows(out)
     space = torch.empty(2, min(step, out.shape[0]), out.shape[1], dtype=dtype, device=device)
@@ -84,8 +84,8 @@ def merged_weight(
             delta *= scale_rows[block, None]
         if scale_cols is not None:
             delta *= scale_cols
-        if u is not None and v is not None:
-            delta.addmm_(delta @ u, v.mT, alpha=-1)
+        if factors is not None:
+            factors.project_(delta)
         out[block] = other.copy_(base[block]).add_(delta, alpha=strength)
     return result
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.feature_rows import STATISTICS_DTYPE, FeatureRows
 
 
@@ -68,14 +69,6 @@ class Spectrum:
     @property
     def _sigma(self) -> Tensor:
         return (self.values / self.total).sqrt()
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The projection I - U V^T; `v is u` for the orthogonal case. Both d x r."""
-
-    u: Tensor
-    v: Tensor
 
 
 def rank_cutoff(values: Tensor, rows: int, width: int) -> float:
@@ -246,9 +239,3 @@ def ridge_weights(values: Tensor, ridge: float) -> Tensor:
     if values.numel() == 0:
         return values
     return values / (values + ridge * values.max())
-
-
-def project(delta: Tensor, factors: Factors) -> Tensor:
-    """Delta (I - U V^T), Eq. 8 for a linear module: zero on span(U) whatever Delta is."""
-    u, v = factors.u.to(delta), factors.v.to(delta)
-    return delta - (delta @ u) @ v.T

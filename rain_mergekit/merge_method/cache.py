@@ -64,11 +64,4 @@ class BasisCache:
     def get(self, calibration: CalibrationFile, site: str, device: torch.device) -> Factors:
         """Return the factors of a site, (d, r) float32 each, on the device."""
         key = (calibration, site, device)
-        return self._recent.get(key, lambda: _on(device, calibration.factors(site)))
-
-
-def _on(device: torch.device, factors: Factors) -> Factors:
-    if factors.u is None or factors.v is None:
-        return factors
-    u = factors.u.to(device)
-    return Factors(u, u if factors.v is factors.u else factors.v.to(device))
+        return self._recent.get(key, lambda: calibration.factors(site).to(device))

@@ -198,9 +198,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         if plan.tokens and rows is not None:
             rows = _of_length(rows, weights[0].shape[0])
 
-        def factors(site: str | None) -> Factors:
-            none = Factors(None, None)
-            return none if site is None else self._bases.get(calibration, site, device)
+        def factors(site: str | None) -> Factors | None:
+            return None if site is None else self._bases.get(calibration, site, device)
 
         if len(plan.shape) == 2 and not isinstance(plan.site, tuple):
             basis = factors(plan.site)

@@ -11,7 +11,6 @@ from torch import Tensor
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.merged_weight import merged_weight
 from rain_mergekit.merge_method.method import RainMerge
@@ -79,9 +78,8 @@ class TensorMerger:
         """In blocks of rows: of a weight of this size only the result is there as a whole."""
         weights = [self._tensors[role].of_tokens(name) for role in ROLES]
         count = min(len(weight) for weight in weights)
-        factors = Factors(None, None)
-        if isinstance(plan.site, str):
-            factors = self._calibration.factors(plan.site)
+        own_site = isinstance(plan.site, str)
+        factors = self._calibration.factors(str(plan.site)) if own_site else None
         rows, cols = self._calibration.scale(plan.rows), self._calibration.scale(plan.cols)
         result = weights[0].to(device, dtype, copy=True)
         for start in range(0, count, TASK_ROWS):

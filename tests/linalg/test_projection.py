@@ -17,8 +17,8 @@ from rain_mergekit.calibration.site_solver import solve_site, unconstrained
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg import projection
+from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.feature_rows import FeatureRows
-from rain_mergekit.linalg.projection import Factors
 from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
 from rain_mergekit.system.evenly_spaced import evenly_spaced
 
@@ -252,7 +252,7 @@ def test_no_other_projection_changes_instruction_features_less(
     basis = projection.spectrum(normal(3, 10, seed=seed)).vectors
     features, delta = normal(7, 10, seed=seed + 1), normal(4, 10, seed=seed + 2)
     factors = projection.oblique_factors(basis, features, epsilon)
-    ours = projection.project(delta, factors)
+    ours = factors.project(delta)
     torch.testing.assert_close(ours @ basis, torch.zeros(4, 3).double(), rtol=0, atol=1e-10)
     moment = features.mT @ features
     metric = moment + epsilon * moment.trace() / 10 * torch.eye(10, dtype=torch.float64)
@@ -261,7 +261,7 @@ def test_no_other_projection_changes_instruction_features_less(
         change = candidate - delta
         return float((change @ metric @ change.mT).trace())
 
-    orthogonal = projection.project(delta, projection.orthogonal_factors(basis))
+    orthogonal = projection.orthogonal_factors(basis).project(delta)
     assert cost(ours) <= cost(orthogonal) * (1 + 1e-12)
     for other in range(5):
         step = size * normal(4, 10, seed=seed + 10 + other)
@@ -578,7 +578,7 @@ def test_one_direction_is_projected_obliquely_and_none_or_no_features_orthogonal
 def test_a_task_vector_keeps_its_type() -> None:
     basis = torch.linalg.qr(normal(6, 2))[0]
     delta = normal(4, 6, seed=1).float()
-    found = projection.project(delta, projection.orthogonal_factors(basis))
+    found = projection.orthogonal_factors(basis).project(delta)
     assert found.dtype == torch.float32
     wanted = delta.double() @ (torch.eye(6, dtype=torch.float64) - basis @ basis.mT)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
@@ -601,7 +601,7 @@ def test_without_rows_nothing_is_projected() -> None:
     site = unconstrained(5)
     assert (site.rank, site.capped) == (0, False)
     delta = normal(2, 5, seed=1).double()
-    assert torch.equal(projection.project(delta, site.factors), delta)
+    assert torch.equal(site.factors.project(delta), delta)
 
 
 def test_messages_in_full() -> None:
