@@ -23,7 +23,7 @@ from rain_mergekit.calibration.estimate_inputs import model_shape, workload
 from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.layer_file import write_part
 from rain_mergekit.calibration.lm_head import HeadWeight, OutputHeadCalibrator, find_head
-from rain_mergekit.calibration.options import RunOptions, default_dtype, max_rank
+from rain_mergekit.calibration.options import RunOptions, max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
 from rain_mergekit.calibration.samples import Samples, record
@@ -36,7 +36,7 @@ from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.models.loading import Trio
+from rain_mergekit.models.loading import Trio, default_dtype
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
@@ -54,7 +54,7 @@ class CalibrationEngine:
     ) -> None:
         self._settings, self._options, self._trio = config.settings, options, trio
         self._samples, self._world = samples, world
-        dtype = options.dtype or default_dtype(trio, options.device)
+        dtype = options.dtype or default_dtype(trio.config, options.device)
         self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)

@@ -12,7 +12,7 @@ from rain_mergekit.calibration.estimate import (
     head_bytes,
 )
 from rain_mergekit.config.settings import RainSettings
-from rain_mergekit.models.loading import LoadOptions, Trio
+from rain_mergekit.models.loading import LoadOptions
 
 MIN_RANK_CAP = 96
 
@@ -53,10 +53,3 @@ def max_rank(shape: ModelShape, settings: RainSettings) -> int:
     fixed = head_bytes(shape, 0, stores_v=stores_v)
     per_rank += head_bytes(shape, 1, stores_v=stores_v) - fixed
     return max(MIN_RANK_CAP, int((settings.size_budget * shape.model_bytes - fixed) / per_rank))
-
-
-def default_dtype(trio: Trio, device: str) -> torch.dtype:
-    """float32 on the CPU (exact, and bfloat16 is slow there), else the checkpoint's own."""
-    if torch.device(device).type == "cpu":
-        return torch.float32
-    return getattr(trio.config, "dtype", None) or torch.bfloat16

@@ -14,7 +14,7 @@ import torch
 
 import rain_mergekit
 from rain_mergekit.calibration.estimate import Estimate
-from rain_mergekit.calibration.options import RunOptions, default_dtype
+from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.samples import Samples, record
 from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
@@ -29,7 +29,7 @@ from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.models.loading import Trio, read_model_config
+from rain_mergekit.models.loading import Trio, default_dtype, read_model_config
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
@@ -50,7 +50,10 @@ class StreamEngine:
     ) -> None:
         self._settings, self._options, self._trio = config.settings, options, trio
         self._samples, self._world = samples, world
-        dtype, device = options.dtype or default_dtype(trio, options.device), str(world.device)
+        dtype, device = (
+            options.dtype or default_dtype(trio.config, options.device),
+            str(world.device),
+        )
         self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, device)
         self.instruct = LayerwiseModel(
             trio.instruct, read_model_config(trio.instruct), dtype, device

@@ -160,7 +160,7 @@ def _models(
             if record.reference != str(model):
                 yield f"the {role} model is {model}, was {record.reference}"
             continue
-        parts = [part for part, hexa in record.fingerprint.items() if found[role].get(part) != hexa]
+        parts = record.differences(found[role])
         if parts and record.reference != str(model):
             yield f"the {role} model is {model}, was {record.reference}"
         elif parts:

@@ -24,6 +24,11 @@ class ModelRecord:
     revision: str | None
     fingerprint: Mapping[str, str] | None
 
+    def differences(self, found: Mapping[str, str]) -> list[str]:
+        """The recorded parts of the fingerprint that differ in the one that was found."""
+        recorded = self.fingerprint or {}
+        return [part for part, digest in recorded.items() if found.get(part) != digest]
+
 
 @dataclass(frozen=True)
 class SitePlan:

@@ -30,9 +30,9 @@ def check_same_tokens(reasoning: Checkpoint, merged: Checkpoint) -> None:
 
 def check_reasoning(file: CalibrationFile, reasoning: Checkpoint) -> None:
     """RainError if the calibration was made with another reasoning model."""
-    recorded = file.models["reasoning"].fingerprint
-    found = fingerprint(reasoning.path) if recorded else {}
-    differing = [part for part, digest in (recorded or {}).items() if found.get(part) != digest]
+    recorded = file.models["reasoning"]
+    found = fingerprint(reasoning.path) if recorded.fingerprint else {}
+    differing = recorded.differences(found)
     if differing:
         raise RainError(
             f"{reasoning.reference}: is not the reasoning model of {file.path} (it differs in "

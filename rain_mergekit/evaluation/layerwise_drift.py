@@ -25,7 +25,7 @@ from rain_mergekit.evaluation.divergence import (
 )
 from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile, MarkerDistanceTally
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.loading import LoadOptions, read_model_config
+from rain_mergekit.models.loading import LoadOptions, default_dtype, read_model_config
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 Edit = Callable[[nn.Module, str], None]
@@ -79,9 +79,8 @@ class StreamedModel:
     def of(cls, checkpoint: Checkpoint, how: VerifyOptions) -> StreamedModel:
         """That model; without a type given in float32 on the CPU, else in its own."""
         config = read_model_config(checkpoint)
-        on_cpu = torch.device(how.device).type == "cpu"
-        own = torch.float32 if on_cpu else getattr(config, "dtype", None) or torch.bfloat16
-        return cls(LayerwiseModel(checkpoint, config, how.dtype or own, how.device))
+        dtype = how.dtype or default_dtype(config, how.device)
+        return cls(LayerwiseModel(checkpoint, config, dtype, how.device))
 
     def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
         """Embed the samples; `budget` bytes of hidden states stay in memory, the rest on disk."""

@@ -80,14 +80,8 @@ def differing(file: CalibrationFile, models: Mapping[str, Checkpoint]) -> list[s
     return [
         role
         for role, recorded in file.models.items()
-        if recorded.fingerprint is not None
-        and dict(recorded.fingerprint) != _parts(models[role], recorded.fingerprint)
+        if recorded.fingerprint and recorded.differences(fingerprint(models[role].path))
     ]
-
-
-def _parts(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, str]:
-    found = fingerprint(checkpoint.path)
-    return {part: found[part] for part in wanted if part in found}
 
 
 def measure_task_vectors(

@@ -146,7 +146,7 @@ def _other_reasoning_model(
         )
         return None
     found = fingerprint(folder)
-    different = [part for part, hexa in record.fingerprint.items() if found.get(part) != hexa]
+    different = record.differences(found)
     if not different:
         return None
     return (

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import default_dtype, read_model_config
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.thinking_blocks import Thought, split_thinking
 
@@ -20,14 +21,13 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -
 
     Raises RainError if it cannot be loaded, or has weights missing (they would be random).
     """
-    if dtype is None and torch.device(device).type == "cpu":
-        dtype = torch.float32
+    dtype = dtype or default_dtype(read_model_config(checkpoint), device)
     model: Any
     found: Any
     try:
         model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             checkpoint.path,
-            dtype="auto" if dtype is None else dtype,
+            dtype=dtype,
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
@@ -107,6 +108,13 @@ def read_model_config(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # noqa: BLE001 - transformers' classes of configs raise anything
         line = first_line(error)
         raise RainError(f"{checkpoint.reference}: cannot read its config: {line}") from None
+
+
+def default_dtype(config: Any, device: str) -> torch.dtype:
+    """float32 on the CPU (exact, and bfloat16 is slow there), else the model's own."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return getattr(config, "dtype", None) or torch.bfloat16
 
 
 # Under these names configs say how many layers there are.
