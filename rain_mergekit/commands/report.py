@@ -76,11 +76,13 @@ def report(calibration: str, output: str, **options: Any) -> None:
         raise click.UsageError("--against and --reasoning-data are of use with --merged only")
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
-    from rain_mergekit.report.page import render, require_libraries  # noqa: PLC0415
+    from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
     from rain_mergekit.system.atomic_file import replacing  # noqa: PLC0415
 
     console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
-    require_libraries()
+    require_matplotlib()
+    from rain_mergekit.report.page import render  # noqa: PLC0415 - imports it
+
     _protect_foreign(output)
     file = CalibrationFile.open(calibration)
     merged = _merged(file, options, console) if options["merged"] else None

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site
 from rain_mergekit.calibration_file.stream_summary import matching, ranks
 from rain_mergekit.calibration_file.summary import FileSummary, summarise
-from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.task_vectors import Change, TaskVectors, by_module
-from rain_mergekit.report import spectra
+from rain_mergekit.report import figures, spectra
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.divergence import Drift
@@ -67,9 +68,8 @@ def render(
 
     vectors: the models' task vectors, or why they are not shown.
 
-    Raises RainError if matplotlib or jinja2 is missing, or the file is damaged.
+    Raises RainError if the file is damaged.
     """
-    jinja2, _ = require_libraries()
     source = resources.files("rain_mergekit.report") / "page.html"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -96,25 +96,9 @@ def render(
     return page.lstrip()
 
 
-def _markup(svg: str) -> Any:
+def _markup(svg: str) -> Markup:
     """Mark our own SVG as safe; everything else on the page is escaped."""
-    from markupsafe import Markup  # noqa: PLC0415 - comes with jinja2
-
     return Markup(svg)  # noqa: S704 - serialised by ElementTree, which escapes all text in it
-
-
-def require_libraries() -> tuple[Any, Any]:
-    """jinja2 and matplotlib; RainError says how to install what is missing."""
-    return _library("jinja2"), _library("matplotlib")
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise RainError(
-            f"the report needs {name}, which is not installed: pip install 'rain-mergekit[report]'"
-        ) from None
 
 
 def _all(sites: Sequence[Site], value: Callable[[Site], float | None]) -> list[float]:
@@ -123,8 +107,6 @@ def _all(sites: Sequence[Site], value: Callable[[Site], float | None]) -> list[f
 
 def _overview(summary: FileSummary) -> Iterator[Picture]:
     """Rank, kept energy and kept response by layer."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     quantities: tuple[tuple[str, str, Callable[[Site], float | None]], ...] = (
         ("rank", "rank", lambda site: site.rank),
         ("share", "rank / width", lambda site: site.rank / site.width),
@@ -182,8 +164,6 @@ def _means(
 
 def _spectra(file: CalibrationFile, summary: FileSummary) -> Iterator[Picture]:
     """For each kind of site: its singular values, and its response energies."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     by_response = summary.settings.get("rank_by") == "response_energy"
     makers = (
         ("singular", "singular value / largest", spectra.singular),
@@ -200,8 +180,6 @@ def _spectra(file: CalibrationFile, summary: FileSummary) -> Iterator[Picture]:
 
 
 def _heads(summary: FileSummary) -> Iterator[Picture]:
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     for name, (what, middle) in _HEADS.items():
         values = [v for layer in summary.layers for v in layer.heads.get(name, ())]
         finite = [v for v in values if math.isfinite(v)]
@@ -220,8 +198,6 @@ def _bounds(summary: FileSummary) -> list[float]:
 
 
 def _moved(merged: Merged | None) -> Iterator[Picture]:
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     if merged is not None and merged.moved:
         svg = figures.lines("m-moved", "change / weight (norms)", merged.moved)
         yield Picture(svg, "How far the weights moved", "moved")
@@ -229,8 +205,6 @@ def _moved(merged: Merged | None) -> Iterator[Picture]:
 
 def _around(merged: Merged | None) -> Iterator[Picture]:
     """The drift of the next token by distance from the markers."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     if merged is None or merged.measured is None:
         return
     found, width = merged.measured.around, merged.window
@@ -243,8 +217,6 @@ def _around(merged: Merged | None) -> Iterator[Picture]:
 
 def _layers(merged: Merged | None, summary: FileSummary) -> Iterator[Picture]:
     """The drift of the features at think positions, by site and layer."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     if merged is None or merged.measured is None:
         return
     names = {kind.name: _name(kind) for kind in summary.kinds}
@@ -260,8 +232,6 @@ def _layers(merged: Merged | None, summary: FileSummary) -> Iterator[Picture]:
 
 def _norms(vectors: TaskVectors | str) -> Iterator[Picture]:
     """The task vector before and after, and what is left of it."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     quantities: tuple[tuple[str, str, Callable[[Change], float | None]], ...] = (
         ("before", "norm of the task vector", lambda change: change.before),
         ("after", "norm of what is merged", lambda change: change.after),
@@ -286,8 +256,6 @@ def _left(change: Change) -> float | None:
 
 def _overlaps(vectors: TaskVectors | str) -> Iterator[Picture]:
     """How much the two task vectors' principal subspaces share, by layer."""
-    from rain_mergekit.report import figures  # noqa: PLC0415 - an extra
-
     sides: tuple[tuple[str, str, Callable[[Change], float | None]], ...] = (
         ("right", "input side", lambda c: c.overlap.right if c.overlap else None),
         ("left", "output side", lambda c: c.overlap.left if c.overlap else None),
