@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 import torch
-import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
 from safetensors import safe_open
@@ -101,7 +99,7 @@ def restore_tokenizer(
     """The reasoning model's tokenizer as its own files have it; a merge is not lost for it."""
     if not options.copy_tokenizer:
         return
-    own_template = "chat_template" in yaml.safe_load(config.text)
+    own_template = "chat_template" in config.content
     reasoning = open_model(config.reasoning, LoadOptions.of(options.model_dump()))
     try:
         found = restore(reasoning, stage, own_template=own_template)
@@ -156,7 +154,7 @@ def merge_into(
 ) -> tuple[str, ...]:
     """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
     register()  # also where auto-loading is switched off
-    merge = MergeConfiguration.model_validate(yaml.safe_load(config.text))
+    merge = config.merge.model_copy(deep=True)
     converted = None if merge.out_dtype == merge.dtype else merge.out_dtype
     try:
         run_merge(

@@ -27,7 +27,6 @@ from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.sweep import (
     REPORT,
     Row,
-    at_strength,
     folder_name,
     split_numbers,
     table,
@@ -97,7 +96,7 @@ def sweep(
     for strength in strengths:
         refuse_input(parsed, str(folder / folder_name(strength)))
     load = LoadOptions.of(merge_options.model_dump())
-    completion = Completion(at_strength(parsed, strengths[0]), load)
+    completion = Completion(parsed.with_strength(strengths[0]), load)
     own = {**options, "recalibrate": False, "deterministic": False}  # it has no such options
     bring_up_to_date(parsed, merge_options, own, console)
     rows: list[Row] = []
@@ -109,7 +108,7 @@ def sweep(
         for strength in strengths:
             place = folder / folder_name(strength)
             console.print(f"Merging at lambda {strength:g}: {place}")
-            _merge(at_strength(parsed, strength), place, merge_options, completion, console)
+            _merge(parsed.with_strength(strength), place, merge_options, completion, console)
             found = meter.drift(open_checkpoint(str(place), load))
             if options["table_only"]:
                 shutil.rmtree(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ ROLES = ("instruct", "pretrained")
 class RainConfig:
     """A parsed configuration: the three models by role, where the calibration lies, settings.
 
+    text: the file's text. content: what it says, as plain values. merge: mergekit's part of it.
     tokenizer: whether mergekit is told to align the vocabularies.
     """
 
     path: str
     text: str
+    content: Mapping[str, Any]
+    merge: MergeConfiguration
     reasoning: ModelReference
     instruct: ModelReference
     pretrained: ModelReference
@@ -50,6 +53,32 @@ class RainConfig:
             "instruct": self.instruct,
             "pretrained": self.pretrained,
         }
+
+    @property
+    def strength(self) -> Any:
+        """`parameters.lambda` as it is written: a number, a gradient, or a list of filters."""
+        return (self.content.get("parameters") or {}).get("lambda", 1.0)
+
+    @property
+    def one_strength(self) -> float:
+        """`parameters.lambda` where it is one number; RainError elsewhere."""
+        value = self.strength
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise RainError(f"{self.path}: lambda is {value!r}, not one number")
+        return float(value)
+
+    def with_strength(self, strength: float) -> RainConfig:
+        """The same merge with `parameters.lambda` as one number, whatever it was."""
+        parameters = {**(self.content.get("parameters") or {}), "lambda": strength}
+        content = {**self.content, "parameters": parameters}
+        return replace(
+            self,
+            text=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
+            content=content,
+            merge=self.merge.model_copy(
+                update={"parameters": {**(self.merge.parameters or {}), "lambda": strength}}
+            ),
+        )
 
 
 def read_config(path: str | Path) -> RainConfig:
@@ -79,6 +108,8 @@ def read_config(path: str | Path) -> RainConfig:
     return RainConfig(
         path=source,
         text=text,
+        content=data,
+        merge=merge,
         reasoning=merge.base_model,
         instruct=roles["instruct"],
         pretrained=roles["pretrained"],

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
-from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.system.atomic_file import replacing
@@ -25,14 +22,6 @@ class Row:
     strength: float
     folder: str | None
     drift: Drift
-
-
-def at_strength(config: RainConfig, strength: float) -> RainConfig:
-    """The same merge with `parameters.lambda` as one number, whatever it was."""
-    content = yaml.safe_load(config.text)
-    content["parameters"] = {**(content.get("parameters") or {}), "lambda": strength}
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return replace(config, text=text)
 
 
 def folder_name(strength: float) -> str:

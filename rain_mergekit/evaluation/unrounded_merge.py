@@ -11,7 +11,7 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.evaluation.comparable import check_reasoning
-from rain_mergekit.merge_method.single_tensors import TensorMerger, strength_of
+from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.models.merge_names import merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
@@ -46,7 +46,7 @@ class Unrounded:
     def __init__(self, folder: str, shell: LayerwiseModel, options: LoadOptions) -> None:
         source = Path(folder, "mergekit_config.yml")
         config = read_config(source)
-        strength = strength_of(config.text, source.name)
+        strength = config.one_strength
         calibration = CalibrationFile.open(config.calibration)
         check_reasoning(calibration, shell.checkpoint)
         tensors = {

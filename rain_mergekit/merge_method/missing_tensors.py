@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from mergekit.common import dtype_from_name
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,7 +16,7 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.merge_method.single_tensors import TensorMerger, strength_of
+from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.models.merge_names import left_out, merge_names
@@ -49,7 +47,7 @@ class Completion:
 
     def _strength(self, config: RainConfig) -> float:
         try:
-            return strength_of(config.text, config.path)
+            return config.one_strength
         except RainError as error:
             raise RainError(
                 f"{error}: mergekit leaves out {len(self._missing)} tensors of this model "
@@ -70,8 +68,7 @@ class Completion:
     def _merged(self, config: RainConfig) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
         calibration = CalibrationFile.open(self._calibration)
         replay = TensorMerger(calibration, self._tensors, self._names, self._strength(config))
-        settings: Mapping[str, Any] = yaml.safe_load(config.text)
-        dtype, stored = (_type(settings.get(key)) for key in ("dtype", "out_dtype"))
+        dtype, stored = _type(config.merge.dtype), _type(config.merge.out_dtype)
         for name, parts in self._missing.items():
             # what the merge leaves alone keeps its type, e.g. the float32 biases of routers
             changed = replay.listed(name)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import yaml
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
-from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.merged_weight import merged_weight
 from rain_mergekit.merge_method.method import RainMerge
@@ -108,11 +106,3 @@ class TensorMerger:
         """Close all shards."""
         for tensors in self._tensors.values():
             tensors.release()
-
-
-def strength_of(text: str, source: str) -> float:
-    """Lambda of a merge configuration; RainError names its `source` if it is not one number."""
-    value = (yaml.safe_load(text).get("parameters") or {}).get("lambda", 1.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RainError(f"{source}: lambda is {value!r}, not one number")
-    return float(value)

@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
@@ -138,7 +136,7 @@ def section(
 def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]:
     for role, reference in summary.models.items():
         yield f"{role} model", _model(reference)
-    strength = (yaml.safe_load(config.text).get("parameters") or {}).get("lambda", 1.0)
+    strength = config.strength
     yield "strength λ", _code(strength if isinstance(strength, str) else json.dumps(strength))
     for name, data in summary.data.items():
         yield f"calibration, {name} data", _data(data)
