@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
@@ -137,6 +138,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
+    if not sys.warnoptions:  # what libraries announce for their next releases is for developers
+        warnings.simplefilter("ignore", FutureWarning)
     cli(prog_name="mergekit-rain")
 
 

@@ -85,6 +85,20 @@ def test_version() -> None:
     assert succeed("--version").strip().endswith(rain_mergekit.__version__)
 
 
+@pytest.mark.parametrize(("option", "shown"), [("", False), ("-Wdefault", True)])
+def test_what_libraries_announce_is_for_developers(option: str, shown: bool) -> None:
+    """As the console script: no user can do anything about a call that will be gone one day."""
+    script = (
+        "import sys, warnings; from rain_mergekit import cli; sys.argv = ['mergekit-rain', '-h']\n"
+        "try: cli.main()\n"
+        "except SystemExit: warnings.warn('gone in 5.40', FutureWarning)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    command = [sys.executable, *filter(None, [option]), "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("gone in 5.40" in done.stderr) == shown
+
+
 def test_unknown_command_and_wrong_option_are_usage_errors(place: Workplace) -> None:
     assert run("calibrat", place.yaml).code == 2
     for option in (("--activation-budget", "lots"), ("--device", "mps"), ("--dtype", "int8")):
