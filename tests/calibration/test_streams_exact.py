@@ -6,6 +6,7 @@ outputs by hooks on nn.Linear, and solves the normal equations as they stand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, SITES, Tiny
+from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
@@ -97,20 +98,35 @@ class Hooks:
 
 
 class Reference:
-    """All texts through three whole models in float64."""
+    """All texts through whole models in float64.
 
-    def __init__(self, tiny: Tiny, strength: float = 1.0) -> None:
-        self.texts, self.strength = read_texts(tiny), strength
-        self.models = {r: tiny.model(r) for r in ("reasoning", "instruct")}
+    readings: what the instruct model reads in place of each text, and by how much its output
+    enters the target at the answers (`keeps` of what was there before it, `share` of its own).
+    """
+
+    def __init__(
+        self, tiny: Tiny, readings: Sequence[tuple[Sequence[tuple[int, ...]], float, float]] = ()
+    ) -> None:
+        self.texts = read_texts(tiny)
+        own = [text.ids for text in self.texts]
+        self.reasoning = tiny.model("reasoning")
+        self.instruct = tiny.model("instruct")
         self.merged = tiny.model("reasoning")
-        self.hooks = {r: Hooks(model) for r, model in self.models.items()}
         self.own = Hooks(self.merged)
+        self.base = self.run(self.reasoning, Hooks(self.reasoning), own)
+        hooks = Hooks(self.instruct)
+        self.taught = [
+            (self.run(self.instruct, hooks, ids), keeps, share)
+            for ids, keeps, share in (readings or [(own, 0.0, 1.0)])
+        ]
 
-    def run(self, model: Any, hooks: Hooks) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def run(
+        self, model: Any, hooks: Hooks, texts: Sequence[tuple[int, ...]]
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         found = []
-        for text in self.texts:
+        for ids in texts:
             with torch.no_grad():
-                model(input_ids=torch.tensor([text.ids]))
+                model(input_ids=torch.tensor([ids]))
             found.append((dict(hooks.inputs), dict(hooks.outputs)))
         return found
 
@@ -121,26 +137,22 @@ class Reference:
 
     def targets(self, key: str) -> Tensor:
         rows = []
-        for text, own, other in zip(
-            self.texts, self.taught["reasoning"], self.taught["instruct"], strict=True
-        ):
-            target = own[1][key].clone()
-            mask = text.answers
-            mixed = (1 - self.strength) * own[1][key] + self.strength * other[1][key]
-            target[mask] = mixed[mask]
+        for index, text in enumerate(self.texts):
+            target = self.base[index][1][key].clone()
+            count = int(text.answers.sum())
+            if count:
+                for outputs, keeps, share in self.taught:
+                    taught = outputs[index][1][key][-count:]
+                    target[-count:] = keeps * target[-count:] + share * taught
             rows.append(target)
         return torch.cat(rows)
-
-    @cached_property
-    def taught(self) -> dict[str, Any]:
-        return {role: self.run(self.models[role], self.hooks[role]) for role in self.models}
 
     def fit(self) -> dict[str, Tensor]:
         """The change of each weight, in the order in which the modules run."""
         changes: dict[str, Tensor] = {}
         for index in range(len(self.merged.model.layers)):
             for members in SITES.values():
-                now = self.run(self.merged, self.own)
+                now = self.run(self.merged, self.own, [text.ids for text in self.texts])
                 for member in members:
                     name = f"model.layers.{index}.{member}"
                     key = {
@@ -163,10 +175,6 @@ class Reference:
         return error.mT @ torch.diag(self.weight) @ x @ torch.linalg.inv(system)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 def changes(tiny: Tiny) -> dict[str, Tensor]:
     file = CalibrationFile.open(tiny.path)
     found = {}
@@ -177,10 +185,53 @@ def changes(tiny: Tiny) -> dict[str, Tensor]:
     return found
 
 
+def agree(tiny: Tiny, reference: Reference) -> None:
+    tiny.calibrate(dtype=torch.float64)
+    expected, found = reference.fit(), changes(tiny)
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():  # some are zero, but for rounding
+        assert float((found[name] - change).norm()) <= 1e-5 * float(change.norm()) + 1e-9
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE)
-    tiny.calibrate(dtype=torch.float64)
-    expected, found = Reference(tiny).fit(), changes(tiny)
-    assert found.keys() == expected.keys()
-    assert max(relative(found[name], expected[name]) for name in expected) < 1e-5
+    agree(tiny, Reference(tiny))
+
+
+def test_a_part_of_the_instruct_model_is_aimed_at(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, teacher_strength=0.4)
+    own = [text.ids for text in read_texts(tiny)]
+    agree(tiny, Reference(tiny, [(own, 0.6, 0.4)]))
+
+
+def test_the_instruct_model_reads_in_its_own_chat_format(tmp_path: Path) -> None:
+    """Its template puts a system message in front, so that its answers stand elsewhere."""
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE)
+    own = tiny.tokenizer()
+    own.chat_template = "<|user|>Be kind.<|end|>" + TEMPLATE
+    own.save_pretrained(tmp_path / "instruct")
+    front = tuple(own("<|user|>Be kind.<|end|>", add_special_tokens=False)["input_ids"])
+    readings = [(*front, *text.ids) for text in read_texts(tiny)]
+    agree(tiny, Reference(tiny, [(readings, 0.0, 1.0)]))
+
+
+def test_the_contrast_is_what_the_instruction_changes(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, teacher="contrast", teacher_strength=0.7)
+    own = [text.ids for text in read_texts(tiny)]
+    bare = [*own[: len(REASONING)], *(without_instructions(tiny, one) for one in INSTRUCTION)]
+    agree(tiny, Reference(tiny, [(own, 1.0, 0.7), (bare, 1.0, -0.7)]))
+
+
+def without_instructions(tiny: Tiny, sample: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sample's token ids with its instructions cut out of the prompt, written by hand."""
+    prompt = {
+        "Which colour has grass? Answer in capitals.": "Which colour has grass?",
+        "Count to three. Use commas. End with a dot.": "Count to three.",
+        "Say hello in brackets.": "Say hello .",
+    }[sample["prompt"]]
+    text = (
+        f"<|user|>{prompt}<|end|><|assistant|><think>\n{sample['reason']}\n</think>\n\n"
+        f"{sample['response']}"
+    )
+    return tuple(tiny.tokenizer()(text, add_special_tokens=False)["input_ids"])
