@@ -3,6 +3,7 @@
 python -m testbed.language make --seed 0 --out DIR
 python -m testbed.language score MODEL_DIR --trio DIR [--quick]
 python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
+python -m testbed.language page
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from testbed.language.board import Board
 from testbed.language.judging import Judge, cached, model_digest
 from testbed.language.origin import gguf_file, make_pretrained
+from testbed.language.page import write_page
 from testbed.language.recipes import rain_rows, rivals
 from testbed.language.sets import write_prompts, write_sets
 from testbed.language.table import write_table
@@ -69,6 +71,11 @@ def board(options: argparse.Namespace) -> None:
     print(write_table(results).read_text(encoding="utf-8"))
 
 
+def page(options: argparse.Namespace) -> None:
+    """The results page, from the rows of one trio."""
+    print(write_page(options.results / options.trio))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m testbed.language",
@@ -96,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     boarding.add_argument("--rain", type=Path, action="append", default=[], help="more rows, YAML")
     boarding.add_argument("--rows", nargs="+", help="only these")
     boarding.set_defaults(run=board)
+    writing = commands.add_parser("page", help=page.__doc__)
+    writing.add_argument("--trio", default="trio-s0", help="the name of its folder of rows")
+    writing.add_argument("--results", type=Path, default=RESULTS)
+    writing.set_defaults(run=page)
     return parser
 
 

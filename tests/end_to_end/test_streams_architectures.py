@@ -22,9 +22,9 @@ from rain_mergekit.text.calibration_sets import load_instruction
 
 
 def last_states(folder: Path, texts: list[tuple[int, ...]]) -> list[Tensor]:
-    """Hidden states (n, d) after the last decoder layer of a whole model, float64."""
+    """Hidden states (n, d) after the last decoder layer of a whole model."""
     config = AutoConfig.from_pretrained(folder)
-    model = auto_class(config).from_pretrained(folder, dtype=torch.float64).eval()
+    model = auto_class(config).from_pretrained(folder, dtype=torch.float32).eval()
     found: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, output: Any) -> None:

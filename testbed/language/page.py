@@ -1,0 +1,76 @@
+"""The board's part of docs/results-language.md: the table, and the first paragraph."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from testbed.language.board import load_rows
+from testbed.language.table import FIRST, table
+from testbed.tables import percent, small
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
+OURS = "rain"
+
+
+def write_page(results: Path) -> Path:
+    """Put both parts into the page."""
+    rows = load_rows(results)
+    text = PAGE.read_text(encoding="utf-8")
+    text = _between(text, "verdict", verdict(rows) + "\n")
+    text = _between(text, "table", "\n" + table(rows) + "\n")
+    PAGE.write_text(text, encoding="utf-8")
+    return PAGE
+
+
+def _between(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- language {name}: begin", f"<!-- language {name}: end -->"
+    start = text.index("-->\n", text.index(begin)) + 4
+    return text[:start] + content + text[text.index(end) :]
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One paragraph: the best merge of ours beside the best rival and the ceiling."""
+    named = {row["name"]: row for row in rows}
+    merges = [row for row in rows if row["name"] not in FIRST]
+    ours = [row for row in merges if row["name"].startswith(OURS)]
+    rivals = [row for row in merges if not row["name"].startswith(OURS)]
+    if not ours or not rivals or "ceiling" not in named:
+        return "Not all rows are there yet."
+    best, rival = max(ours, key=_merit), max(rivals, key=_merit)
+    ceiling = _value(named["ceiling"], "both")
+    share = f"{percent(_value(best, 'both') / ceiling)} % of it" if ceiling else "none of it"
+    return (
+        f"**{_told(best)}** {_told(rival, lead='The best rival, ')} "
+        f"The reasoning model itself has {percent(_value(named['reasoning'], 'plain_right'))} % "
+        f"plain right; the ceiling of *both* is {percent(ceiling)} %, and the best merge reaches "
+        f"{share}. {_weighed(best, rival)}"
+    )
+
+
+def _told(row: Mapping[str, Any], lead: str = "") -> str:
+    strength = f" at {row['strength']:g}" if row.get("strength", 1) != 1 else ""
+    name = f"{lead}`{row['name']}`{strength}" if lead else f"`{row['name']}`{strength}"
+    return (
+        f"{name}, is right and follows the constraint on {percent(_value(row, 'both'))} % of the "
+        f"constrained prompts, keeps the thinking block whole on "
+        f"{percent(_value(row, 'whole_constrained'))} % of them, has "
+        f"{percent(_value(row, 'plain_right'))} % plain right, and an L_think of "
+        f"{small(_value(row, 'L_think'))}."
+    )
+
+
+def _weighed(best: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
+    low, high = (row["numbers"]["both"]["interval"] for row in (best, rival))
+    if low[0] > high[1]:
+        return "The intervals of the two do not overlap."
+    if _value(best, "both") > _value(rival, "both"):
+        return "Their intervals overlap: more prompts are needed to tell them apart."
+    return "No setting of ours beats that rival in *both* here."
+
+
+def _merit(row: Mapping[str, Any]) -> tuple[float, float]:
+    return _value(row, "both"), _value(row, "whole_constrained")
+
+
+def _value(row: Mapping[str, Any], name: str) -> float:
+    return float(row["numbers"][name]["value"])
