@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
 from rain_mergekit.commands.options import (
+    Loading,
+    Talk,
     budget_option,
     deterministic_option,
     device_option,
@@ -17,7 +19,25 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
     threads_option,
+    typed,
 )
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What the command line says."""
+
+    config: str
+    device: str
+    dtype: str | None
+    activation_budget: int
+    keep_on_device: bool
+    snapshot_every: float
+    deterministic: bool
+    plan: bool
+    threads: int | None
+    loading: Loading
+    talk: Talk
 
 
 @click.command(
@@ -47,7 +67,8 @@ from rain_mergekit.commands.options import (
 )
 @loading_options
 @output_options
-def calibrate(config: str, **options: Any) -> None:
+@typed(CalibrateOptions)
+def calibrate(options: CalibrateOptions) -> None:
     """Write the calibration file that CONFIG names under `parameters.calibration`.
 
     CONFIG is the YAML of the merge with a `rain:` section. Relative paths in it are taken from the
@@ -55,27 +76,25 @@ def calibrate(config: str, **options: Any) -> None:
     `mergekit-yaml CONFIG OUT` merges at any `lambda` without another calibration.
     """
     from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
     from rain_mergekit.commands.run_calibration import next_step, run_calibration  # noqa: PLC0415
     from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
-    from rain_mergekit.models.loading import LoadOptions  # noqa: PLC0415
 
     leader = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    console = Console(quiet=options["quiet"] or not leader, verbosity=options["verbosity"])
+    console = options.talk.console(quiet=not leader)
     console.setup()
     run = RunOptions(
-        load=LoadOptions.of(options),
-        device=pick_device(options["device"]),
-        dtype=pick_dtype(options["dtype"]),
-        activation_budget=options["activation_budget"],
-        snapshot_seconds=options["snapshot_every"],
-        keep_on_device=options["keep_on_device"],
-        deterministic=options["deterministic"],
+        load=options.loading.options(),
+        device=pick_device(options.device),
+        dtype=pick_dtype(options.dtype),
+        activation_budget=options.activation_budget,
+        snapshot_seconds=options.snapshot_every,
+        keep_on_device=options.keep_on_device,
+        deterministic=options.deterministic,
         quiet=not console.progress,
     )
-    if options["plan"]:
-        show_plan(read_config(config), run, console)
+    if options.plan:
+        show_plan(read_config(options.config), run, console)
         return
-    run_calibration(read_config(config), run, console, options["threads"])
-    next_step(config, console)
+    run_calibration(read_config(options.config), run, console, options.threads)
+    next_step(options.config, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from statistics import median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rain_mergekit.commands.options import (
+    Loading,
+    MarkerPairs,
+    Talk,
     given_markers,
     loading_options,
     markers_option,
     output_options,
     template_option,
+    typed,
 )
 from rain_mergekit.system.terminal_safe import clean
 
@@ -35,6 +40,20 @@ _COLOURS: tuple[dict[str, Any], ...] = (
 _LONGEST = 600
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """What the command line says."""
+
+    file: str
+    model: str | None
+    show: int
+    window: int
+    markers: MarkerPairs
+    chat_template_kwargs: dict[str, Any]
+    loading: Loading
+    talk: Talk
+
+
 @click.command(
     epilog="\b\nExample:\n  mergekit-rain data check reasoning.jsonl --model ./reasoning"
 )
@@ -52,33 +71,31 @@ _LONGEST = 600
 @template_option
 @loading_options
 @output_options
-def check(file: str, **options: Any) -> None:
+@typed(CheckOptions)
+def check(options: CheckOptions) -> None:
     """Read the calibration set FILE as a calibration does; count, and show one sample.
 
     Without --model characters take the place of tokens. Samples that a calibration would skip are
     listed with the reason. The spans have colours on a terminal, and are listed below the text.
     """
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.data_building.checking import check_set  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.models.tokenizer import load_tokenizer  # noqa: PLC0415
     from rain_mergekit.text.marker_detection import find_markers, written_markers  # noqa: PLC0415
 
-    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console = options.talk.console()
     console.setup()
     tokenizer = None
-    if options["model"]:
-        tokenizer = load_tokenizer(open_checkpoint(options["model"], LoadOptions.of(options)))
-    template = options["chat_template_kwargs"]
-    markers = given_markers(options)
+    if options.model:
+        tokenizer = load_tokenizer(open_checkpoint(options.model, options.loading.options()))
+    file, template = options.file, options.chat_template_kwargs
+    markers = given_markers(options.markers)
     if markers is None and tokenizer is not None:
         markers = find_markers(file, tokenizer, template)
-    checked = check_set(
-        file, tokenizer, markers or written_markers(file), options["window"], template
-    )
-    _count(file, checked, console, "tokens" if options["model"] else "characters")
-    if options["show"]:
-        _show(checked, options["show"], console)
+    checked = check_set(file, tokenizer, markers or written_markers(file), options.window, template)
+    _count(file, checked, console, "tokens" if options.model else "characters")
+    if options.show:
+        _show(checked, options.show, console)
     _next(checked, file, console)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from rain_mergekit.commands.data_options import build, building_options
+from rain_mergekit.commands.data_options import BuildOptions, build, building_options
+from rain_mergekit.commands.options import typed
 
 if TYPE_CHECKING:
     from rain_mergekit.data_building.balance import Candidate
@@ -23,7 +24,8 @@ _SHOWN = 3
     "--attempts 4 --temperature 0.6"
 )
 @building_options("instruction.jsonl")
-def instruction(**options: Any) -> None:
+@typed(BuildOptions)
+def instruction(options: BuildOptions) -> None:
     """Let a model answer prompts with constraints, and keep answers that a rule finds correct.
 
     Prompts are as in IFEval's file (`prompt`, `instruction_id_list`, `kwargs`), or as in an
@@ -31,12 +33,11 @@ def instruction(**options: Any) -> None:
     instructions; what follows and what is unrelated is marked by rule. The kinds are in
     docs/building-data.md.
     """
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.data_building.constraints import read_constrained  # noqa: PLC0415
 
-    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console = options.talk.console()
     console.setup()
-    found = read_constrained(options["prompts"])
+    found = read_constrained(options.prompts)
     for source, reason in found.left_out[:_SHOWN]:
         console.warn(f"{source}: left out: {reason}")
     if len(found.left_out) > _SHOWN:

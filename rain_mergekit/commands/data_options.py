@@ -7,12 +7,16 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rain_mergekit.commands.options import (
+    Loading,
+    MarkerPairs,
+    Talk,
     device_option,
     dtype_option,
     given_markers,
@@ -37,6 +41,34 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN = 6
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the command line of `data reasoning` and `data instruction` says."""
+
+    model: str
+    server: str | None
+    prompts: str
+    output: str
+    count: int | None
+    attempts: int
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    seed: int
+    markers: MarkerPairs
+    chat_template_kwargs: dict[str, Any]
+    batch_size: int
+    parallel: int
+    timeout: float
+    retries: int
+    api_key_env: str | None
+    extra_body: dict[str, Any]
+    device: str
+    dtype: str | None
+    loading: Loading
+    talk: Talk
 
 
 def building_options(default_output: str) -> Callable[[F], F]:
@@ -133,7 +165,7 @@ def building_options(default_output: str) -> Callable[[F], F]:
 def build(
     prompts: Sequence[Any],
     candidate: Callable[[Any, Kept], Candidate],
-    options: dict[str, Any],
+    options: BuildOptions,
     console: Console,
 ) -> None:
     """Ask, keep, choose, write; say what was done. Raises RainError if nothing can be kept.
@@ -149,12 +181,14 @@ def build(
     from rain_mergekit.data_building.journal import SUFFIX, Journal  # noqa: PLC0415
     from rain_mergekit.data_building.output import refuse_overwriting, write_samples  # noqa: PLC0415
 
-    start, output = time.monotonic(), options["output"]
+    start, output = time.monotonic(), options.output
     refuse_overwriting(output, output + SUFFIX)
-    console.print(f"Asking {options['model']}: {counted(len(prompts), 'prompt')}")
+    console.print(f"Asking {options.model}: {counted(len(prompts), 'prompt')}")
     writer, sampling = _writer(options)
-    template = {"chat_template_kwargs": options["chat_template_kwargs"]}
-    judge = _judge(writer, given_markers(options), template["chat_template_kwargs"], candidate)
+    template = {"chat_template_kwargs": options.chat_template_kwargs}
+    judge = _judge(
+        writer, given_markers(options.markers), template["chat_template_kwargs"], candidate
+    )
     with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
         known = len(journal)
         if known:
@@ -166,7 +200,7 @@ def build(
                 writer,
                 journal,
                 judge,
-                attempts=options["attempts"],
+                attempts=options.attempts,
                 quiet=not console.progress,
             )
         except KeyboardInterrupt:
@@ -175,7 +209,7 @@ def build(
         found.dropped.update(getattr(writer, "refused", ()))
         if not found.kept:
             raise RainError(f"no answer of {found.asked} can be kept ({_reasons(found.dropped)})")
-        chosen = choose(found.kept, options["count"], options["seed"])
+        chosen = choose(found.kept, options.count, options.seed)
         write_samples(output, [item.sample for item in chosen])
         _summary(found, chosen, options, time.monotonic() - start, console)
         console.print(
@@ -184,44 +218,48 @@ def build(
     console.print(f"Next: mergekit-rain data check {output}{_reading(options)}")
 
 
-def _reading(options: dict[str, Any]) -> str:
+def _reading(options: BuildOptions) -> str:
     """The options with which `data check` sees what the model has seen."""
-    found = "" if options["server"] else f" --model {options['model']}"
-    if options["chat_template_kwargs"] and not options["server"]:
-        found += f" --chat-template-kwargs '{json.dumps(options['chat_template_kwargs'])}'"
-    return found + "".join(f" --markers {shlex.join(pair)}" for pair in options["markers"])
+    found = "" if options.server else f" --model {options.model}"
+    if options.chat_template_kwargs and not options.server:
+        found += f" --chat-template-kwargs '{json.dumps(options.chat_template_kwargs)}'"
+    return found + "".join(f" --markers {shlex.join(pair)}" for pair in options.markers)
 
 
-def _writer(options: dict[str, Any]) -> tuple[Writer, Sampling]:
+def _writer(options: BuildOptions) -> tuple[Writer, Sampling]:
     """The model, and how its answers are drawn."""
     from rain_mergekit.data_building.tasks import Sampling  # noqa: PLC0415
 
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    sampling = Sampling(**{name: options[name] for name in names})
-    template = options["chat_template_kwargs"]
-    if options["server"] is not None:
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    template = options.chat_template_kwargs
+    if options.server is not None:
         from rain_mergekit.data_building.server import Address, ServerWriter  # noqa: PLC0415
 
         address = Address(
-            options["server"],
-            options["model"],
-            options["timeout"],
-            options["parallel"],
-            options["retries"],
-            options["api_key_env"],
+            options.server,
+            options.model,
+            options.timeout,
+            options.parallel,
+            options.retries,
+            options.api_key_env,
             # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
-            {**({"chat_template_kwargs": template} if template else {}), **options["extra_body"]},
+            {**({"chat_template_kwargs": template} if template else {}), **options.extra_body},
         )
         return ServerWriter(address, sampling), sampling
     from rain_mergekit.data_building.local import LocalWriter  # noqa: PLC0415
-    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
     local = LocalWriter(
-        open_checkpoint(options["model"], LoadOptions.of(options)),
+        open_checkpoint(options.model, options.loading.options()),
         sampling,
-        device=pick_device(options["device"]),
-        dtype=pick_dtype(options["dtype"]),
-        batch_size=options["batch_size"],
+        device=pick_device(options.device),
+        dtype=pick_dtype(options.dtype),
+        batch_size=options.batch_size,
         chat_template_kwargs=template,
     )
     return local, sampling
@@ -257,13 +295,13 @@ def _reasons(dropped: Counter[str]) -> str:
 def _summary(
     found: Collected[Candidate],
     chosen: Sequence[Candidate],
-    options: dict[str, Any],
+    options: BuildOptions,
     seconds: float,
     console: Console,
 ) -> None:
     from rain_mergekit.commands.console import counted, duration  # noqa: PLC0415
 
-    console.heading(f"Wrote {options['output']}: {counted(len(chosen), 'sample')}")
+    console.heading(f"Wrote {options.output}: {counted(len(chosen), 'sample')}")
     console.print(
         f"  {found.asked} answers, {found.generated} of them new, {duration(seconds)}; "
         f"{len(found.kept)} can be used"
@@ -278,8 +316,8 @@ def _summary(
         f"  thinking of {min(lengths)} to {max(lengths)} words, half of them below "
         f"{median(lengths):.0f}"
     )
-    if options["count"] and len(chosen) < options["count"]:
+    if options.count and len(chosen) < options.count:
         console.warn(
-            f"{len(chosen)} of {options['count']} samples: give more prompts, or more "
+            f"{len(chosen)} of {options.count} samples: give more prompts, or more "
             "--attempts with a --temperature above 0"
         )

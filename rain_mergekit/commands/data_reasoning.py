@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from rain_mergekit.commands.data_options import build, building_options
+from rain_mergekit.commands.data_options import BuildOptions, build, building_options
+from rain_mergekit.commands.options import typed
 
 if TYPE_CHECKING:
     from rain_mergekit.data_building.balance import Candidate
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
     "--prompts prompts.txt"
 )
 @building_options("reasoning.jsonl")
-def reasoning(**options: Any) -> None:
+@typed(BuildOptions)
+def reasoning(options: BuildOptions) -> None:
     """Let a reasoning model answer prompts, and keep answers with one complete thinking block.
 
     Prompts are the lines of a .txt file, or JSON or JSON lines with `prompt` and perhaps `domain`.
     Chosen are --count samples, balanced over domains and lengths of the thinking. An interrupted
     run goes on where it was; the same seed gives the same set.
     """
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.data_building.prompts import read_prompts  # noqa: PLC0415 - keeps --help fast
 
-    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console = options.talk.console()
     console.setup()
-    build(read_prompts(options["prompts"]), _candidate, options, console)
+    build(read_prompts(options.prompts), _candidate, options, console)
 
 
 def _candidate(prompt: Prompt, kept: Kept) -> Candidate:

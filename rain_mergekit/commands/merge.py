@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -21,6 +21,7 @@ from rain_mergekit.commands.options import (
     dtype_option,
     pick_device,
     pick_dtype,
+    typed,
 )
 from rain_mergekit.commands.run_calibration import run_calibration
 from rain_mergekit.config.merge_config import RainConfig, read_config
@@ -36,6 +37,19 @@ from rain_mergekit.system.memory import MERGE, naming_shortage, out_of_memory
 from rain_mergekit.system.staged_folder import output_folder, staged_folder
 
 
+@dataclass(frozen=True)
+class MergeCommandOptions:
+    """What the command line says; mergekit's own options as mergekit has them."""
+
+    config: str
+    out: str
+    recalibrate: bool
+    calibration_dtype: str | None
+    activation_budget: int
+    deterministic: bool
+    merge_options: MergeOptions
+
+
 @click.command(
     epilog="\b\nExample:\n  mergekit-rain merge config.yml ./merged --cuda --out-shard-size 2B"
 )
@@ -46,12 +60,14 @@ from rain_mergekit.system.staged_folder import output_folder, staged_folder
 @budget_option
 @deterministic_option
 @add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
-def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) -> None:
+@typed(MergeCommandOptions)
+def merge(options: MergeCommandOptions) -> None:
     """Calibrate if the file is missing or was made from something else, then merge into OUT.
 
     The merge is mergekit's own and takes all options of `mergekit-yaml`; the calibration uses the
     same device, caches and verbosity. OUT is filled only when everything has succeeded.
     """
+    config, out, merge_options = options.config, options.out, options.merge_options
     console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
     console.setup(logs=False)
     merge_options.apply_global_options()
@@ -63,13 +79,18 @@ def merge(config: str, out: str, merge_options: MergeOptions, **options: Any) ->
     require_mergeable(parsed, load)
     completion = Completion(parsed, load)
     with staged_folder(out) as stage:
-        bring_up_to_date(parsed, merge_options, options, console)
+        run = run_options(
+            merge_options,
+            options.calibration_dtype,
+            options.activation_budget,
+            deterministic=options.deterministic,
+            quiet=not console.progress,
+        )
+        bring_up_to_date(parsed, run, console, merge_options.num_threads, again=options.recalibrate)
         try:
             with (
                 naming_shortage("in the merge", MERGE),
-                deterministic(
-                    torch.device(device_of(merge_options)), wanted=options["deterministic"]
-                ),
+                deterministic(torch.device(device_of(merge_options)), wanted=options.deterministic),
             ):
                 added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
@@ -126,27 +147,41 @@ def device_of(merge_options: MergeOptions) -> str:
     return pick_device(str(merge_options.device or "cpu"))
 
 
-def bring_up_to_date(
-    config: RainConfig, merge_options: MergeOptions, options: dict[str, Any], console: Console
-) -> None:
-    """Calibrate if the file is missing or was made from something else, and say why."""
-    run = RunOptions(
+def run_options(
+    merge_options: MergeOptions,
+    dtype: str | None,
+    activation_budget: int,
+    *,
+    deterministic: bool,
+    quiet: bool,
+) -> RunOptions:
+    """How a calibration runs that comes before a merge with these options."""
+    return RunOptions(
         load=LoadOptions.of(merge_options.model_dump()),
         device=device_of(merge_options),
-        dtype=pick_dtype(options["calibration_dtype"]),
-        activation_budget=options["activation_budget"],
-        deterministic=options["deterministic"],
-        quiet=not console.progress,
+        dtype=pick_dtype(dtype),
+        activation_budget=activation_budget,
+        deterministic=deterministic,
+        quiet=quiet,
     )
+
+
+def bring_up_to_date(
+    config: RainConfig, run: RunOptions, console: Console, threads: int | None, *, again: bool
+) -> None:
+    """Calibrate if the file is missing or was made from something else, and say why.
+
+    again: calibrate even if the file is up to date.
+    """
     found = compare(config, run.load)
     for text in found.unchecked:
         console.warn(f"{text}; the calibration is taken as it is")
-    if found.current and not options["recalibrate"]:
+    if found.current and not again:
         console.print(f"{config.calibration} is up to date: not calibrated again")
         return
     for text in found.differences:
         console.print(f"Calibration needed: {text}")
-    run_calibration(config, run, console, merge_options.num_threads)
+    run_calibration(config, run, console, threads)
 
 
 def merge_into(

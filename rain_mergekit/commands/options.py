@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -15,13 +17,74 @@ from rain_mergekit.system import blas_mode
 if TYPE_CHECKING:
     import torch
 
+    from rain_mergekit.commands.console import Console
+    from rain_mergekit.models.loading import LoadOptions
     from rain_mergekit.text.markers import Markers
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+Options = TypeVar("Options")
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are found; the values of `loading_options`."""
+
+    trust_remote_code: bool
+    lora_merge_cache: str | None
+    lora_merge_dtype: str | None
+    transformers_cache: str | None
+
+    def options(self) -> LoadOptions:
+        """The same for the functions that open models."""
+        from rain_mergekit.models.loading import LoadOptions  # noqa: PLC0415 - keeps --help fast
+
+        return LoadOptions(**asdict(self))
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How much a command says; the values of `output_options`."""
+
+    quiet: bool
+    verbosity: int
+
+    def console(self, *, quiet: bool = False) -> Console:
+        """A console that says this much, or nothing with `quiet`."""
+        from rain_mergekit.commands.console import Console  # noqa: PLC0415 - keeps --help fast
+
+        return Console(quiet=self.quiet or quiet, verbosity=self.verbosity)
+
+
+_GROUPS: dict[str, type[Any]] = {"Loading": Loading, "Talk": Talk}
+
+
+def typed(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Call the command with one object of this dataclass, made of the values that click gives.
+
+    Its fields are named as click's parameters; a field of type Loading or Talk takes those of its
+    own fields. A parameter without a field, or a field without a parameter, is a TypeError.
+    """
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(function)
+        def call(**values: Any) -> None:
+            function(options(**_grouped(options, values)))
+
+        return call
+
+    return decorate
+
+
+def _grouped(options: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for field in fields(options):
+        if (group := _GROUPS.get(str(field.type))) is not None:
+            found[field.name] = group(**{part.name: found.pop(part.name) for part in fields(group)})
+    return found
 
 
 def parse_size(value: str) -> int:
@@ -64,11 +127,14 @@ def template_option(function: F) -> F:
     )(function)
 
 
-def given_markers(options: dict[str, Any]) -> Markers | None:
+MarkerPairs: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def given_markers(pairs: MarkerPairs) -> Markers | None:
     """The markers of the command line; None where they are to be found out."""
     from rain_mergekit.text.markers import Markers  # noqa: PLC0415 - keeps --help fast
 
-    return Markers.of(options["markers"]) if options["markers"] else None
+    return Markers.of(pairs) if pairs else None
 
 
 def parse_device(value: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from rain_mergekit.commands.options import (
+    Loading,
+    Talk,
     budget_option,
     device_option,
     dtype_option,
@@ -15,17 +18,40 @@ from rain_mergekit.commands.options import (
     pick_device,
     pick_dtype,
     threads_option,
+    typed,
 )
 from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
     from rain_mergekit.calibration_file.reader import CalibrationFile
+    from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.task_vectors import TaskVectors
     from rain_mergekit.evaluation.texts import Texts
     from rain_mergekit.report.page import Merged
 
 
 _FEW = 8  # samples, where nobody has chosen any
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the command line says."""
+
+    calibration: str
+    output: str
+    merged: str | None
+    against: str | None
+    reasoning_data: str | None
+    samples: int | None
+    drift: bool
+    task_vectors: bool | None
+    subspace: int
+    threads: int | None
+    activation_budget: int
+    device: str
+    dtype: str | None
+    loading: Loading
+    talk: Talk
 
 
 @click.command(
@@ -67,45 +93,45 @@ _FEW = 8  # samples, where nobody has chosen any
 @threads_option
 @loading_options
 @output_options
-def report(calibration: str, output: str, **options: Any) -> None:
+@typed(ReportOptions)
+def report(options: ReportOptions) -> None:
     """Draw what the calibration file CALIB holds, as one HTML page that needs nothing else.
 
     Needs matplotlib: pip install 'rain-mergekit[report]'.
     """
-    if options["merged"] is None and (options["reasoning_data"] or options["against"]):
+    if options.merged is None and (options.reasoning_data or options.against):
         raise click.UsageError("--against and --reasoning-data are of use with --merged only")
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
     from rain_mergekit.system.atomic_file import replacing  # noqa: PLC0415
 
-    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console = options.talk.console()
     require_matplotlib()
     from rain_mergekit.report.page import render  # noqa: PLC0415 - imports it
 
-    _protect_foreign(output)
-    file = CalibrationFile.open(calibration)
-    merged = _merged(file, options, console) if options["merged"] else None
+    _protect_foreign(options.output)
+    file = CalibrationFile.open(options.calibration)
+    merged = _merged(file, options.merged, options, console) if options.merged else None
     page = render(file, merged, _vectors(file, options, console))
-    with replacing(output) as out:
+    with replacing(options.output) as out:
         out.write(page.encode("utf-8", "replace"))
-    console.heading(f"Wrote {output}")
+    console.heading(f"Wrote {options.output}")
 
 
-def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> TaskVectors | str:
+def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) -> TaskVectors | str:
     """The task vectors, or why the page does not show them."""
     from rain_mergekit.evaluation.task_vectors import differing, measure_task_vectors, unreachable  # noqa: PLC0415
 
-    asked: bool | None = options["task_vectors"]
+    asked = options.task_vectors
     reason = unreachable(file) if asked is None else None
     if asked is False or reason is not None:
         return reason or "switched off by --no-task-vectors"
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
     console.setup()
-    load = LoadOptions.of(options)
+    load = options.loading.options()
     try:
         models = {role: open_checkpoint(m.reference, load) for role, m in file.models.items()}
         if others := differing(file, models):
@@ -115,8 +141,8 @@ def _vectors(file: CalibrationFile, options: dict[str, Any], console: Any) -> Ta
             )
         total, quiet = len(file.tensors), not console.progress
         with tqdm(total=total, desc="task vectors", unit="", disable=quiet) as progress:
-            device = pick_device(options["device"])
-            return measure_task_vectors(file, models, options["subspace"], device, progress.update)
+            device = pick_device(options.device)
+            return measure_task_vectors(file, models, options.subspace, device, progress.update)
     except RainError as error:
         if asked:
             raise
@@ -137,42 +163,42 @@ def _protect_foreign(output: str) -> None:
                 )
 
 
-def _merged(file: CalibrationFile, options: dict[str, Any], console: Any) -> Merged:
+def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console: Console) -> Merged:
     from rain_mergekit.evaluation.comparable import check_reasoning  # noqa: PLC0415 - loads transformers
     from rain_mergekit.evaluation.weight_change import relative_weight_change  # noqa: PLC0415 - loads transformers
-    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.report.page import Merged  # noqa: PLC0415
 
     console.setup()
-    load = LoadOptions.of(options)
+    load = options.loading.options()
     recorded = file.models["reasoning"].reference
-    reasoning = open_checkpoint(options["against"] or recorded, load)
+    reasoning = open_checkpoint(options.against or recorded, load)
     check_reasoning(file, reasoning)
-    merged = open_checkpoint(options["merged"], load)
+    merged = open_checkpoint(folder, load)
     weights = relative_weight_change(file, reasoning, merged)
     texts = _texts(file, options)
     if isinstance(texts, str):
-        return Merged(options["merged"], weights, None, texts)
+        return Merged(folder, weights, None, texts)
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
     from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
 
-    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
-    how = VerifyOptions(load, device, dtype, options["activation_budget"])
-    measured, _ = measure_on(reasoning, merged, texts, how, console, options["threads"])
-    own = "" if options["reasoning_data"] else "the calibration's own texts: held-out ones say more"
-    return Merged(options["merged"], weights, measured, own, texts.window)
+    device, dtype = pick_device(options.device), pick_dtype(options.dtype)
+    how = VerifyOptions(load, device, dtype, options.activation_budget)
+    measured, _ = measure_on(reasoning, merged, texts, how, console, options.threads)
+    own = "" if options.reasoning_data else "the calibration's own texts: held-out ones say more"
+    return Merged(folder, weights, measured, own, texts.window)
 
 
-def _texts(file: CalibrationFile, options: dict[str, Any]) -> Texts | str:
+def _texts(file: CalibrationFile, options: ReportOptions) -> Texts | str:
     """What to measure the drift on, or why it is not measured."""
     from rain_mergekit.evaluation.texts import recorded_texts, texts_from_settings  # noqa: PLC0415
 
-    if options["drift"] is False:
+    if options.drift is False:
         return "switched off by --no-drift"
     settings = file.header.get("settings") or {}
-    if options["reasoning_data"]:
-        return texts_from_settings(settings, options["reasoning_data"], options["samples"])
+    if options.reasoning_data:
+        return texts_from_settings(settings, options.reasoning_data, options.samples)
     path = recorded_texts(file)
     if path is None:
         return "the texts of the calibration are not here: name some with --reasoning-data"
-    return texts_from_settings(settings, path, options["samples"] or _FEW)
+    return texts_from_settings(settings, path, options.samples or _FEW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from rain_mergekit.commands.merge import (
     merge_into,
     refuse_input,
     restore_tokenizer,
+    run_options,
 )
-from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype
+from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype, typed
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
@@ -52,6 +54,21 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: Any) -
     return tuple(dict.fromkeys(values))
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line says; mergekit's own options as mergekit has them."""
+
+    config: str
+    strengths: tuple[float, ...]
+    output: str
+    reasoning_data: str | None
+    samples: int
+    table_only: bool
+    calibration_dtype: str | None
+    activation_budget: int
+    merge_options: MergeOptions
+
+
 @click.command(
     cls=_Sweep,
     epilog="\b\nExample:\n  mergekit-rain sweep config.yml --lambda 0.5 0.75 1.0 -o ./sweep "
@@ -79,26 +96,32 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: Any) -
 @dtype_option("--calibration-dtype")
 @budget_option
 @add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
-def sweep(
-    config: str, strengths: tuple[float, ...], merge_options: MergeOptions, **options: Any
-) -> None:
+@typed(SweepOptions)
+def sweep(options: SweepOptions) -> None:
     """Merge CONFIG at several strengths and tabulate what each did to the thinking.
 
     Calibrates once, if needed. Each model is written to DIR/lambda-NUMBER, the table to
     DIR/sweep.json. The columns are those of `mergekit-rain verify`, and measured in the same way.
     """
+    config, strengths, merge_options = options.config, options.strengths, options.merge_options
     console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
     console.setup()
     merge_options.apply_global_options()
     if not console.progress:
         merge_options = merge_options.model_copy(update={"quiet": True})
-    parsed, folder = read_config(config), Path(options["output"])
+    parsed, folder = read_config(config), Path(options.output)
     for strength in strengths:
         refuse_input(parsed, str(folder / folder_name(strength)))
     load = LoadOptions.of(merge_options.model_dump())
     completion = Completion(parsed.with_strength(strengths[0]), load)
-    own = {**options, "recalibrate": False, "deterministic": False}  # it has no such options
-    bring_up_to_date(parsed, merge_options, own, console)
+    run = run_options(
+        merge_options,
+        options.calibration_dtype,
+        options.activation_budget,
+        deterministic=False,
+        quiet=not console.progress,
+    )
+    bring_up_to_date(parsed, run, console, merge_options.num_threads, again=False)
     rows: list[Row] = []
     with (
         threads_for_model(open_model(parsed.reasoning, load), merge_options.num_threads),
@@ -110,9 +133,9 @@ def sweep(
             console.print(f"Merging at lambda {strength:g}: {place}")
             _merge(parsed.with_strength(strength), place, merge_options, completion, console)
             found = meter.drift(open_checkpoint(str(place), load))
-            if options["table_only"]:
+            if options.table_only:
                 shutil.rmtree(place)
-            rows.append(Row(strength, None if options["table_only"] else place.name, found))
+            rows.append(Row(strength, None if options.table_only else place.name, found))
             write_rows(folder, rows)
     _show(rows, folder, console)
 
@@ -135,20 +158,20 @@ def _meter(
     config: RainConfig,
     load: LoadOptions,
     merge_options: MergeOptions,
-    options: dict[str, Any],
+    options: SweepOptions,
     console: Console,
 ) -> DivergenceMeter:
     settings = config.settings.model_dump(mode="json")
-    if options["reasoning_data"] is None:
+    if options.reasoning_data is None:
         console.print("Measuring on samples of the calibration itself: held-out ones say more")
-    data = options["reasoning_data"] or config.settings.reasoning_data
+    data = options.reasoning_data or config.settings.reasoning_data
     reasoning = open_model(config.reasoning, load)
-    samples, _ = read_texts(reasoning, texts_from_settings(settings, data, options["samples"]))
+    samples, _ = read_texts(reasoning, texts_from_settings(settings, data, options.samples))
     how = VerifyOptions(
         load,
         device_of(merge_options),
-        pick_dtype(options["calibration_dtype"]),
-        options["activation_budget"],
+        pick_dtype(options.calibration_dtype),
+        options.activation_budget,
     )
     return DivergenceMeter(reasoning, samples, how)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from rain_mergekit.commands.options import (
+    Loading,
+    MarkerPairs,
+    Talk,
     budget_option,
     device_option,
     dtype_option,
@@ -18,6 +22,7 @@ from rain_mergekit.commands.options import (
     pick_dtype,
     template_option,
     threads_option,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +37,30 @@ if TYPE_CHECKING:
 
 
 _DAMAGED = 3
+
+
+@dataclass(frozen=True)
+class VerifyCommandOptions:
+    """What the command line says."""
+
+    merged: str
+    against: str
+    reasoning_data: str
+    samples: int | None
+    max_tokens: int | None
+    window: int
+    markers: MarkerPairs
+    chat_template_kwargs: dict[str, Any]
+    generate: int | None
+    prompts: str | None
+    max_new_tokens: int
+    card: bool
+    threads: int | None
+    activation_budget: int
+    device: str
+    dtype: str | None
+    loading: Loading
+    talk: Talk
 
 
 @click.command(
@@ -77,7 +106,8 @@ _DAMAGED = 3
 @threads_option
 @loading_options
 @output_options
-def verify(**options: Any) -> None:
+@typed(VerifyCommandOptions)
+def verify(options: VerifyCommandOptions) -> None:
     """Compare MERGED with the reasoning model, token by token, on texts with thinking.
 
     L_think is the mean KL divergence at the think positions: the markers and the tokens around
@@ -86,22 +116,21 @@ def verify(**options: Any) -> None:
     at a time.
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
     from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import verdict  # noqa: PLC0415
-    from rain_mergekit.models.loading import LoadOptions, open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
-    console = Console(quiet=options["quiet"], verbosity=options["verbosity"])
+    console = options.talk.console()
     console.setup()
-    load = LoadOptions.of(options)
-    device, dtype = pick_device(options["device"]), pick_dtype(options["dtype"])
-    if options["card"]:
-        _check_folder(options["merged"])
-    how = VerifyOptions(load, device, dtype, options["activation_budget"])
-    reasoning, merged = (open_checkpoint(options[name], load) for name in ("against", "merged"))
+    load = options.loading.options()
+    device, dtype = pick_device(options.device), pick_dtype(options.dtype)
+    if options.card:
+        _check_folder(options.merged)
+    how = VerifyOptions(load, device, dtype, options.activation_budget)
+    reasoning, merged = (open_checkpoint(name, load) for name in (options.against, options.merged))
     asked = _asked(options)
-    found, data = measure_on(reasoning, merged, _texts(options), how, console, options["threads"])
+    found, data = measure_on(reasoning, merged, _texts(options), how, console, options.threads)
     for line in verify_text.drift_lines(found.drift):
         console.print(line)
     for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
@@ -116,22 +145,22 @@ def verify(**options: Any) -> None:
             console.print(line)
     said = verdict(found.drift, answers.get("merged"), answers.get("reasoning"))
     console.heading(f"Verdict: {verify_text.MEANING[said]}")
-    if options["card"]:
-        _write_card(options["merged"], found, data, console)
+    if options.card:
+        _write_card(options.merged, found, data, console)
     if said == "damaged":
         click.get_current_context().exit(_DAMAGED)
 
 
-def _texts(options: dict[str, Any]) -> Texts:
+def _texts(options: VerifyCommandOptions) -> Texts:
     from rain_mergekit.evaluation.texts import Texts  # noqa: PLC0415
 
     return Texts(
-        path=options["reasoning_data"],
-        count=options["samples"],
-        markers=given_markers(options),
-        window=options["window"],
-        max_tokens=options["max_tokens"],
-        chat_template_kwargs=options["chat_template_kwargs"],
+        path=options.reasoning_data,
+        count=options.samples,
+        markers=given_markers(options.markers),
+        window=options.window,
+        max_tokens=options.max_tokens,
+        chat_template_kwargs=options.chat_template_kwargs,
     )
 
 
@@ -155,16 +184,16 @@ def _write_card(
     console.print(f"Wrote it into {merged}/README.md")
 
 
-def _asked(options: dict[str, Any]) -> list[Asked]:
+def _asked(options: VerifyCommandOptions) -> list[Asked]:
     """The prompts to answer; checked before anything that takes time."""
-    if not options["generate"]:
+    if not options.generate:
         return []
     from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
     from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
 
-    prompts = read_prompts(options["prompts"] or options["reasoning_data"])
-    asked = [prompts[index] for index in evenly_spaced(range(len(prompts)), options["generate"])]
+    prompts = read_prompts(options.prompts or options.reasoning_data)
+    asked = [prompts[index] for index in evenly_spaced(range(len(prompts)), options.generate)]
     check_rules(asked)
     return asked
 
@@ -172,7 +201,7 @@ def _asked(options: dict[str, Any]) -> list[Asked]:
 def _generate(
     models: dict[str, Checkpoint],
     asked: list[Asked],
-    options: dict[str, Any],
+    options: VerifyCommandOptions,
     how: VerifyOptions,
     console: Console,
 ) -> dict[str, Behaviour]:
@@ -181,10 +210,10 @@ def _generate(
     from rain_mergekit.commands.thread_choice import threads_for_model  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import answers_of  # noqa: PLC0415
 
-    texts, limit, found = _texts(options), options["max_new_tokens"], {}
+    texts, limit, found = _texts(options), options.max_new_tokens, {}
     for name, checkpoint in models.items():
         with (
-            threads_for_model(checkpoint, options["threads"]),
+            threads_for_model(checkpoint, options.threads),
             tqdm(total=len(asked), desc=name, disable=not console.progress) as progress,
         ):
             found[name] = answers_of(checkpoint, asked, texts, limit, how, progress.update)
