@@ -1,4 +1,4 @@
-"""Layer parts -> the calibration file: header, factors, scale vectors, report numbers."""
+"""Combine the layers' result files into the calibration file."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def _warnings(
         )
     if left:
         yield (
-            f"{len(left)} weights of the layers are no maps of a token's features and stay the "
-            f"reasoning model's ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
+            f"{len(left)} layer weights do not multiply token features (e.g. convolutions) and are "
+            f"kept unchanged ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
         )
     coarse = [name for part in parts for name in _coarse(part)]
     if layers and coarse:

@@ -1,4 +1,4 @@
-"""One calibration's walk through the layers; owns the streams of hidden states."""
+"""Calibrate all layers of a model in order, with the hidden states of all samples."""
 
 from __future__ import annotations
 

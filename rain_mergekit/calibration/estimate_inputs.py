@@ -1,4 +1,4 @@
-"""The shape and the workload of a real trio and its calibration sets, as `plan` wants them."""
+"""The shapes of the models and the sizes of the calibration sets, for the estimate."""
 
 from __future__ import annotations
 

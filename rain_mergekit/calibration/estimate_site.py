@@ -1,4 +1,4 @@
-"""What one input site takes in memory: its rows while they wait, and its solution.
+"""The memory that one input site takes: its feature rows, then its solution.
 
 Each step of `solve.solve_site` is a sum of the arrays that it holds; bytes.
 """

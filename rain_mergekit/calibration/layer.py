@@ -1,4 +1,4 @@
-"""One layer of the calibration walk: capture features, solve the sites, measure attention."""
+"""Calibrate one layer: collect features, solve its input sites, measure its attention."""
 
 from __future__ import annotations
 

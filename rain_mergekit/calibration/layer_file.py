@@ -1,4 +1,4 @@
-"""What one finished layer contributes, as a small safetensors file of its own."""
+"""The result of one calibrated layer, as a small safetensors file of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a calibration runs, and the defaults that depend on the models."""
+"""How a calibration runs: device, type, memory; and the rank cap."""
 
 from __future__ import annotations
 

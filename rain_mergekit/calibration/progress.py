@@ -1,4 +1,4 @@
-"""What somebody who waits for a calibration sees: layer, sample, tokens a second, time left."""
+"""The progress bar of a calibration: layer, sample, tokens per second, time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both calibration sets of one run, and what the calibration file says of them."""
+"""Both calibration sets of one run, and what the calibration file records of them."""
 
 from __future__ import annotations
 

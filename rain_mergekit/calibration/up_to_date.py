@@ -1,4 +1,4 @@
-"""Was a calibration file made from this configuration? If not: what differs, exactly."""
+"""Whether a calibration file was made from this configuration, and what differs."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
         if recorded and name not in recorded:  # it was made before there was this setting
             if _AS_BEFORE.get(name) == value:
                 continue
-            yield f"rain.{name} is {_short(value)}, and it knows no such setting"
+            yield (
+                f"rain.{name} is {_short(value)}, and the file was written before this setting "
+                "existed"
+            )
         elif old[name] != value:
             yield f"rain.{name} is {_short(value)}, was {_short(old[name])}"
 
@@ -140,7 +143,7 @@ def _data(header: Mapping[str, Any], settings: RainSettings) -> tuple[list[str],
         record = recorded.get(name)
         digest = record.get("sha256") if isinstance(record, dict) else None
         if found is None:
-            unchecked.append(f"rain.{name}_data: {path} is not there to be compared")
+            unchecked.append(f"rain.{name}_data: {path} not found; cannot check whether it changed")
         elif digest is None:
             differences.append(f"rain.{name}_data: it was made without")
         elif found != digest:

@@ -1,4 +1,4 @@
-"""The folder beside the calibration file that lets an interrupted run go on where it was.
+"""The folder that lets an interrupted calibration continue where it stopped.
 
 It holds one file a finished layer and, from time to time, all hidden states after a layer. It is
 only used again by a run of the same job: same models, data, settings, dtype and version.

@@ -1,4 +1,4 @@
-"""Input sites by kind and layer, which are read from their names."""
+"""The kind and the layer of an input site, read from its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration file says, in numbers for people: behind `inspect` and `report`.
+"""A calibration file summarised in numbers, for `inspect` and `report`.
 
 Sections that a reader need not check (`data`, `settings`, `layers`) may hold anything in files of
 other programs, so every value is looked at before it is used.

@@ -1,4 +1,4 @@
-"""Hidden states of all samples, carried from layer to layer; past a budget they live on disk."""
+"""Hidden states of all samples between two layers; beyond a memory budget they are on disk."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ActivationStore:
         while read < len(data):
             count = os.preadv(self._file(), [view[read:]], self._offsets[index] + read)
             if count == 0:
-                raise RainError(f"{self._path}: was cut short by someone else; run again")
+                raise RainError(f"{self._path}: was truncated by another process; run again")
             read += count
         return self._tensor(index, data)
 

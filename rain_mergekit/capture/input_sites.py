@@ -1,4 +1,4 @@
-"""What the weights of a layer see: its input sites, and their feature rows, during a pass."""
+"""The input sites of a layer and their feature rows, found while the layer runs."""
 
 from __future__ import annotations
 

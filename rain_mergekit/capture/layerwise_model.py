@@ -184,8 +184,8 @@ class LayerwiseModel:
 
 def _strange_layers(model: nn.Module) -> str:
     return (
-        f"{type(model).__name__}: its layers pass on something else than one vector a token, "
-        "which a calibration layer by layer does not support; the model cannot be calibrated"
+        f"{type(model).__name__}: its layers exchange something other than one hidden state per "
+        "token, which a layer-by-layer calibration does not support; the model cannot be calibrated"
     )
 
 

@@ -1,4 +1,4 @@
-"""What follows the last layer: the model's own final norm and head, the latter read in blocks."""
+"""The final norm and the output head, which follow the last layer; the head in blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams of hidden states that walk through the layers, and which of their rows are used."""
+"""Streams of hidden states: one set of samples on its way through the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges that nobody wants are refused, unless the user says that this one is wanted."""
+"""Turn a failed sanity check into an error, or into a warning if the user accepted it."""
 
 from __future__ import annotations
 

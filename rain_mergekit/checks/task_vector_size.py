@@ -1,4 +1,4 @@
-"""Is Delta = W_instruct - W_pretrained of a sensible size? Asked of a few rows, before any work."""
+"""Is the task vector W_instruct - W_pretrained of a sensible size? A few sampled rows tell."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.errors import RainError
 
 LOG = logging.getLogger(__name__)
-# A tuned model is near its origin, the packaged one at 0.14 of the weights. Two unrelated models
-# of like norms are at sqrt(2), of other norms further: from 1 on the pretrained model is the wrong.
+# A tuned model is close to its pretrained model: the packaged one at 0.14 of the weights' norm.
+# Unrelated models of equal norms differ by about sqrt(2) of it, so a ratio of 1 or more means that
+# the wrong pretrained model is configured.
 LARGEST = 1.0
 # Numbers that are rounded to bfloat16 move by less than this. Trained weights may do so too.
 ROUNDING = 2.0**-8
@@ -83,7 +84,7 @@ def relative_size(
     """||W_I - W_B|| over the smaller of ||W_I|| and ||W_B||; infinite if that one is zero.
 
     Over up to 4 rows of up to 512 of the tensors, evenly chosen. Tensors that one model lacks are
-    left out. NaN, which is no larger than anything, where there are none, or a number is none.
+    left out. NaN if no tensor is shared or a value is not finite (NaN compares as not larger).
     """
     both = _in_both(instruct, pretrained, names)
     chosen = both[:: max(1, -(-len(both) // _TENSORS))]

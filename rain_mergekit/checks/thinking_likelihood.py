@@ -1,4 +1,4 @@
-"""Does the reasoning model think on its calibration set? The likelihood of the markers tells.
+"""Does the reasoning model think on its calibration set? Measured by the markers' likelihood.
 
 Where the chat template opens the block there is no open marker to look at. There the thinking text
 is compared with what the instruct model makes of it.
@@ -22,9 +22,10 @@ from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.system.distributed import World
 from rain_mergekit.text.token_positions import ReasoningTokens
 
-# Mean probabilities below these are no thinking. Of the testbed's models whose template leaves the
-# opening to them, reasoning models have 1.0, pretrained ones up to 0.48, instruct ones 1e-4. Inside
-# an open block nearly anybody closes it: the close marker tells other markers, hardly other models.
+# With mean probabilities below these a model does not think. Where the template leaves the opening
+# to the model, the testbed's reasoning models have 1.0, pretrained ones up to 0.48, instruct ones
+# 1e-4. Nearly every model closes an open block, so the probability of the close marker detects
+# wrong markers, not wrong models.
 OPEN_LIMIT, CLOSE_LIMIT = 0.7, 0.01
 # Log-likelihood a token that the thinking text may have more under the instruct model. The
 # testbed's reasoning models are 0.07 or more above their instruct models, on a few samples; real

@@ -1,4 +1,4 @@
-"""Merges that can be computed and that nobody wants: named, and refused unless accepted."""
+"""Sanity checks of the three models together: refused unless the user accepts the outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration will do that its author may not expect, said before any work."""
+"""Warnings about a configuration, given before the calibration starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands say, and to whom: results to stdout, remarks to stderr, plain in a pipe."""
+"""Output of the commands: results to stdout, warnings to stderr, no colours in a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `data reasoning` and `data instruction` share: options, the model, the summary."""
+"""Options and steps that `data reasoning` and `data instruction` share."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def add_card(out: str | Path, stage: Path, console: Console) -> None:
         carry_over(out, stage)
         write_card(stage)
     except (OSError, RainError) as error:
-        console.warn(f"the model card says nothing of the calibration: {error}")
+        console.warn(f"could not add the calibration to the model card: {error}")
 
 
 def restore_tokenizer(
@@ -125,7 +125,9 @@ def restore_tokenizer(
     try:
         found = restore(reasoning, stage, own_template=own_template)
     except (OSError, RainError) as error:
-        console.warn(f"the tokenizer's files are as mergekit wrote them: {error}")
+        console.warn(
+            f"could not restore the reasoning model's tokenizer files; mergekit's are kept: {error}"
+        )
         return
     if found.files:
         console.print(f"Put back as the reasoning model has them: {', '.join(found.files)}")

@@ -1,4 +1,4 @@
-"""What `mergekit-rain verify` says, line by line; no heavy import in here."""
+"""The lines that `mergekit-rain verify` prints; without heavy imports."""
 
 from __future__ import annotations
 

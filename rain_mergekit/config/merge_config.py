@@ -200,7 +200,7 @@ def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
 
 
 def check_merge(merge: MergeConfiguration, source: str) -> None:
-    """RainError for parameters that rain has not, for a lambda that is no number, and for types."""
+    """Validate lambda, the types and the parameter names: mergekit would fail during the merge."""
     _require_known(merge.parameters, _GLOBAL, f"{source}: parameters")
     for item in merge.models or ():
         _require_known(item.parameters, _OF_A_MODEL, f"{source}: {item.model}: parameters")
@@ -214,11 +214,11 @@ def check_merge(merge: MergeConfiguration, source: str) -> None:
 
 
 def _require_known(found: Mapping[str, Any] | None, known: tuple[str, ...], where: str) -> None:
-    """mergekit does not ask a method for names that it does not know: they would do nothing."""
+    """Refuse unknown parameter names, which mergekit would ignore."""
     for name in found or ():
         if name not in known:
             raise RainError(
-                f"{where}: rain has no parameter {shown(name)} here, it would do nothing (known: "
+                f"{where}: unknown parameter {shown(name)}: mergekit would ignore it (known here: "
                 f"{', '.join(known)}; `role` belongs to a model, `lambda` to all of them)"
             )
 

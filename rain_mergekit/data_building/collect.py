@@ -1,4 +1,4 @@
-"""Asking until every prompt has an answer that can be kept, or no attempt is left."""
+"""Ask a model until every prompt has a usable answer or no attempt is left."""
 
 from __future__ import annotations
 

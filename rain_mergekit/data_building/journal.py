@@ -1,4 +1,4 @@
-"""Every answer as soon as it is there, so that none is generated twice."""
+"""A log of all answers, written at once, so that no answer is generated twice."""
 
 from __future__ import annotations
 

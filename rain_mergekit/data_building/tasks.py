@@ -1,4 +1,4 @@
-"""What is asked of a model, and what comes back."""
+"""What a model is asked, and what it answers."""
 
 from __future__ import annotations
 

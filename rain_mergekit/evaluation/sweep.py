@@ -1,4 +1,4 @@
-"""Several strengths of one merge: their configurations, and the table of what they did."""
+"""The table of several strengths of one merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pure: attention statistics -> coefficients (Eqs. 9-15) -> factors of rows and columns."""
+"""From attention statistics to head coefficients (Eqs. 9-15), then to row and column scales."""
 
 from __future__ import annotations
 

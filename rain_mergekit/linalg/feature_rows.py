@@ -1,4 +1,4 @@
-"""Feature rows: stored as they were seen, computed with in float64, a block at a time."""
+"""Feature rows in the type they were seen in; computed with in float64, block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a tensor holds nothing but numbers."""
+"""Whether a tensor is free of NaN and infinity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature rows of one input site: collected sample by sample, frozen into one weighted matrix."""
+"""Feature rows of one input site, collected sample by sample into one weighted matrix."""
 
 from __future__ import annotations
 

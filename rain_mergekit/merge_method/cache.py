@@ -1,4 +1,4 @@
-"""Open calibrations and their bases, kept so that what tensors share is read once."""
+"""Open calibration files and their factors, so that shared ones are read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adds to a merged model what stock mergekit left out of it."""
+"""Add the tensors that stock mergekit omits to a merged model."""
 
 from __future__ import annotations
 

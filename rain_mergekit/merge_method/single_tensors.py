@@ -1,4 +1,4 @@
-"""Single tensors of the merge that a configuration describes, outside mergekit's loop."""
+"""Merge single tensors of a configuration outside mergekit's own loop."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
 
 
 def _require_files(path: str, reference: ModelReference) -> None:
-    """Whoever opens a pipe waits for ever."""
+    """Refuse named pipes and devices among the model's files: opening one would block."""
     here = Path(path).glob("*") if os.path.isdir(path) else ()
     odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
     if odd:
@@ -167,7 +167,7 @@ def _require_files(path: str, reference: ModelReference) -> None:
 
 
 def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:
-    """Of what they may not read the loaders say that it is not there."""
+    """Report unreadable shards as a permission problem; the loaders report them as missing."""
     closed = [str(path) for path in paths if path.exists() and not os.access(path, os.R_OK)]
     if closed:
         raise RainError(

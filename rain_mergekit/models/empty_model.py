@@ -24,7 +24,7 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     """The model on the meta device, with our attention and experts where its family lets us.
 
     A family that computes attention by itself (Falcon, BLOOM, MPT, GPT-J) keeps its own; the
-    hidden states are the same, but nobody can watch its attention. RainError if transformers does
+    hidden states are the same, but its attention cannot be observed. RainError if transformers does
     not know the architecture.
     """
     attention.register()

@@ -1,4 +1,4 @@
-"""The three models of one calibration, checked against each other before any work."""
+"""Open the three models and check that they fit together, before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's pictures. matplotlib is imported here only, and never with a window."""
+"""The report's figures, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report draws of the spectra, as plain numbers; pure but for reading the file."""
+"""The spectra as plain numbers to draw; no side effects except reading the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask the BLAS for products whose bits do not depend on threads, before torch loads it."""
+"""Ask MKL for products whose bits do not depend on threads, before torch loads it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class OutOfMemory(RainError):
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this, or what it was raised in the handling of, is a want of memory.
+    """Whether this error, or one that led to it, says that memory ran out.
 
     Python's own error, torch's on the CPU (a RuntimeError), torch's on a GPU, or the system's.
     """
@@ -46,7 +46,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def naming_shortage(where: str, remedy: str) -> Iterator[None]:
-    """OutOfMemory, with place and remedy, in place of any error that is a want of memory."""
+    """Convert out-of-memory errors of any library into one OutOfMemory with place and remedy."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Text of other people's files on a terminal or in a page: what could steer one is shown."""
+"""Escape control characters in untrusted text before printing it."""
 
 from __future__ import annotations
 

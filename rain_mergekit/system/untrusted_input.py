@@ -1,4 +1,4 @@
-"""Small files that other people made, read with a bound, and YAML that cannot grow."""
+"""Read small files of unknown origin within size limits, and YAML without alias bombs."""
 
 from __future__ import annotations
 
@@ -61,11 +61,10 @@ def within(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def load_yaml(text: str) -> Any:
-    """`yaml.safe_load`, but ValueError for half characters, names given twice, and alias bombs.
+    """`yaml.safe_load`, but ValueError for lone surrogates, duplicate keys and alias bombs.
 
-    A few lines of these can stand for any number of values, which the first that looks at all of
-    them, such as an error message, would then have to hold. Half a character is no name of a file
-    and cannot be printed.
+    A few lines of aliases can stand for billions of values, which would fill the memory of whoever
+    looks at all of them, be it an error message. A lone surrogate cannot name a file or be printed.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -83,7 +82,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     known = sizes.get(id(node))
     if known is None:
         if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
-            raise ValueError("it holds half a character, such as \\ud800; write it as UTF-8")
+            raise ValueError("it holds a lone surrogate, such as \\ud800; write it as UTF-8")
         if isinstance(node, yaml.MappingNode):
             _require_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         sizes[id(node)] = NODES  # met again before it is known, it contains itself

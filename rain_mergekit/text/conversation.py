@@ -1,4 +1,4 @@
-"""What a sample asks: one prompt, or a conversation of several messages with tools."""
+"""A sample's request: one prompt, or a conversation of several messages with tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a sample's text to the one string the model sees, and where its parts are in it."""
+"""Render a sample to the one string that the model sees, and locate its parts in it."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_a_truncated_file_is_noticed(tmp_path: Path) -> None:
     store.put(0, torch.zeros(2, WIDTH))
     with path.open("r+b") as file:
         file.truncate(8)
-    with pytest.raises(RainError, match="cut short"):
+    with pytest.raises(RainError, match="truncated by another process"):
         store.get(0)
     store.close()
 

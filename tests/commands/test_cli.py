@@ -260,7 +260,7 @@ def forget_setting(place: Workplace) -> str:
     file.close()
     del header["settings"]["reading_share"]
     write_calibration(place.calibration, header, tensors)
-    return "rain.reading_share is 0.9, and it knows no such setting"
+    return "rain.reading_share is 0.9, and the file was written before this setting existed"
 
 
 def truncate(place: Workplace) -> str:
@@ -315,7 +315,7 @@ def test_missing_data_cannot_be_compared_and_is_no_obstacle(ready: Workplace) ->
     (ready.folder / "instruction.jsonl").unlink()
     said = succeed("merge", ready.yaml, ready.folder / "out")
     assert said.count("Warning:") == 1
-    assert "instruction.jsonl is not there to be compared" in said
+    assert "instruction.jsonl not found; cannot check whether it changed" in said
     assert "up to date" in said
 
 

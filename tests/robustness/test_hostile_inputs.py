@@ -82,7 +82,7 @@ def test_half_characters_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     for name in ('"\\ud83d\\ude00"', '"x\\udfff"', '["\\ud800"]'):
         path.write_text(YAML.replace("./reasoning", name))
-        with pytest.raises(RainError, match="not valid YAML: it holds half a character"):
+        with pytest.raises(RainError, match="not valid YAML: it holds a lone surrogate"):
             read_config(path)
     path.write_text(YAML.replace("./reasoning", '"\\U0001f600"'), encoding="utf-8")
     assert str(read_config(path).reasoning) == "\U0001f600"
