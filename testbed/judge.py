@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rain_mergekit.demo.scoring import spaced
+from rain_mergekit.system.evenly_spaced import first_of_parts
 from testbed.divergence import PLACES, checkpoint, marked, meter
 from testbed.generation import generate
 from testbed.intervals import Numbers, Ratio, described, packed
@@ -84,9 +84,9 @@ def shares(prompts: Sequence[Record], scores: Sequence[Score]) -> dict[str, Rati
 
 
 def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """Evenly spaced `limit` prompts with a constraint and half as many without."""
+    """Evenly first_of_parts `limit` prompts with a constraint and half as many without."""
     asked = [record for record in records if record["constraint"]]
     plain = [record for record in records if not record["constraint"]]
     if limit is None:
         return [*asked, *plain]
-    return [*spaced(asked, limit), *spaced(plain, limit // 2)]
+    return [*first_of_parts(asked, limit), *first_of_parts(plain, limit // 2)]

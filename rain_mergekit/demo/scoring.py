@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rain_mergekit.demo.formats import FORMATS, content
+from rain_mergekit.system.evenly_spaced import first_of_parts
 from rain_mergekit.text.thinking_blocks import Thought
 
 
@@ -50,19 +51,13 @@ def read_records(path: Path, limit: int | None = None) -> list[Record]:
         return records
     asked = [record for record in records if record.constraint]
     plain = [record for record in records if not record.constraint]
-    return [*spaced(asked, limit), *spaced(plain, limit // 2)]
+    return [*first_of_parts(asked, limit), *first_of_parts(plain, limit // 2)]
 
 
 def _record(item: Mapping[str, Any]) -> Record:
     same = {name: item[name] for name in ("prompt", "constraint", "format", "parameter")}
     same |= {name: item[name] for name in ("thinking", "lead")}
     return Record(**same, answer=tuple(item["answer"]), expected=item["expected_response"])
-
-
-def spaced(records: Sequence[Any], count: int) -> list[Any]:
-    """At most so many of them, as far apart as they can be."""
-    count = min(count, len(records))
-    return [records[index * len(records) // count] for index in range(count)]
 
 
 def is_correct(record: Record, response: str) -> bool:

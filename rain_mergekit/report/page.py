@@ -18,12 +18,14 @@ from rain_mergekit.calibration_file.stream_summary import matching, ranks
 from rain_mergekit.calibration_file.summary import FileSummary, summarise
 from rain_mergekit.evaluation.task_vectors import Change, TaskVectors, by_module
 from rain_mergekit.report import figures, spectra
+from rain_mergekit.system.evenly_spaced import with_both_ends
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.divergence import Drift
     from rain_mergekit.evaluation.verify import VerificationResult
 
 
+_CURVES = 5  # sites of one kind in a figure of spectra
 _HEADS = {
     "alpha": ("coefficient alpha", 1.0),
     "alignment": ("alignment a", None),
@@ -170,7 +172,7 @@ def _spectra(file: CalibrationFile, summary: FileSummary) -> Iterator[Picture]:
         ("response", "response energy / largest", spectra.response),
     )
     for index, kind in enumerate(summary.kinds):
-        sites = spectra.pick([site for site in summary.sites if site.kind == kind.name])
+        sites = with_both_ends([site for site in summary.sites if site.kind == kind.name], _CURVES)
         for name, what, make in makers:
             curves = [make(file, site, by_response=by_response) for site in sites]
             found = [curve for curve in curves if curve is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +26,6 @@ class Curve:
     values: tuple[float, ...]
     protected: tuple[bool, ...]
     cut: tuple[int, float] | None
-
-
-def pick(sites: Sequence[Site], most: int = 5) -> list[Site]:
-    """At most that many sites, evenly spaced from the first layer to the last."""
-    if len(sites) <= most:
-        return list(sites)
-    return [sites[round(i * (len(sites) - 1) / (most - 1))] for i in range(most)]
 
 
 def singular(file: CalibrationFile, site: Site, *, by_response: bool) -> Curve | None:
