@@ -19,7 +19,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.models.tokenizer import tokenizer_digest
-from rain_mergekit.system.atomic_file import destination
+from rain_mergekit.system.atomic_file import destination, refuse_foreign
 from rain_mergekit.system.json_samples import file_digest
 
 # Where the data lie does not matter; their digests are compared instead.
@@ -70,12 +70,9 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
 
 def protect_foreign(path: Path) -> None:
     """Raise RainError if `path` holds something else than a calibration file, or cannot be one."""
-    there = destination(path).is_file() and path.stat().st_size
-    if there and _metadata(path).get("format") != FORMAT:
-        raise RainError(
-            f"{path} exists and is not a calibration file: it will not be overwritten; correct "
-            "`parameters.calibration`, or move the file away"
-        )
+    ours = destination(path).is_file() and _metadata(path).get("format") == FORMAT
+    remedy = "correct `parameters.calibration`, or move the file away"
+    refuse_foreign(path, "a calibration file", remedy, ours=ours)
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -151,16 +151,13 @@ def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) ->
 
 def _protect_foreign(output: str) -> None:
     """Arguments in the wrong order must not cost somebody a calibration."""
-    from rain_mergekit.system.atomic_file import destination  # noqa: PLC0415
+    from rain_mergekit.system.atomic_file import destination, refuse_foreign  # noqa: PLC0415
 
-    path = destination(output)
-    if path.is_file() and path.stat().st_size:
+    path, ours = destination(output), True
+    if path.is_file():
         with path.open("rb") as file:
-            if not file.read(9).upper().startswith(b"<!DOCTYPE"):
-                raise RainError(
-                    f"{output} exists and is not an HTML page: it will not be overwritten; name "
-                    "another file with -o"
-                )
+            ours = file.read(9).upper().startswith(b"<!DOCTYPE")
+    refuse_foreign(output, "an HTML page", "name another file with -o", ours=ours)
 
 
 def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console: Console) -> Merged:

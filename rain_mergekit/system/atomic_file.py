@@ -48,6 +48,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def refuse_foreign(path: str | Path, what: str, remedy: str, *, ours: bool) -> None:
+    """RainError if the path holds something else than `what`, unless it is `ours` or empty."""
+    found = destination(path)
+    if not ours and found.is_file() and found.stat().st_size:
+        raise RainError(f"{path} exists and is not {what}: it will not be overwritten; {remedy}")
+
+
 def destination(path: str | os.PathLike[str]) -> Path:
     """Where `path` leads, links followed: a regular file, or a place where nothing is yet.
 
