@@ -27,6 +27,7 @@ from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.coefficients import HeadAccumulator, HeadStatistics
+from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
 from rain_mergekit.models.attention import Heads, observe_attention
 from rain_mergekit.models.head_layout import HeadLayout, feeds_attention
@@ -113,7 +114,7 @@ class LayerCalibrator:
                 if group in READ and not feeds_attention(site):
                     continue
                 rows = inputs.index_select(0, self._inside(index, inputs.shape[0], tokens))
-                if not bool(torch.isfinite(rows).all()):
+                if not finite(rows):
                     raise RainError(
                         f"{dotted(self.name, site)}: the features of sample {source} "
                         "contain NaN or Inf: the reasoning model overflows there; try "
@@ -232,7 +233,7 @@ class LayerCalibrator:
                 self._advance(stream, index)
             if probe.alignment is None or probe.leakage is None or probe.call is None:
                 continue
-            if not bool(torch.isfinite(probe.alignment + probe.leakage).all()):
+            if not finite(probe.alignment + probe.leakage):
                 raise RainError(
                     f"{self.name}: the attention of sample {sample.source} contains NaN or "
                     "Inf in the model merged at alpha = 1; try --dtype float32, more protection "

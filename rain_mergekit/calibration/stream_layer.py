@@ -26,6 +26,7 @@ from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
 from rain_mergekit.system.distributed import World
 
@@ -273,7 +274,7 @@ class StreamLayer:
             yield name, torch.cat(rows, 1)
 
     def _require_finite(self, name: str, text: TaughtText, *values: Tensor) -> None:
-        if not all(bool(torch.isfinite(one).all()) for one in values):
+        if not all(finite(one) for one in values):
             raise RainError(
                 f"{self.name}.{name}: the hidden states of sample {text.source} contain NaN or Inf "
                 "there: a model overflows; try --dtype float32, or remove the sample"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rain_mergekit.capture.input_sites import LinearWeight
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
+from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.model_tensors import ModelTensors
 
@@ -68,13 +69,13 @@ class TrioTensors:
             # Moved as stored: converted before, twice as many bytes would go to a GPU.
             delta = tuned.to(device).to(torch.float32, copy=True)
             delta -= origin.to(device).to(torch.float32)
-            if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
+            if not finite(delta):
                 raise RainError(self._not_finite(name, tuned, origin))
             yield delta
 
     def _not_finite(self, name: str, instruct: Tensor, pretrained: Tensor) -> str:
         for model, tensor in ((self.instruct, instruct), (self.pretrained, pretrained)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not finite(tensor):
                 who = f"{model.checkpoint.reference}: tensor {name}"
                 return f"{who} contains NaN or Inf: the checkpoint is damaged, fetch it again"
         return f"{name}: the difference of the instruct and the pretrained model is beyond float32"

@@ -27,6 +27,7 @@ from rain_mergekit.calibration_file.schema import (
 )
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
+from rain_mergekit.linalg.finite import finite
 
 
 class CalibrationFile:
@@ -134,7 +135,7 @@ class CalibrationFile:
 
     def _finite(self, key: str) -> Tensor:
         tensor = self.tensor(key).to(torch.float32)
-        if not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             raise RainError(
                 f"calibration file {self.path!r}: tensor {key!r} holds NaN or infinite values; "
                 "calibrate again"
