@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 LOG = logging.getLogger(__name__)
 _SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Below this hidden size a second thread gains little on idle cores, and on busy ones threads that
-# wait for each other cost several times what they gain (docs/performance.md).
+# Below this hidden size the work is short with one thread, and on busy cores threads that wait for
+# each other take several times as long as one (docs/performance.md).
 LARGE = 1024
 
 
@@ -35,7 +35,7 @@ def threads_for(hidden_size: int, wanted: int | None = None) -> Iterator[None]:
     before = torch.get_num_threads()
     given = next((name for name in _SET_BY_USER if os.environ.get(name)), None)
     if wanted is None and given is None and hidden_size < LARGE and before > 1:
-        LOG.info("one thread: models of hidden size %d gain nothing from more", hidden_size)
+        LOG.info("one thread: models of hidden size %d need no more", hidden_size)
         wanted = 1
     if wanted is None:
         number = "one thread" if before == 1 else f"{before} threads"
