@@ -13,6 +13,7 @@ from mergekit.config import ConditionalParameter, InputModelDefinition, MergeCon
 from pydantic import ValidationError
 
 from rain_mergekit.config.settings import RainSettings, parse_settings
+from rain_mergekit.config.type_names import type_name
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import (
     finite_number,
@@ -24,6 +25,7 @@ from rain_mergekit.system.untrusted_input import (
 
 _GLOBAL, _OF_A_MODEL = ("calibration", "lambda"), ("role",)
 ROLES = ("instruct", "pretrained")
+TYPE_FIELDS = ("dtype", "out_dtype")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ class RainConfig:
 
 def read_config(path: str | Path) -> RainConfig:
     """Read and validate; RainError names the file, the field, what was expected and what to do."""
-    source = str(path)
-    text = _read_text(path)
+    return parse_config(_read_text(path), str(path))
+
+
+def parse_config(text: str, source: str) -> RainConfig:
+    """As `read_config`, of a text; messages call it by `source`."""
     data = _parse_yaml(text, source)
     merge = _merge_configuration(data, source)
     if merge.merge_method != "rain":
@@ -136,9 +141,15 @@ def _parse_yaml(text: str, source: str) -> Mapping[str, Any]:
     return data
 
 
+def with_type_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with `dtype` and `out_dtype` as mergekit spells them (`bfloat16`)."""
+    spelled = {key: type_name(data[key]) for key in TYPE_FIELDS if isinstance(data.get(key), str)}
+    return {**data, **spelled}
+
+
 def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfiguration:
     try:
-        return MergeConfiguration.model_validate(data)
+        return MergeConfiguration.model_validate(with_type_names(data))
     except ValidationError as error:
         items = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
         raise RainError(
@@ -209,7 +220,7 @@ def check_merge(merge: MergeConfiguration, source: str) -> None:
             raise RainError(
                 f"{source}: parameters: lambda must be a finite number, found {value!r:.80}"
             )
-    for field in ("dtype", "out_dtype"):
+    for field in TYPE_FIELDS:
         _require_type(getattr(merge, field), f"{source}: {field}")
 
 

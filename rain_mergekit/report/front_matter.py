@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -33,6 +33,27 @@ def with_tags(text: str, tags: Sequence[str]) -> str:
     before, after = found.span("yaml")
     _check(new, old, tags)
     return text[:before] + new + text[after:]
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The fields at the head of a card; RainError if they are no mapping in YAML."""
+    found = _BLOCK.match(text)
+    return {} if found is None else _load(found["yaml"])
+
+
+def with_fields(text: str, fields: Mapping[str, Any]) -> str:
+    """The card with those of the fields that its front matter has not; there must be one."""
+    found = _BLOCK.match(text)
+    if found is None:
+        return text
+    old = _load(found["yaml"])
+    missing = {name: value for name, value in fields.items() if name not in old}
+    if not missing:
+        return text
+    newline = "\r\n" if "\r\n" in text else "\n"
+    added = yaml.safe_dump(missing, sort_keys=False, allow_unicode=True).replace("\n", newline)
+    place = found.end("yaml")
+    return text[:place] + added + text[place:]
 
 
 def _load(block: str) -> dict[str, Any]:

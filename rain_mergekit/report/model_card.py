@@ -13,10 +13,11 @@ from typing import Any
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
-from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.config.merge_config import RainConfig, parse_config, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
-from rain_mergekit.report.front_matter import with_tags
+from rain_mergekit.report.front_matter import with_fields, with_tags
+from rain_mergekit.report.public_names import model_tree, public_name, without_local_paths
 from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.terminal_safe import clean
 from rain_mergekit.system.untrusted_input import read_regular, within
@@ -24,7 +25,6 @@ from rain_mergekit.system.untrusted_input import read_regular, within
 BEGIN = "<!-- rain-mergekit: begin; `mergekit-rain card` rewrites what follows -->"
 END = "<!-- rain-mergekit: end -->"
 TAGS = ("mergekit", "merge", "rain-merging")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LONGEST = 200
 _INTRO = """\
 {reasoning} with the instruction following of {instruct}, merged by
@@ -41,6 +41,14 @@ instruct model's at answers ("stream matching"; the roles and calibration sets a
 [RAIN-Merging](https://arxiv.org/abs/2602.22538)):
 
     W = W_reasoning + λ · A Bᵀ"""
+_USAGE = """\
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="NAME-OR-FOLDER-OF-THIS-MODEL", device_map="auto")
+question = [{"role": "user", "content": "How many days are in two weeks? Answer in capitals."}]
+print(chat(question, max_new_tokens=4096)[0]["generated_text"][-1]["content"])
+```"""
 _CITATION = """\
 ```bibtex
 @inproceedings{huang2026rainmerging,
@@ -71,7 +79,8 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     path = within(folder, "README.md")
     old = _read(path)
     try:
-        new = with_section(with_tags(old, TAGS), section(config, summary, load(folder)))
+        headed = with_fields(with_tags(old, TAGS), model_tree(config))
+        new = with_section(headed, section(config, summary, load(folder)))
     except RainError as error:
         raise RainError(f"{path}: {error}") from None
     if new == old:
@@ -92,9 +101,33 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
         was, now = (f"```yaml\n{_config_text(place)}\n```".encode() for place in (folder, new))
     except FileNotFoundError:
         return
-    if text.count(was) == 1:
-        text = text.replace(was, now)
+    text = _renewed(text, was, now)
     Path(new, "README.md").write_bytes(text)
+
+
+def publish_names(folder: str | os.PathLike[str]) -> None:
+    """Public names in place of this machine's paths in the README.md that mergekit has written."""
+    config = read_config(Path(folder, "mergekit_config.yml"))
+    path = within(folder, "README.md")
+    path.write_text(without_local_paths(_read(path), config), encoding="utf-8")
+
+
+def _renewed(text: bytes, was: bytes, now: bytes) -> bytes:
+    """The card with the new configuration where it shows the old one, in either spelling."""
+    for old in (was, _published(was)):
+        if text.count(old) == 1:
+            return text.replace(old, _published(now))
+    return text
+
+
+def _published(block: bytes) -> bytes:
+    """A configuration with public names; as it is where it cannot be read."""
+    text = block.decode("utf-8", errors="replace")
+    try:
+        config = parse_config(text.removeprefix("```yaml\n").removesuffix("\n```"), "the card")
+    except RainError:
+        return block
+    return without_local_paths(text, config).encode()
 
 
 def _config_text(folder: str | os.PathLike[str]) -> str:
@@ -130,7 +163,7 @@ def section(
     told = [*_rows(config, summary), *(_measurement(measured) if measured else ())]
     rows = [f"| {name} | {text} |" for name, text in told]
     table = "\n".join(["| | |", "|---|---|", *rows])
-    return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\nPlease cite:\n\n{_CITATION}"
+    return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\n{_USAGE}\n\nPlease cite:\n\n{_CITATION}"
 
 
 def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]:
@@ -190,9 +223,13 @@ def _data(data: Data) -> str:
 
 
 def _model(reference: str) -> str:
-    if _HUB_NAME.fullmatch(reference) and not os.path.exists(reference):
-        return f"[{reference}](https://huggingface.co/{reference})"
-    return _code(reference)
+    name = public_name(reference)
+    if name.hub is None:
+        return _code(name.text)
+    place = f"https://huggingface.co/{name.hub}"
+    if name.revision is None:
+        return f"[{name.hub}]({place})"
+    return f"[{name.hub}]({place}/tree/{name.revision}), revision {_code(name.revision)}"
 
 
 def _code(value: object) -> str:

@@ -11,7 +11,7 @@ from commands import refused, run, succeed
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.report.front_matter import with_tags
-from rain_mergekit.report.model_card import BEGIN, END, TAGS, with_section
+from rain_mergekit.report.model_card import BEGIN, END, TAGS, publish_names, with_section
 
 CONFIG = """\
 merge_method: rain
@@ -94,9 +94,43 @@ def test_line_ends_of_the_card_are_kept(merged: Path) -> None:
 def test_without_a_card_one_is_made(merged: Path) -> None:
     (merged / "README.md").unlink()
     succeed("card", merged)
-    assert card(merged).startswith(
-        f"---\ntags:\n- mergekit\n- merge\n- rain-merging\n---\n\n{BEGIN}\n"
-    )
+    text = card(merged)
+    assert text.startswith("---\ntags:\n- mergekit\n- merge\n- rain-merging\nbase_model:\n")
+    assert text.split("---\n")[2].startswith(f"\n{BEGIN}\n")
+
+
+def test_hub_shows_what_the_model_was_made_of(merged: Path) -> None:
+    """The license is the reasoning model's; what an owner wrote there stays."""
+    succeed("card", merged)
+    fields = yaml.safe_load(card(merged).split("---")[1])
+    assert fields["base_model"] == ["org/reasoning", "org/instruct", "org/pretrained"]
+    assert (fields["base_model_relation"], fields["pipeline_tag"]) == ("merge", "text-generation")
+    own = merged.parent / "models--acme--thinker" / "snapshots" / ("ab" * 20)
+    own.mkdir(parents=True)
+    (own / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n")
+    config = merged / "mergekit_config.yml"
+    config.write_text(config.read_text().replace("org/reasoning", str(own)))
+    (merged / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n")
+    file = merged.parent / "some.rain.safetensors"
+    models = calibrations.header(2, references={"reasoning": str(own)})["models"]
+    calibrations.write(file, 2, models=models)
+    succeed("card", merged)
+    text = card(merged)
+    fields = yaml.safe_load(text.split("---")[1])
+    assert fields["base_model"] == ["acme/thinker", "org/instruct", "org/pretrained"]
+    assert (fields["license"], fields["pipeline_tag"]) == ("apache-2.0", "image-text-to-text")
+    assert f"[acme/thinker](https://huggingface.co/acme/thinker/tree/{own.name})" in text
+    assert str(merged.parent) not in text
+
+
+def test_folders_of_this_machine_are_not_published(merged: Path) -> None:
+    local = merged.parent / "my-thinker"
+    local.mkdir()
+    config = merged / "mergekit_config.yml"
+    config.write_text(config.read_text().replace("org/reasoning", str(local)))
+    (merged / "README.md").write_text(f"# made of {local} and more\n")
+    publish_names(merged)
+    assert card(merged) == "# made of my-thinker and more\n"
 
 
 def test_names_cannot_break_out(merged: Path) -> None:

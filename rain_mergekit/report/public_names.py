@@ -1,0 +1,86 @@
+"""Models by the names under which others find them, in place of paths of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.report.front_matter import front_matter
+from rain_mergekit.system.untrusted_input import read_regular
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CACHED = re.compile(
+    r"(?:^|/)models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[\w.-]+)/?$"
+)
+
+
+@dataclass(frozen=True)
+class PublicName:
+    """text: what to call the model; hub: its name there, None for a model that is only here."""
+
+    text: str
+    hub: str | None = None
+    revision: str | None = None
+
+
+def public_name(reference: str) -> PublicName:
+    """Of a hub name itself, of a folder of the hub's cache the model, of others the last part."""
+    if "+" in reference:
+        base, _, adapter = reference.partition("+")
+        parts = public_name(base), public_name(adapter)
+        return PublicName(" + ".join(part.text for part in parts))
+    if found := _CACHED.search(reference):
+        hub = f"{found['owner']}/{found['name']}"
+        return PublicName(hub, hub, found["commit"])
+    path, _, revision = reference.partition("@")
+    named = _HUB_NAME.fullmatch(path) and re.fullmatch(r"[\w./-]*", revision)
+    if named and not os.path.exists(path):
+        return PublicName(path, path, revision or None)
+    local = reference.startswith(("/", "~", ".")) or os.path.exists(reference)
+    return PublicName(Path(reference).name or reference if local else reference)
+
+
+def without_local_paths(text: str, config: RainConfig) -> str:
+    """The text with public names in place of the paths of this machine that a merge has in it."""
+    for path, name in sorted(_replaced(config).items(), key=lambda item: -len(item[0])):
+        text = text.replace(path, name)
+    return text
+
+
+def _replaced(config: RainConfig) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for reference in config.models.values():
+        for part in (reference.model, reference.lora):
+            if part is not None and os.path.isabs(part.path):
+                found[part.path] = public_name(part.path).text
+    settings = config.settings
+    for path in (str(config.calibration), settings.reasoning_data, settings.instruction_data):
+        if path is not None and os.path.isabs(path):
+            found[path] = Path(path).name
+    return found
+
+
+def model_tree(config: RainConfig) -> dict[str, object]:
+    """What the hub needs to show from which models this one was made, and under which license."""
+    names = [public_name(str(reference)).hub for reference in config.models.values()]
+    bases = list(dict.fromkeys(name for name in names if name is not None))
+    found: dict[str, object] = {}
+    if bases:
+        found = {"base_model": bases, "base_model_relation": "merge"}
+    return {**found, "pipeline_tag": "text-generation", **_license(config)}
+
+
+def _license(config: RainConfig) -> dict[str, object]:
+    """The reasoning model's, where its card is here and names one."""
+    card = Path(config.reasoning.model.path, "README.md")
+    try:
+        fields = front_matter(read_regular(card).decode("utf-8"))
+    except (OSError, ValueError, RainError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: fields[name] for name in names if isinstance(fields.get(name), str)}
