@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -45,6 +46,7 @@ def write_file(
     streams = [part.streams for part in parts if part.streams is not None]
     warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers, left)]
     warnings += stream_warnings(streams, tensors)
+    warnings += _small_coefficients(layers, sources)
     complete = {
         "created_by": f"rain_mergekit {rain_mergekit.__version__}",
         **header,
@@ -190,6 +192,23 @@ def _warnings(
         yield (
             f"{depth - len(layers)} of {depth} layers have no attention that can be "
             "observed: their coefficients are 1"
+        )
+
+
+# Below this share of the task vector a merge at lambda 1 hardly differs from the reasoning model.
+_SMALL = 0.1
+
+
+def _small_coefficients(layers: Sequence[Mapping[str, Any]], sources: Sources) -> Iterator[str]:
+    """What coefficients sum up to, where that is next to nothing."""
+    used = [sources[layer["stats"]["alpha"]] for layer in layers]
+    values = [float(value) for alpha in used if isinstance(alpha, Tensor) for value in alpha]
+    mean = fmean(map(abs, values)) if values else 1.0
+    if mean < _SMALL:
+        yield (
+            f"the coefficients are {mean:.2g} on average, so that at lambda 1 the merge adds only "
+            f"{mean:.1%} of the task vector: a `lambda` of about {1 / max(mean, 1e-6):.0f}, a "
+            "larger `alpha_min`, or `coefficients: normalized`"
         )
 
 

@@ -122,6 +122,5 @@ def _site(name: str, solved: SiteResult, stored: dict[str, Tensor]) -> dict[str,
         "kept_energy": solved.kept_energy,
         "kept_response_energy": solved.kept_response_energy,
         "capped": solved.capped,
-        "damping": None,
         **{kind: None if tensor is None else key for kind, (key, tensor) in keys.items()},
     }

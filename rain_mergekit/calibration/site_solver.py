@@ -76,10 +76,11 @@ def solve_site(
         if rank >= found.width:
             raise RainError(_full_space(found.width))
         basis = found.directions(chosen)
-        room = min(max_rank, found.width - 1)
+        room, capped = min(max_rank, found.width - 1), rank < wanted
         for more, answer in zip(others, answers[1:], strict=True):
             total, share = float(answer.sum()), settings.reading_share
-            basis = projection.extend_basis(basis, more, total, deltas, share, room)
+            basis, cut = projection.extended_basis(basis, more, total, deltas, share, room)
+            capped |= cut
             trim_heap()
         factors = _factors(basis, instruction_rows, settings)
     except RainError as error:
@@ -96,7 +97,7 @@ def solve_site(
         energies=energies,
         kept_energy=_share(found.values, chosen, found.total),
         kept_response_energy=_share(energies, chosen, float(energies.sum())),
-        capped=rank < wanted,
+        capped=capped,
     )
 
 

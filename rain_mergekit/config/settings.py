@@ -235,7 +235,7 @@ class RainSettings(BaseModel):
         NonNegative,
         Field(
             description="0: protected directions are exact. Above: a direction is protected by "
-            "s²/(s² + ridge · s₁²), so weak ones only partly."
+            "s²/(s² + ridge · s₁²), s₁ the largest of those chosen, so weak ones only partly."
         ),
     ] = 0.0
     instruction_rows: Annotated[

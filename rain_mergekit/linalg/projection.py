@@ -159,6 +159,18 @@ def extend_basis(
     share: float,
     max_rank: int,
 ) -> Tensor:
+    """As `extended_basis`, without saying whether `max_rank` left something out."""
+    return extended_basis(basis, rows, total_response, task_vectors, share, max_rank)[0]
+
+
+def extended_basis(
+    basis: Tensor,
+    rows: Tensor | FeatureRows,
+    total_response: float,
+    task_vectors: Iterable[Tensor],
+    share: float,
+    max_rank: int,
+) -> tuple[Tensor, bool]:
     """Extend the basis (d x r) by the fewest directions that protect a share of the rows' response.
 
     Args:
@@ -169,6 +181,9 @@ def extend_basis(
         share: afterwards the rows' part outside of the basis has at most (1 - share) of the
             response energy, unless that takes more than `max_rank` directions.
         max_rank: the largest number of columns of the result.
+
+    Returns:
+        The basis, and whether `max_rank` left out directions that the share asks for.
     """
     outside = FeatureRows.of(rows).dense()
     basis = basis.to(outside)
@@ -180,7 +195,7 @@ def extend_basis(
     allowed = (1 - share) * total_response
     wanted = 0 if float(energies.sum()) <= allowed else int((left > allowed).sum()) + 1
     more = order[: max(0, min(wanted, max_rank - basis.shape[1]))]
-    return orthonormal(torch.cat([basis, found.directions(more)], 1))
+    return orthonormal(torch.cat([basis, found.directions(more)], 1)), len(more) < wanted
 
 
 def orthogonal_factors(basis: Tensor) -> Factors:

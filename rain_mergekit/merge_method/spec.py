@@ -79,6 +79,7 @@ def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]
             _parameter("calibration", str, shared, None, open_calibration),
             _parameter("lambda", float, shared, 1.0, strength),
             _parameter("role", str, non_base, None, role),
+            *(_parameter(n, object, non_base, None, _refusal(n)) for n in _MISTAKEN),
         ),
         # An optional tensor of one input is the base's own or is left out; see validate_inputs.
         contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1, max_non_base=2),
@@ -90,6 +91,27 @@ def _parameter(
     name: str, kind: type, scope: ParameterScope, default: object, check: Callable[[Any], Any]
 ) -> ParameterSpec:
     return _Checked(name, kind, scope, default=default, check=check)
+
+
+# mergekit never asks a method for names that it has not: these would do nothing without a word.
+_MISTAKEN = (
+    *("lamda", "lamba", "lambd", "lambada", "lamdba", "lmbda", "Lambda", "LAMBDA", "λ"),
+    *("strength", "scale", "alpha", "weight", "density", "normalize", "rescale", "t"),
+    *("gamma", "epsilon", "calib", "calibration_file", "Role", "roles"),
+)
+
+
+def _refusal(name: str) -> Callable[[Any], None]:
+    """A check that refuses whatever is given under that name."""
+
+    def refuse(value: object) -> None:
+        if value is not None:
+            raise RainMergeError(
+                f"rain has no parameter {name!r} here, it would do nothing (known: calibration and "
+                "lambda for all, and each model's role)"
+            )
+
+    return refuse
 
 
 def strength(value: object) -> float:

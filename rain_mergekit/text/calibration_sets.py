@@ -172,7 +172,7 @@ def _all_spans(
     sample: InstructionSample, tokens: Encoded, notes: list[str]
 ) -> tuple[SpanPositions, ...]:
     """Positions of the usable instructions; a span missing from the whole sample ends it."""
-    shared = tokens.in_response(sample.unrelated_response_spans)
+    shared = tokens.in_output(sample.unrelated_response_spans)
     found: list[SpanPositions] = []
     for spec in sample.instructions:
         try:
@@ -190,7 +190,7 @@ def _spans(spec: InstructionSpec, tokens: Encoded, shared: tuple[int, ...]) -> S
         raise UnusableError(f"its {missing} are empty")
     prompt = tokens.in_prompt(spec.prompt_spans)
     related = tokens.in_response(spec.response_spans)
-    unrelated = tokens.in_response(spec.unrelated_response_spans)
+    unrelated = tokens.in_output(spec.unrelated_response_spans)
     if not prompt or not related:
         raise UnusableError("no token holds one of its spans")
     # a token of both satisfies the instruction, so attention from it is no leakage

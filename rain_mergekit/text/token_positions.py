@@ -135,6 +135,16 @@ class Encoded:
         place = (self.rendered.blocks[-1].close[1], len(self.rendered.text))
         return self._positions(spans, [place], range(self.end, len(self.offsets)), "response")
 
+    def in_output(self, spans: Iterable[str]) -> tuple[int, ...]:
+        """As `in_response`, and of spans that are not there the occurrences in the thinking."""
+        start = self.rendered.blocks[-1].close[1]
+        text = self.rendered.text
+        elsewhere = [span for span in spans if text.find(span, start) < 0]
+        inside = [(block.open[1], block.close[0]) for block in self.rendered.blocks]
+        tokens = range(self.blocks[0].open.stop, self.blocks[-1].close.start)
+        found = self._positions(elsewhere, inside, tokens, "response or thinking")
+        return tuple(sorted({*found, *self.in_response(s for s in spans if s not in elsewhere)}))
+
     def _positions(
         self, spans: Iterable[str], places: Iterable[Span], tokens: range, part: str
     ) -> tuple[int, ...]:

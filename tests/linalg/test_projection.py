@@ -372,6 +372,8 @@ def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> Non
     assert rank > 2
     assert left(found) <= 0.1 < left(found[:, :-1])
     assert projection.extend_basis(basis, rows, whole, [delta], 0.9, rank - 1).shape[1] == rank - 1
+    for room, cut in ((rank - 1, True), (rank, False), (12, False)):
+        assert projection.extended_basis(basis, rows, whole, [delta], 0.9, room)[1] is cut
     assert projection.extend_basis(found, rows, whole, [delta], 0.9, 12).shape[1] == rank
 
 

@@ -430,26 +430,46 @@ def test_instructions_are_skipped_one_by_one(words: PreTrainedTokenizerFast, wri
             output,
             _spec("say", "MOON", name="a"),
             _spec("MOON", "moon", name="b"),
-            _spec("say", "moon", "two", name="c"),
+            _spec("say", "moon", "three", name="c"),
             {"prompt_spans": ["say"], "response_spans": []},
             _spec("say", "moon", name="good"),
         ),
         _instruction("say", output, _spec("say", "MOON", name="a")),
         _instruction("say", output),
-        _instruction("say", output, _spec("say", "moon"), unrelated_response_spans=["two"]),
+        _instruction("say", output, _spec("say", "moon"), unrelated_response_spans=["three"]),
     )
     data = load_instruction(path, words)
     assert [spans.instruction_id for spans in data.samples[0].spans] == ["good"]
     assert (data.total, len(data.samples)) == (4, 1)
+    nowhere = "the response or thinking does not contain the span 'three'"
     assert data.skipped == (
         (f"{path}:1", "instruction 'a': the response does not contain the span 'MOON'"),
         (f"{path}:1", "instruction 'b': the prompt does not contain the span 'MOON'"),
-        (f"{path}:1", "instruction 'c': the response does not contain the span 'two'"),
+        (
+            f"{path}:1",
+            "instruction 'c': the response or thinking does not contain the span 'three'",
+        ),
         (f"{path}:1", "instruction 'related_prompt_list[3]': its response_spans are empty"),
         (f"{path}:2", "instruction 'a': the response does not contain the span 'MOON'"),
         (f"{path}:3", "it lists no instruction"),
-        (f"{path}:4", "the response does not contain the span 'two'"),
+        (f"{path}:4", nowhere),
     )
+
+
+def test_unrelated_spans_may_be_in_the_thinking(
+    words: PreTrainedTokenizerFast, write: Write
+) -> None:
+    """Only where the response has them not: there they are what they were."""
+    output = "<think>two one</think>moon one"
+    path = write(
+        _instruction("say", output, _spec("say", "moon", "two"), _spec("say", "moon", "one"))
+    )
+    sample = load_instruction(path, words).samples[0]
+    ids = [[sample.input_ids[i] for i in spans.unrelated] for spans in sample.spans]
+    two, one = (words.convert_tokens_to_ids(word) for word in ("two", "one"))
+    assert ids == [[two], [one]]
+    assert sample.spans[0].unrelated[0] in sample.thinking_positions
+    assert sample.spans[1].unrelated[0] in sample.response_positions
 
 
 def test_nothing_usable(words: PreTrainedTokenizerFast, write: Write) -> None:
