@@ -23,6 +23,7 @@ from rain_mergekit.system.terminal_safe import clean_lines
 _COMMANDS = {
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
+    "finish": ("rain_mergekit.commands.finish:finish", "Put right what mergekit-yaml wrote."),
     "verify": ("rain_mergekit.commands.verify:verify", "Measure what a merge did to thinking."),
     "sweep": ("rain_mergekit.commands.sweep:sweep", "Merge at several strengths and compare."),
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),

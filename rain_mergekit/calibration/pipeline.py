@@ -23,6 +23,7 @@ from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.models.loading import Trio, open_trio
 from rain_mergekit.models.merge_names import lost_tensors, merge_names
@@ -126,9 +127,15 @@ def _model_records(trio: Trio) -> dict[str, Any]:
             "reference": str(checkpoint.reference),
             "revision": checkpoint.revision,
             "fingerprint": fingerprint(checkpoint.path),
+            **_adapter(checkpoint.path),
         }
         for role, checkpoint in trio.items().items()
     }
+
+
+def _adapter(folder: str) -> dict[str, str]:
+    digest = adapter_digest(folder)
+    return {} if digest is None else {"adapter": digest}
 
 
 def _mean_rank(parts: Sequence[LayerResultFile]) -> float:

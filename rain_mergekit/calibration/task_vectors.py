@@ -108,7 +108,8 @@ class TrioTensors:
                     yield f"{role}: {name} is missing"
                 elif found is not None and found != expected:
                     yield f"{role}: {name} is {list(found)}, expected {list(expected)}"
-            for name, kind in tensors.coded(matrices).items():
+            looked_at = {*matrices, *tensors.parameters} if role == "reasoning" else matrices
+            for name, kind in tensors.coded(looked_at).items():
                 yield f"{role}: {name} is stored as {kind}, expected a plain weight"
 
     def release(self) -> None:

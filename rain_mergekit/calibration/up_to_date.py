@@ -16,6 +16,7 @@ from rain_mergekit.calibration_file.schema import FORMAT, VERSION, ModelRecord
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.models.tokenizer import tokenizer_digest
@@ -61,6 +62,7 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
     try:
         data, unchecked = _data(file.header, config.settings)
         models = list(_models(file.models, config, options))
+        models += _adapters(file.header, config, options)
         models += _tokenizer(file.header, config, options)
         settings = list(_settings(file.header, config.settings))
         return Comparison((*settings, *data, *models), tuple(unchecked))
@@ -165,6 +167,17 @@ def _models(
             yield f"the {role} model is {model}, was {record.reference}"
         elif parts:
             yield f"the {role} model {model} has changed ({', '.join(parts)})"
+
+
+def _adapters(header: Mapping[str, Any], config: RainConfig, options: LoadOptions) -> Iterator[str]:
+    """Adapters by their own files: of the merged model only a few rows are compared."""
+    for role, model in config.models.items():
+        record = header.get("models", {}).get(role)
+        recorded = record.get("adapter") if isinstance(record, dict) else None
+        if recorded is not None and model.lora is not None:
+            found = adapter_digest(open_model(model, options).path)
+            if found != recorded:
+                yield f"the adapter of the {role} model {model} has changed"
 
 
 def _tokenizer(

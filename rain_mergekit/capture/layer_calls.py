@@ -113,10 +113,10 @@ class PrefixSharing:
     def _shared(self, key: str, value: Tensor, length: int) -> Tensor:
         if length not in value.shape:
             return value
-        axis = value.shape.index(length)
         longest = self._longest.setdefault((key, value.dtype), value)
-        if longest is not value and longest.dim() == value.dim() and longest.shape[axis] >= length:
-            prefix = longest.narrow(axis, 0, length)
+        if longest is not value and longest.dim() == value.dim():
+            # a mask has the length twice, so every axis is cut
+            prefix = longest[tuple(slice(size) for size in value.shape)]
             if prefix.shape == value.shape and torch.equal(prefix, value):
                 return prefix
         return value

@@ -97,4 +97,4 @@ def calibrate(options: CalibrateOptions) -> None:
         show_plan(read_config(options.config), run, console)
         return
     run_calibration(read_config(options.config), run, console, options.threads)
-    next_step(options.config, console)
+    next_step(options.config, run.load, console)

@@ -9,7 +9,6 @@ import click
 import torch
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
-from safetensors import safe_open
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.up_to_date import compare
@@ -24,14 +23,15 @@ from rain_mergekit.commands.options import (
     typed,
 )
 from rain_mergekit.commands.run_calibration import run_calibration
+from rain_mergekit.commands.run_finish import finish_beside_weights, told_of_added
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.method import register
 from rain_mergekit.merge_method.missing_tensors import Completion
-from rain_mergekit.merge_method.tokenizer_files import restore
-from rain_mergekit.models.loading import LoadOptions, open_model
-from rain_mergekit.report.model_card import carry_over, write_card
+from rain_mergekit.merge_method.result_weights import open_weights, weight_files
+from rain_mergekit.models.loading import LoadOptions
+from rain_mergekit.report.model_card import carry_over, publish_names, write_card
 from rain_mergekit.system.determinism import deterministic
 from rain_mergekit.system.memory import MERGE, naming_shortage, out_of_memory
 from rain_mergekit.system.staged_folder import output_folder, staged_folder
@@ -75,6 +75,7 @@ def merge(options: MergeCommandOptions) -> None:
         merge_options = merge_options.model_copy(update={"quiet": True})
     parsed = read_config(config)
     refuse_input(parsed, out)
+    device_of(merge_options)
     load = LoadOptions.of(merge_options.model_dump())
     require_mergeable(parsed, load)
     completion = Completion(parsed, load)
@@ -99,40 +100,20 @@ def merge(options: MergeCommandOptions) -> None:
             ) from None
         if merge_options.write_model_card:
             add_card(out, stage, console)
-        restore_tokenizer(parsed, stage, merge_options, console)
-    if added:
-        console.print(f"Added {len(added)} tensors that mergekit leaves out, as {added[0]}")
+        copied = merge_options.copy_tokenizer
+        finish_beside_weights(parsed, stage, completion, console, tokenizer=copied)
+    told_of_added(added, console)
     console.heading(f"Wrote {out}")
 
 
 def add_card(out: str | Path, stage: Path, console: Console) -> None:
     """Our part of the model card, into the one that is there; a merge is not lost for it."""
     try:
+        publish_names(stage)
         carry_over(out, stage)
         write_card(stage)
     except (OSError, RainError) as error:
         console.warn(f"could not add the calibration to the model card: {error}")
-
-
-def restore_tokenizer(
-    config: RainConfig, stage: Path, options: MergeOptions, console: Console
-) -> None:
-    """The reasoning model's tokenizer as its own files have it; a merge is not lost for it."""
-    if not options.copy_tokenizer:
-        return
-    own_template = "chat_template" in config.content
-    reasoning = open_model(config.reasoning, LoadOptions.of(options.model_dump()))
-    try:
-        found = restore(reasoning, stage, own_template=own_template)
-    except (OSError, RainError) as error:
-        console.warn(
-            f"could not restore the reasoning model's tokenizer files; mergekit's are kept: {error}"
-        )
-        return
-    if found.files:
-        console.print(f"Put back as the reasoning model has them: {', '.join(found.files)}")
-    for text in found.warnings:
-        console.warn(text)
 
 
 def refuse_input(config: RainConfig, out: str) -> None:
@@ -146,6 +127,8 @@ def refuse_input(config: RainConfig, out: str) -> None:
 
 def device_of(merge_options: MergeOptions) -> str:
     """The device that mergekit's options name; RainError if it is not there."""
+    if merge_options.multi_gpu and not torch.accelerator.is_available():
+        raise RainError("--multi-gpu: this torch sees no GPU; leave the option out")
     return pick_device(str(merge_options.device or "cpu"))
 
 
@@ -214,9 +197,9 @@ def merge_into(
 
 def require_finite(folder: Path, dtype: str) -> None:
     """RainError if a tensor holds NaN or Inf: mergekit converts after the method has looked."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            bad = next((name for name in file.keys() if not finite(file.get_tensor(name))), None)  # noqa: SIM118
+    for path in weight_files(folder):
+        with open_weights(path) as weights:
+            bad = next((name for name in weights.names if not finite(weights.get(name))), None)
         if bad is not None:
             raise RainError(
                 f"{bad} holds NaN or infinite values in the result in {dtype}: a lower `lambda`, "

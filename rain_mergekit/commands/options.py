@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from rain_mergekit.config.type_names import type_name
 from rain_mergekit.errors import RainError
 from rain_mergekit.system import blas_mode
 
@@ -156,10 +157,18 @@ def device_option(name: str = "--device", text: str = "Where to compute.") -> Ca
     )
 
 
+class _TypeName(click.Choice):  # type: ignore[type-arg] # generic since click 8.2 only
+    """A number type in any of its usual spellings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The spelling that torch has."""
+        return super().convert(type_name(str(value)), param, ctx)
+
+
 def dtype_option(name: str = "--dtype") -> Callable[[F], F]:
     """The type in which the model's layers compute."""
     text = "Type of the forward pass  [default: float32 on the CPU, else the model's own]"
-    return click.option(name, type=click.Choice(DTYPES), help=text)
+    return click.option(name, type=_TypeName(DTYPES), help=text)
 
 
 def budget_option(function: F) -> F:
@@ -224,7 +233,9 @@ def pick_device(name: str) -> str:
         return name
     backend: Any = getattr(torch, kind, None)
     if backend is None or not backend.is_available():
-        raise RainError(f"--device {name}: this torch sees no such device; use --device cpu")
+        raise RainError(
+            f"--device {name}: no GPU: this torch sees no such device; use --device cpu"
+        )
     if index and int(index) >= backend.device_count():
         count = backend.device_count()
         raise RainError(f"--device {name}: there are only {count} of them, numbered from 0")

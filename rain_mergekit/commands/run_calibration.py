@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,10 +13,12 @@ from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
+from rain_mergekit.checks.host_plan import require_found
+from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.commands.console import Console, counted, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.models.loading import open_model
+from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.text.calibration_sets import DataSet
 
 _SHOWN_REASONS = 3
@@ -28,7 +32,9 @@ def run_calibration(
     threads: torch's; None: as many as suit the model.
     """
     protect_foreign(config.calibration)
+    require_found(config, options.load)
     console.print(f"Calibrating on {options.device}: {config.reasoning}")
+    tell_roles(config, console)
     try:
         with threads_for_model(open_model(config.reasoning, options.load), threads):
             summary = calibrate(config, options)
@@ -39,6 +45,16 @@ def run_calibration(
         raise KeyboardInterrupt(hint if kept else "nothing was written") from None
     report(summary, console)
     return summary
+
+
+def tell_roles(config: RainConfig, console: Console) -> None:
+    """What is subtracted from what; fitting the streams needs no pretrained model."""
+    if config.settings.fit == "streams":
+        return
+    console.print(f"Δ = {config.instruct} − {config.pretrained}")  # noqa: RUF001 - a minus sign
+    hint = swapped_hint(config.instruct, config.pretrained)
+    if hint is not None and config.pretrained != config.reasoning:
+        console.warn(hint)
 
 
 def report(summary: CalibrationSummary, console: Console) -> None:
@@ -68,9 +84,16 @@ def report(summary: CalibrationSummary, console: Console) -> None:
         console.warn(text)
 
 
-def next_step(config_path: str | Path, console: Console) -> None:
-    """What to run after a calibration."""
-    console.print(f"Next: mergekit-yaml {config_path} ./merged")
+def next_step(config_path: str | Path, load: LoadOptions, console: Console) -> None:
+    """What to run after a calibration, with the options without which it would not find a model."""
+    words = [str(config_path), "./merged"]
+    for field in fields(load):
+        value, option = getattr(load, field.name), f"--{field.name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value:
+            words += [option, str(value)]
+    console.print(f"Next: mergekit-yaml {shlex.join(words)}")
 
 
 def _matching(found: Matching) -> str:

@@ -18,10 +18,10 @@ from rain_mergekit.commands.merge import (
     device_of,
     merge_into,
     refuse_input,
-    restore_tokenizer,
     run_options,
 )
 from rain_mergekit.commands.options import budget_option, dtype_option, pick_dtype, typed
+from rain_mergekit.commands.run_finish import finish_beside_weights
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
@@ -151,7 +151,7 @@ def _merge(
         merge_into(config, stage, options, completion)
         if options.write_model_card:
             add_card(place, stage, console)
-        restore_tokenizer(config, stage, options, console)
+        finish_beside_weights(config, stage, completion, console, tokenizer=options.copy_tokenizer)
 
 
 def _meter(

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from mergekit.common import dtype_from_name
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
+from rain_mergekit.merge_method.checkpoint_layout import in_parts, is_restored, restore_layout
+from rain_mergekit.merge_method.result_weights import add_tensors, tensor_names, write_index
 from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.models.merge_names import left_out, merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
 
-_INDEX = "model.safetensors.index.json"
-
 
 class Completion:
     """What is missing of a merge, known before it begins; `write` adds it to the finished one.
 
     Weights that the calibration covers are merged like all others, the rest are the reasoning
-    model's. Experts that a model holds in one tensor are written as that tensor. RainError if
+    model's. Afterwards all tensors are called and divided as in its checkpoint. RainError if
     something is missing and lambda is not one number.
     """
 
@@ -39,13 +36,16 @@ class Completion:
         trust = options.trust_remote_code
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
         self._tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
-        self._names = merge_names(model_config, self._tensors["reasoning"])
-        self._missing = left_out(self._tensors["reasoning"], self._names)
+        self.reasoning = self._tensors["reasoning"]
+        self._names = merge_names(model_config, self.reasoning)
+        self._missing = left_out(self.reasoning, self._names)
         self._calibration = str(config.calibration)
-        if self._missing:
-            self._strength(config)
+        self._strength(config)
 
     def _strength(self, config: RainConfig) -> float:
+        """Lambda, where one of the missing tensors may be merged with it; else 0."""
+        if not self._missing.keys() - self.reasoning.unknown:
+            return 0.0
         try:
             return config.one_strength
         except RainError as error:
@@ -54,55 +54,60 @@ class Completion:
                 f"({next(iter(self._missing))}, ...), which are added with one lambda for all"
             ) from None
 
+    def to_do(self, folder: Path) -> bool:
+        """Whether `write` would change anything in `folder`."""
+        there = tensor_names(folder)
+        return bool(self._absent(there)) or not is_restored(there, self.reasoning, self._names)
+
+    def _absent(self, there: set[str]) -> dict[str, tuple[str, ...]]:
+        return {
+            name: parts
+            for name, parts in self._missing.items()
+            if name not in there and not there.issuperset(parts)
+        }
+
     def write(self, folder: Path, config: RainConfig) -> tuple[str, ...]:
         """Write the missing tensors of the merge `config` into a further shard of `folder`.
 
         Returns their names. Of `config` only lambda and the types count here, which may differ
-        from those given first.
+        from those given first. What is there already stays, so that it can be done again.
         """
-        if self._missing:
-            tensors = {_stored_name(n, p): t for n, p, t in self._merged(config)}
-            _add_shard(folder, tensors)
-        return tuple(self._missing)
+        missing = self._absent(tensor_names(folder))
+        if missing:
+            add_tensors(folder, dict(self._merged(missing, config)))
+        if restore_layout(folder, self.reasoning, self._names) or missing:
+            write_index(folder)
+        return tuple(missing)
 
-    def _merged(self, config: RainConfig) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
+    def _merged(
+        self, missing: Mapping[str, tuple[str, ...]], config: RainConfig
+    ) -> Iterator[tuple[str, Tensor]]:
         calibration = CalibrationFile.open(self._calibration)
         replay = TensorMerger(calibration, self._tensors, self._names, self._strength(config))
         dtype, stored = _type(config.merge.dtype), _type(config.merge.out_dtype)
-        for name, parts in self._missing.items():
+        for name, parts in missing.items():
             # what the merge leaves alone keeps its type, e.g. the float32 biases of routers
-            changed = replay.listed(name)
-            tensor = replay.tensor(name, dtype if changed else None)
-            if changed and stored is not None:
+            if not replay.listed(name):
+                yield from self._copied(parts)
+                continue
+            tensor = replay.tensor(name, dtype)
+            if stored is not None:
                 tensor = tensor.to(stored)
             if not finite(tensor):
                 raise RainError(f"{name} holds NaN or infinite values in the result")
-            yield name, parts, tensor.contiguous()
+            for part, value in in_parts(self.reasoning, name, tensor).items():
+                yield part, value.contiguous()
             replay.release()
+
+    def _copied(self, parts: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """As they are in the reasoning model's checkpoint."""
+        for part in parts:
+            tensor = self.reasoning.checkpoint.get(part)
+            if tensor.is_floating_point() and not finite(tensor):
+                raise RainError(f"{part} holds NaN or infinite values in the result")
+            yield part, tensor.contiguous()
+        self.reasoning.release()
 
 
 def _type(name: str | None) -> torch.dtype | None:
     return None if name is None else dtype_from_name(name)
-
-
-def _stored_name(name: str, parts: tuple[str, ...]) -> str:
-    return parts[0] if len(parts) == 1 else name
-
-
-def _add_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Give the shards new names and one more, and write the index that lists them all."""
-    shards = sorted(folder.glob("model*.safetensors"))
-    count = len(shards) + 1
-    places: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate([*shards, None], start=1):
-        goal = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
-        if shard is None:
-            save_file(dict(tensors), goal, metadata={"format": "pt"})
-        elif shard != goal:
-            shard.rename(goal)
-        with safe_open(goal, framework="pt") as file:
-            places.update(dict.fromkeys(file.keys(), goal.name))
-        total += goal.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

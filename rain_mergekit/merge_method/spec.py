@@ -107,7 +107,7 @@ def _refusal(name: str) -> Callable[[Any], None]:
     def refuse(value: object) -> None:
         if value is not None:
             raise RainMergeError(
-                f"rain has no parameter {name!r} here, it would do nothing (known: calibration and "
+                f"unknown parameter {name!r}: mergekit would ignore it (known: calibration and "
                 "lambda for all, and each model's role)"
             )
 

@@ -7,22 +7,24 @@ text in another way, and what belongs to the tokenizer's files but is no part of
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.side_files import (
+    GENERATION,
+    TEMPLATES,
+    TOKENIZER,
+    copy_files,
+    is_of_tokenizer,
+    same_file,
+    side_files,
+)
 from rain_mergekit.models.tokenizer import load_tokenizer, tokenizer_in
 
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"),
-)
-_GENERATION = "generation_config.json"
 _PROBE = "Two apples, 3 pears -- how many?\n\n<think>\nFive.\n</think>\n\nFIVE (5)."
 
 
@@ -41,16 +43,19 @@ def restore(reasoning: Checkpoint, folder: Path, *, own_template: bool) -> Resto
     own_template: the configuration sets another chat template, which stays. RainError if one of the
     two tokenizers cannot be loaded.
     """
-    names = [_GENERATION] if not (folder / _GENERATION).exists() else []
-    if not (folder / "tokenizer_config.json").exists():
-        return Restored(_copy(reasoning, folder, names), ())
-    if all(_same(reasoning, folder, name) for name in (*_TOKENIZER, *_TEMPLATES)):
-        return Restored(_copy(reasoning, folder, names), ())  # mergekit has copied them
-    names += [] if own_template else _TEMPLATES
+    source = reasoning.path
+    names = [GENERATION] if not (folder / GENERATION).exists() else []
+    parts = {*TOKENIZER, *TEMPLATES, *filter(is_of_tokenizer, side_files(source))}
+    if own_template:
+        parts = {name for name in parts if name not in TEMPLATES and not name.endswith(".jinja")}
+    there = [name for name in parts if (folder / name).exists()]
+    if all(same_file(source, folder, name) for name in there):  # mergekit has copied some
+        return Restored(copy_files(source, folder, [*names, *sorted(parts)]), ())
+    names += [] if own_template else TEMPLATES
     ours, theirs = load_tokenizer(reasoning), _merged(reasoning, folder)
     if ours.get_vocab() == theirs.get_vocab():
-        names += _TOKENIZER
-    files = _copy(reasoning, folder, names)
+        names += sorted(parts - {*TEMPLATES})
+    files = copy_files(source, folder, names)
     if files:
         theirs = _merged(reasoning, folder)
     found = _differences(ours, theirs, own_template=own_template)
@@ -60,25 +65,6 @@ def restore(reasoning: Checkpoint, folder: Path, *, own_template: bool) -> Resto
 def _merged(reasoning: Checkpoint, folder: Path) -> PreTrainedTokenizerBase:
     trust = reasoning.trust_remote_code
     return tokenizer_in(str(folder), "the merged model", trust_remote_code=trust)
-
-
-def _copy(reasoning: Checkpoint, folder: Path, names: Iterable[str]) -> tuple[str, ...]:
-    """Copy those that are there and differ; returns their names."""
-    copied = []
-    for name in names:
-        ours = Path(reasoning.path, name)
-        if ours.is_file() and not _same(reasoning, folder, name):
-            shutil.copyfile(ours, folder / name)
-            copied.append(name)
-    return tuple(copied)
-
-
-def _same(reasoning: Checkpoint, folder: Path, name: str) -> bool:
-    """Whether both have the same file of that name, or neither has one."""
-    ours, theirs = Path(reasoning.path, name), folder / name
-    if ours.is_file() and theirs.is_file():
-        return ours.read_bytes() == theirs.read_bytes()
-    return not ours.is_file() and not theirs.is_file()
 
 
 def _differences(

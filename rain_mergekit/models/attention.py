@@ -8,7 +8,9 @@ no T x T matrix exists at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,8 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+from rain_mergekit.errors import RainError
 
 NAME = "rain_mergekit"
+# The same function for families whose own code looks into the mask: they get it as a tensor.
+DENSE = "rain_mergekit_dense"
 BLOCK_BYTES = 64 * 1024 * 1024
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -46,7 +53,7 @@ class AttentionCall:
     module: nn.Module
     query: Tensor
     key: Tensor
-    mask: BlockMask | None
+    mask: BlockMask | Tensor | None
     scaling: float
     softcap: float | None
     sinks: Tensor | None
@@ -62,7 +69,10 @@ class AttentionCall:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         allowed = _allowed(self.mask, index, scores.shape[-1])
-        scores = scores.masked_fill(~allowed, float("-inf"))
+        if allowed.dtype == torch.bool:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        else:
+            scores = scores + allowed.float()
         return _softmax_with_sinks(scores, self.sinks)
 
     @property
@@ -101,6 +111,31 @@ def register() -> None:
     """Make the attention function known to transformers; idempotent."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(DENSE, _attention)
+    AttentionMaskInterface.register(DENSE, eager_mask)
+
+
+# As scores are masked: what states of recurrences look into is another, a mask of padding.
+_LOOKED_INTO = re.compile(
+    r"_mask\.(dtype|masked_fill)\b|_mask\[:, 0|masked_fill\(\s*~?\s*(attention|causal)_mask"
+)
+
+
+def name_for(layers: nn.Module) -> str:
+    """Which of the two functions the layers need, by their own code.
+
+    Code that picks keys by itself (an indexer) reads or changes the mask before attention does.
+    """
+    for kind in {type(module) for module in layers.modules()}:
+        if kind.__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(kind)
+        except (OSError, TypeError):
+            continue  # compiled, or made at run time: nothing can be said
+        if _LOOKED_INTO.search(source):
+            return DENSE
+    return NAME
 
 
 def _mask(
@@ -127,13 +162,14 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BlockMask | None,
+    attention_mask: BlockMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,  # noqa: ARG001 - calibration never drops
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    attention_mask = _without_left_out(attention_mask, kwargs, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width = value.shape[-1]
     call = AttentionCall(module, query, key, attention_mask, scale, softcap, s_aux, width)
@@ -175,6 +211,8 @@ def _masked_blocks(call: AttentionCall, value: Tensor) -> Tensor:
     parts = []
     for index in _row_blocks(call.query, call.key.shape[2]):
         allowed = _allowed(call.mask, index, key.shape[2])
+        if allowed.dtype != torch.bool:
+            allowed = allowed.to(call.query.dtype)
         parts.append(
             nn.functional.scaled_dot_product_attention(
                 call.query[:, :, index], key, value, attn_mask=allowed, scale=call.scaling
@@ -198,7 +236,41 @@ def _row_blocks(query: Tensor, length: int) -> Iterator[Tensor]:
         yield torch.arange(start, stop, device=query.device)
 
 
-def _allowed(mask: BlockMask | None, index: Tensor, length: int) -> Tensor:
+def _without_left_out(
+    mask: BlockMask | Tensor | None, passed: Mapping[str, Any], length: int
+) -> BlockMask | Tensor | None:
+    """The mask without the keys that an indexer left out, among what is passed on to attention.
+
+    Families with an indexer apply its choice themselves for attention of transformers' own names,
+    and pass it on to any other: `indices` are the chosen keys, 1 x T x n. RainError for a choice in
+    another form, which would be ignored.
+    """
+    chosen = {k: v for k, v in passed.items() if k.endswith("indices") and v is not None}
+    indices: Tensor | None = chosen.pop("indices", None)
+    if chosen:
+        raise RainError(
+            f"its attention chooses keys by {', '.join(chosen)}, which a calibration layer by "
+            "layer does not support; the model cannot be calibrated"
+        )
+    if indices is None:
+        return mask
+    left_out = indices.new_ones((1, indices.shape[1], length), dtype=torch.bool)
+    left_out = left_out.scatter(-1, indices.long(), False)[:, None]
+    if not isinstance(mask, Tensor):
+        queries = torch.arange(indices.shape[1], device=indices.device)
+        mask = _allowed(mask, queries, length)[None, None]
+    if mask.dtype == torch.bool:
+        return mask & ~left_out
+    return mask.masked_fill(left_out, torch.finfo(mask.dtype).min)
+
+
+def _allowed(mask: BlockMask | Tensor | None, index: Tensor, length: int) -> Tensor:
+    """What the query rows `index` may attend to: n x T bool, or of a whole mask heads x n x T.
+
+    Numbers of a whole mask are to be added to the scores.
+    """
+    if isinstance(mask, Tensor):
+        return mask[0][:, index, :length]
     if mask is not None:
         return mask.rows(index)
     return torch.arange(length, device=index.device)[None, :] <= index[:, None]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.adapters import base_of, is_adapter
+from rain_mergekit.models.source import local_folder
 from rain_mergekit.system.untrusted_input import first_line
 
 _READ = (".json", ".safetensors", ".bin")
@@ -26,9 +26,8 @@ _BROKEN = (
 )
 # Other types hold codes that mean nothing without scales, which lie in tensors of their own.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
-# The hub client raises its HTTP library's own errors when there is no network; that library
-# changes with the version of the client.
-_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE = 1024
 
 
 class Checkpoint:
@@ -45,8 +44,8 @@ class Checkpoint:
     ) -> None:
         self.reference = reference
         self.trust_remote_code = trust_remote_code
-        self.path = _local_path(
-            reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust_remote_code
+        self.path = local_folder(
+            reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust=trust_remote_code
         )
         index = open_index(self.path, reference)
         self.names = frozenset(index.tensor_paths)
@@ -95,35 +94,6 @@ class Checkpoint:
         self._loader.flush()
 
 
-def _local_path(
-    reference: ModelReference,
-    cache_dir: str | None,
-    lora_dir: str | None,
-    lora_dtype: str | None,
-    trust: bool,
-) -> str:
-    if reference.lora is not None and lora_dir is None:
-        raise RainError(
-            f"{reference}: a model with an adapter is merged into a cache first; "
-            "name the folder with --lora-merge-cache"
-        )
-    try:
-        merged = reference.merged(
-            cache_dir=lora_dir, trust_remote_code=trust, lora_merge_dtype=lora_dtype
-        )
-        return str(merged.local_path(cache_dir=cache_dir))
-    except pickle.UnpicklingError:  # peft and transformers load weights alone
-        raise RainError(
-            f"{reference}: a pickle file there holds more than weights, and could run code; take "
-            "safetensors files from where you trust them"
-        ) from None
-    except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:
-        raise RainError(
-            f"{reference}: model not found: expected a local folder or a hub name that can be "
-            f"downloaded ({first_line(error)})"
-        ) from None
-
-
 def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     """Which tensor lies in which shard; RainError unless all shards are there and readable."""
     _require_files(path, reference)
@@ -157,13 +127,33 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
 
 
 def _require_files(path: str, reference: ModelReference) -> None:
-    """Refuse named pipes and devices among the model's files: opening one would block."""
-    here = Path(path).glob("*") if os.path.isdir(path) else ()
+    """Refuse what is no file of a model; opening a named pipe or a device would block."""
+    here = list(Path(path).glob("*")) if os.path.isdir(path) else []
     odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
     if odd:
         raise RainError(
             f"{reference}: cannot read the checkpoint: no regular file: {', '.join(sorted(odd))}"
         )
+    if pointers := sorted(p.name for p in here if _is_pointer(p)):
+        raise RainError(
+            f"{reference}: {', '.join(pointers)}: a git-lfs pointer, not the file itself: run "
+            "`git lfs pull` in that folder, or fetch the model with `hf download`"
+        )
+    if is_adapter(path):
+        raise RainError(
+            f"{reference}: is an adapter and no model: write it after its base model, as "
+            f"{base_of(path)}+{reference}"
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether the file stands for one that git-lfs keeps elsewhere."""
+    if path.suffix not in (*_READ, ".model") or not os.access(path, os.R_OK):
+        return False
+    if path.stat().st_size > _POINTER_SIZE:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:

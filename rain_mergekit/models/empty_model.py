@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models import attention, experts
@@ -34,7 +35,10 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         model = _build(config, dtype, trust_remote_code, ours)
         layers, _ = decoder_layers(model, config)
         if _has_attention_interface(layers):
-            return model
+            name = attention.name_for(layers)
+            if name == attention.NAME:
+                return model
+            return _build(config, dtype, trust_remote_code, {**ours, "attn_implementation": name})
     except (LookupError, ValueError, ArithmeticError, RuntimeError, TypeError):
         pass  # of its own table of attention classes, in which our name is not, or told below
     ours.pop("attn_implementation")
@@ -48,14 +52,26 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
 
 
 def _build(config: Any, dtype: torch.dtype, trust: bool, ours: dict[str, str]) -> nn.Module:
-    # As transformers asks; the keys themselves would import a module of each of 190 families.
-    causal = type(config) in AutoModelForCausalLM._model_mapping  # noqa: SLF001
-    auto: Any = AutoModelForCausalLM if causal or trust else AutoModelForImageTextToText
+    auto = _auto_class(config, trust=trust)
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: nn.Module = auto.from_config(
             deepcopy(config), dtype=dtype, trust_remote_code=trust, **ours
         )
     return model.eval()
+
+
+def _auto_class(config: Any, *, trust: bool) -> Any:
+    """The class of models to build: of text alone, or with images where the checkpoint has them.
+
+    Some families have both for one config; `architectures` says which one the checkpoint is.
+    """
+    named = list(getattr(config, "architectures", None) or ())
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ())
+    if set(named) & ({known} if isinstance(known, str) else {*known}):
+        return AutoModelForImageTextToText
+    # As transformers asks; the keys themselves would import a module of each of 190 families.
+    causal = type(config) in AutoModelForCausalLM._model_mapping  # noqa: SLF001
+    return AutoModelForCausalLM if causal or trust else AutoModelForImageTextToText
 
 
 def _has_attention_interface(layers: nn.ModuleList) -> bool:

@@ -42,6 +42,8 @@ def merge_names(config: Any, tensors: ModelTensors) -> Names:
     depth = max(templates.values())
 
     def names(name: str) -> tuple[Target, ...]:
+        if listed is None and name not in tensors.known:
+            return ()
         if listed is None:
             everywhere = not _LAYER.search(name) or templates[_template(name)] == depth
             return (Target(name),) if everywhere or name in tensors.checkpoint.names else ()
@@ -53,6 +55,12 @@ def merge_names(config: Any, tensors: ModelTensors) -> Names:
         return _experts(source, listed, tensors)
 
     return names
+
+
+def layer_of(name: str) -> str | None:
+    """The part of a name that says which layer it is in, such as `.3.`; None outside of layers."""
+    found = _LAYER.search(name)
+    return None if found is None else found[0]
 
 
 def _template(name: str) -> str:
@@ -98,14 +106,17 @@ def listed_names(config: Any) -> dict[str, str] | None:
 
 
 def left_out(tensors: ModelTensors, names: Names) -> dict[str, tuple[str, ...]]:
-    """Tensors of the model that a merge leaves out, under whatever merge method.
+    """Tensors of the checkpoint that a merge leaves out, under whatever merge method.
 
-    With each, what the checkpoint calls it or its parts. mergekit writes what its architecture
-    file lists; e.g. it lists no attention biases for Llama.
+    Under the model's names, with what the checkpoint calls each or its parts; those that no class
+    knows under their own. mergekit writes what its architecture file lists; e.g. it lists no
+    attention biases for Llama.
     """
+    parts = {name: tuple(p for p, _ in source.parts) for name, source in tensors.sources.items()}
+    parts |= {name: (name,) for name in tensors.unknown}
     return {
-        name: tuple(part for part, _ in source.parts)
-        for name, source in sorted(tensors.sources.items())
+        name: parts[name]
+        for name in sorted(parts)
         if not names(name) and not name.endswith(_DERIVED)
     }
 
@@ -121,5 +132,5 @@ def lost_warning(lost: Sequence[str]) -> str:
     return (
         f"mergekit leaves out {len(lost)} tensors of the reasoning model "
         f"({shown}) under every merge method: `mergekit-rain merge` adds them afterwards; a model "
-        "merged with mergekit-yaml will lack them"
+        "merged with mergekit-yaml will lack them until `mergekit-rain finish` adds them"
     )

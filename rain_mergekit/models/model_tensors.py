@@ -52,6 +52,20 @@ class ModelTensors:
         """The names of all tensors of the model."""
         return frozenset(self._shapes)
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of all weights, which a merge changes or copies; buffers may be counters."""
+        return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Tensors of the checkpoint that are in no tensor of the model, by their own names.
+
+        Layers for predicting several tokens, or parts that the class does not have.
+        """
+        used = {part for source in self.sources.values() for part, _ in source.parts}
+        return tuple(sorted(self.checkpoint.names - used, key=_natural))
+
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of those of the named tensors that can be read, without reading them."""
         known = {name: self.sources[name] for name in names if name in self.sources}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rain_mergekit.errors import RainError
 
-_SHARD = re.compile(r"(model-\d{5}-of-\d{5}\.(safetensors|bin)|model\.safetensors(\.index\.json)?)")
+# Weights under every name by which a loader looks for them; loaders prefer one format to the other.
+_SHARD = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _LAST = "config.json"  # without it a folder is no model yet
 _PREFIX = ".rain-"
 

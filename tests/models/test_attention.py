@@ -179,3 +179,45 @@ def test_no_square_matrix_at_4096_tokens(
     assert probe.alignment is not None
     assert largest.bytes <= 4 * 1024 * 1024 * 1.01, largest.operation
     assert largest.elements * 60 < heads * length**2
+
+
+def indexed(kind: str, implementation: str) -> Any:
+    """A family that picks its keys itself, by scores that it masks with the mask of attention."""
+    attention.register()
+    torch.manual_seed(5)
+    sizes = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "index_topk": 12,
+        "pad_token_id": 0, "max_position_embeddings": 256,
+    }  # fmt: skip
+    kinds = {"mlp_layer_types": ["dense", "sparse"]} if kind == "glm_moe_dsa" else {}
+    config = AutoConfig.for_model(kind, **sizes, **kinds)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    random_weights(model, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_families_that_look_into_the_mask_get_it_whole(kind: str) -> None:
+    """The indexer leaves all but 12 keys out: its choice is kept."""
+    eager, ours = indexed(kind, "eager"), indexed(kind, attention.DENSE)
+    assert attention.name_for(ours.model.layers) == attention.DENSE
+    rows: list[Tensor] = []
+    chosen = torch.tensor([0, 3, 25, LENGTH - 1])
+    with torch.no_grad():
+        expected = eager(input_ids=tokens(), output_attentions=True)
+        with observe_attention(lambda call: rows.append(call.rows(chosen))):
+            found = ours(input_ids=tokens())
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert len(rows) == len(expected.attentions) == 2
+    for row, weights in zip(rows, expected.attentions, strict=True):
+        assert int((row[0, -1] > 0).sum()) <= 12
+        torch.testing.assert_close(row, weights[0][:, chosen], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL])
+def test_all_others_get_a_mask_by_function(family: str) -> None:
+    assert attention.name_for(build(family, attention.NAME).base_model) == attention.NAME

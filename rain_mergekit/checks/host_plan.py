@@ -1,0 +1,68 @@
+"""What mergekit will look for in the checkpoints and not find, told before the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from mergekit.architecture import WeightInfo, arch_info_for_config
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
+from rain_mergekit.models.merge_names import layer_of
+
+_SHOWN = 3
+
+
+def require_found(config: RainConfig, options: LoadOptions) -> None:
+    """RainError if a model lacks a tensor that mergekit requires of it; only headers are read.
+
+    mergekit looks for the names of its own table under every merge method, and says so when the
+    tensor has its turn in the merge.
+    """
+    for role, reference in config.models.items():
+        checkpoint = open_model(reference, options)
+        model_config = read_model_config(checkpoint)
+        architecture = arch_info_for_config(model_config) if model_config.architectures else None
+        if architecture is None:
+            continue  # mergekit goes by the names that are there
+        try:
+            weights = architecture.all_weights(model_config)
+        except (RuntimeError, AttributeError, TypeError):
+            continue  # said with its cause where the names are taken from the table
+        absent = list(_absent(weights, checkpoint.names, model_config.model_type))
+        if absent:
+            more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+            raise RainError(
+                f"mergekit cannot merge the {role} model {reference}, by no method: it looks for "
+                f"{', '.join(absent[:_SHOWN])}{more}, and the checkpoint has "
+                f"{_nearest(absent[0], checkpoint.names)} instead; save the model with the "
+                "transformers with which it was published, or use another mergekit"
+            )
+
+
+def _absent(
+    weights: Collection[WeightInfo], names: Collection[str], model_type: str
+) -> Iterator[str]:
+    """The names of the required tensors that are there neither by name nor by a conversion."""
+    by_layer: dict[str | None, set[str]] = {}
+    for name in names:
+        by_layer.setdefault(layer_of(name), set()).add(name)
+    for weight in weights:
+        single = [weight.name, *(weight.aliases or ())]
+        if weight.optional or any(n in names for n in (*single, *(weight.tied_names or ()))):
+            continue
+        near = by_layer.get(layer_of(weight.name), set())
+        if not any(can_convert_checkpoint_keys(model_type, near, name) for name in single):
+            yield weight.name
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    """A name that ends alike, for people to compare."""
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[-count:])
+        if found := sorted(other for other in names if other.endswith(f".{end}")):
+            return found[0]
+    return min(names, default="nothing")
