@@ -22,7 +22,8 @@ from rain_mergekit.calibration.estimate import (
 from rain_mergekit.calibration.estimate_inputs import model_shape, workload
 from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.layer_file import write_part
-from rain_mergekit.calibration.lm_head import HeadWeight, OutputHeadCalibrator, find_head
+from rain_mergekit.calibration.layer_sites import LayerSites
+from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
 from rain_mergekit.calibration.options import RunOptions, max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
@@ -172,8 +173,8 @@ class CalibrationEngine:
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
         original = [stream for name, stream in streams.items() if name != MERGED]
-        walk = OutputHeadCalibrator(self.shell, self._settings, self._world)
-        result = walk.result(head, self._weights, original, self.max_rank)
+        sites = LayerSites("", self._settings, self._world)
+        result = calibrate_head(self.shell, head, self._weights, original, sites, self.max_rank)
         if self._world.rank == 0:
             write_part(path, "", result)
         self._weights.release()
@@ -211,30 +212,20 @@ class CalibrationEngine:
     ) -> LayerResult:
         chunks, name = TokenChunks(), self._name(index)
         with self.shell.layer(index) as layer, chunks.applied(layer):
-            walk = LayerCalibrator(
-                index,
-                layer,
-                name,
-                self._settings,
-                tick,
-                chunks,
-                self._world,
-                self._trio.config.model_type,
-            )
+            solver = LayerSites(name, self._settings, self._world)
+            model_type = self._trio.config.model_type
+            calibrator = LayerCalibrator(index, layer, solver, tick, chunks, model_type)
             sites = SiteMap()
             original = [stream for name, stream in streams.items() if name != MERGED]
-            collected = walk.features(sites, original)
+            collected = calibrator.features(sites, original)
             self._count(original)
-            solved = walk.solve(
-                sites,
-                collected,
-                partial(self._task_vector, name),
-                self.max_rank,
-                replace=MERGED in streams,
-            )
+            task_vector = partial(self._task_vector, name)
+            solved = solver.solve(sites, collected, task_vector, self.max_rank)
             result = LayerResult(sites, solved)
             if MERGED in streams:
-                result.statistics, result.layout = walk.statistics(streams[MERGED]) or (None, None)
+                calibrator.merge(sites, task_vector, solved)
+                measured = calibrator.statistics(streams[MERGED])
+                result.statistics, result.layout = measured or (None, None)
                 self._count([streams[MERGED]])
         self._weights.release()
         trim_heap()

@@ -6,25 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
+from rain_mergekit.calibration.layer import LayerResult
+from rain_mergekit.calibration.layer_sites import Collected, LayerSites
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import arriving
 from rain_mergekit.capture.streams import Stream
-from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.row_collector import RowCollector
 from rain_mergekit.models.empty_model import embedding_weight, output_head
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
-from rain_mergekit.system.distributed import World
 
 SITE = "lm_head"
 
@@ -151,42 +149,25 @@ def _mask(chosen: Sequence[int], count: int) -> Tensor:
     return mask
 
 
-class OutputHeadCalibrator(LayerCalibrator):
-    """What a `LayerCalibrator` does at a layer, at the head: one site, no layer to pass."""
+def calibrate_head(
+    shell: LayerwiseModel,
+    head: HeadWeight,
+    trio: TrioTensors,
+    streams: Sequence[Stream],
+    solver: LayerSites,
+    max_rank: int,
+) -> LayerResult:
+    """The head's contribution to the calibration file, from what left the last layer."""
+    sites, collected, device = head.sites, Collected(), solver.world.device
+    (site,) = sites.owners
+    with arriving(shell) as arrive:
+        for stream in streams:
+            for sample in range(len(stream)):
+                rows = arrive(stream.store.get(sample).to(device))
+                solver.picker(collected, stream, sample)(site, rows, None)
 
-    def __init__(self, shell: LayerwiseModel, settings: RainSettings, world: World) -> None:
-        nothing = nn.Module()
-        super().__init__(
-            len(shell.layers), nothing, "", settings, lambda _: None, TokenChunks(), world
-        )
-        self._shell = shell
+    def task_vector(weight: LinearWeight, _expert: int | None) -> Iterator[Tensor]:
+        return head.task_vector(trio, device) if weight.name == head.name else iter(())
 
-    def features(
-        self, sites: SiteMap, streams: Sequence[Stream]
-    ) -> dict[str, dict[str, RowCollector]]:
-        """What the head receives at the positions of use, from what left the last layer."""
-        collected: dict[str, dict[str, RowCollector]] = {}
-        (site,) = sites.owners
-        with arriving(self._shell) as arrive:
-            for stream in streams:
-                for sample in range(len(stream)):
-                    rows = arrive(stream.store.get(sample).to(self._device))
-                    self._picker(collected, stream, sample)(site, rows, None)
-        return collected
-
-    def result(
-        self, head: HeadWeight, trio: TrioTensors, streams: Sequence[Stream], max_rank: int
-    ) -> LayerResult:
-        """The head's contribution to the calibration file."""
-        sites = head.sites
-        collected = self.features(sites, streams)
-        solved = self.solve(
-            sites,
-            collected,
-            lambda weight, _: (
-                head.task_vector(trio, self._device) if weight.name == head.name else iter(())
-            ),
-            max_rank,
-            replace=False,
-        )
-        return LayerResult(sites, solved, tokens=head.rows)
+    solved = solver.solve(sites, collected, task_vector, max_rank)
+    return LayerResult(sites, solved, tokens=head.rows)
