@@ -17,7 +17,8 @@ MEANING = {
     "kept": "the thinking format is kept",
     "at risk": "the thinking format is at risk: generate some answers before using it (--generate)",
     "damaged": "the thinking format is damaged: expect missing close markers; "
-    "lower `lambda` or protect more (rank_share, max_rank)",
+    "lower `lambda` or protect more (rank_share, max_rank); with fit: streams lower "
+    "`teacher_strength` or calibrate on more samples",
 }
 
 
