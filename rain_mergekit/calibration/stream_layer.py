@@ -23,6 +23,7 @@ from rain_mergekit.calibration.stream_types import (
     Teacher,
 )
 from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
+from rain_mergekit.capture.input_sites import dotted
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
@@ -191,7 +192,7 @@ class StreamLayer:
         try:
             changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
         except RainError as error:
-            raise RainError(f"{self.name}.{name}: {error}") from None
+            raise RainError(f"{dotted(self.name, name)}: {error}") from None
         for weight, change in changes.items():
             self._apply(weight, change)
         return changes

@@ -279,6 +279,7 @@ def test_errors_are_documented() -> None:
 # Said inside another message, which is documented, or only to callers of Python functions.
 INTERNAL = (
     "features contain NaN or Inf",
+    "nothing of its prompt is left without its instructions",
     "must be 0 or more tokens",
     "must be 1 or more",
     "of the calibration file",
