@@ -70,7 +70,8 @@ class Board:
         """Choose the strength where there is a choice, then judge."""
         if len(row.strengths) == 1:
             found = self._numbers(row, row.strengths[0], "test")
-            return self._write(row.slug, {**found, "name": row.name, "strength": row.strengths[0]})
+            said = {"name": row.name, "rain": dict(row.rain), "strength": row.strengths[0]}
+            return self._write(row.slug, {**found, **said})
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
         while (more := further(swept, row.most)) is not None and len(swept) < (
             len(row.strengths) + MOST_STEPS
@@ -78,8 +79,9 @@ class Board:
             swept[more] = self._numbers(row, more, "validation")
         best = max(swept, key=lambda s: _merit(swept[s]))
         found = self._numbers(row, best, "test")
+        said = {"name": row.name, "rain": dict(row.rain), "strength": best}
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
-        return self._write(row.slug, {**found, "name": row.name, "strength": best, "swept": brief})
+        return self._write(row.slug, {**found, **said, "swept": brief})
 
     def _numbers(self, row: Row, strength: float, split: str) -> Found:
         judge: Judge = getattr(self, split)

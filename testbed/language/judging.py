@@ -4,6 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,15 @@ class Judge:
         part = "" if plain is None else f", {plain} plain"
         self.digest = hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] + part
         self._reasoning = reasoning
-        self._texts: list[tuple[list[int], list[int]]] = []
-        self._wanted: list[torch.Tensor] = []
-        if divergence:
-            self._texts = _marked(self.records, load_tokenizer(reasoning))
-            self._wanted = _at_markers(load_model(reasoning), self._texts)
+        self._divergent = divergence
 
-    def generation(self, folder: Path) -> list[Output]:
-        """The model's replies to all prompts."""
-        prompts = [record["prompt"] for record in self.records]
-        return generate(load_model(folder), load_tokenizer(folder), prompts)
+    @cached_property
+    def _texts(self) -> list[tuple[list[int], list[int]]]:
+        return _marked(self.records, load_tokenizer(self._reasoning))
+
+    @cached_property
+    def _wanted(self) -> list[torch.Tensor]:
+        return _at_markers(load_model(self._reasoning), self._texts)
 
     def measure(self, folder: Path) -> dict[str, Any]:
         """All numbers of one model."""
@@ -77,7 +77,7 @@ class Judge:
 
     def _divergence(self, model: PreTrainedModel) -> dict[str, Ratio]:
         """Mean KL(reasoning model ‖ model) of the next token at the think positions."""
-        if not self._texts:
+        if not self._divergent:
             return {}
         values, weights = np.zeros(len(self.records)), np.zeros(len(self.records))
         every = _spaced(len(self.records))
