@@ -108,8 +108,9 @@ def parse_config(text: str, source: str) -> RainConfig:
         for model in merge.models
         if model.model != merge.base_model or "role" in (model.parameters or {})
     ]
-    settings = parse_settings(data.get("rain"), source)
-    roles = _roles(others, merge.base_model, source, alone=settings.fit == "streams")
+    section = data.get("rain")
+    alone = isinstance(section, Mapping) and section.get("fit") == "streams"
+    roles = _roles(others, merge.base_model, source, alone=alone)
     return RainConfig(
         path=source,
         text=text,
@@ -119,7 +120,7 @@ def parse_config(text: str, source: str) -> RainConfig:
         instruct=roles["instruct"],
         pretrained=roles["pretrained"],
         calibration=_calibration_path(merge, source),
-        settings=settings,
+        settings=parse_settings(section, source),
         tokenizer=merge.tokenizer is not None or merge.tokenizer_source is not None,
     )
 

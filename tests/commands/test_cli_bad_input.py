@@ -347,7 +347,7 @@ def test_calibration_of_a_newer_format_stays(place: Workplace, calibrated: Path)
         metadata = {**file.metadata(), "format_version": "3"}
     save_file(load_file(calibrated), place.calibration, metadata=metadata)
     message = refused(place.folder, "merge", place.yaml, place.folder / "out")
-    assert "format version 2" in message
+    assert "format version 3" in message
     assert "upgrade" in message
 
 

@@ -29,8 +29,13 @@ class Means:
 
 
 def whole(folder: Path) -> Any:
-    """The model as transformers loads it, in float64 (its eager attention is not)."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    """The model as transformers loads it, in float64 (its eager attention is not).
+
+    Experts one after the other: the product of all at once knows no float64.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
 
 
 def distribution(model: Any, ids: Sequence[int], tokens: int) -> Numbers:

@@ -66,7 +66,8 @@ def _one(choice: Mapping[str, Any]) -> str:
 
 
 def _yaml(value: object) -> str:
-    return str(yaml.safe_dump(value)).removesuffix("\n").removesuffix("\n...").strip("'")
+    text = str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=200))
+    return text.removesuffix("\n").removesuffix("\n...").strip("'")
 
 
 def parts(text: str) -> tuple[str, str, str]:
