@@ -6,10 +6,16 @@ from typing import Any
 
 from testbed.language.board import load_rows
 from testbed.language.table import FIRST, table
-from testbed.tables import percent, small
+from testbed.tables import markdown, percent, small
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
 OURS = "rain"
+SWEPT = {
+    "plain_right": "plain right",
+    "whole_constrained": "whole, constrained",
+    "followed": "followed",
+    "both": "both",
+}
 
 
 def write_page(results: Path) -> Path:
@@ -18,6 +24,7 @@ def write_page(results: Path) -> Path:
     text = PAGE.read_text(encoding="utf-8")
     text = _between(text, "verdict", verdict(rows) + "\n")
     text = _between(text, "table", "\n" + table(rows) + "\n")
+    text = _between(text, "strengths", "\n" + strengths(rows) + "\n")
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
 
@@ -26,6 +33,16 @@ def _between(text: str, name: str, content: str) -> str:
     begin, end = f"<!-- language {name}: begin", f"<!-- language {name}: end -->"
     start = text.index("-->\n", text.index(begin)) + 4
     return text[:start] + content + text[text.index(end) :]
+
+
+def strengths(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each strength of a rival does on the validation prompts."""
+    lines = [
+        [row["name"], strength, *(percent(found[name]) for name in SWEPT)]
+        for row in rows
+        for strength, found in row.get("swept", {}).items()
+    ]
+    return markdown(["", "strength", *SWEPT.values()], lines)
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
