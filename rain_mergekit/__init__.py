@@ -6,8 +6,7 @@ up when they are first used: processes that merely find this package must not pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers know the name; importing `typing` costs more than all of this
 if TYPE_CHECKING:
     from rain_mergekit.api import (
         CalibrationFile,
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the API when one of its names is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

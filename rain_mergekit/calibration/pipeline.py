@@ -19,6 +19,7 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
 from rain_mergekit.calibration.stream_engine import StreamEngine
 from rain_mergekit.calibration.work_folder import WorkDir
+from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
@@ -77,6 +78,7 @@ def _calibrate(
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
     run = _engine(config)(config, options, trio, samples, world)
+    require_found(config, options.load)
     accept = config.settings.accept
     names = merge_names(trio.config, run.shell.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))

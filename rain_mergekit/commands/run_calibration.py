@@ -13,7 +13,6 @@ from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
-from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.commands.console import Console, counted, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
@@ -32,7 +31,6 @@ def run_calibration(
     threads: torch's; None: as many as suit the model.
     """
     protect_foreign(config.calibration)
-    require_found(config, options.load)
     console.print(f"Calibrating on {options.device}: {config.reasoning}")
     tell_roles(config, console)
     try:

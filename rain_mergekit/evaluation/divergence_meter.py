@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -39,11 +41,13 @@ class DivergenceMeter:
         if not samples:
             raise RainError("no samples to compare the models on")
         self._checkpoint, self._samples, self._how = reference, samples, how
-        self._folder = tempfile.TemporaryDirectory(prefix="rain-divergence-")
+        self._folder = tempfile.mkdtemp(prefix="rain-divergence-")
+        # also where nobody closes the meter: it may live as long as the process
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             self._reference = self._ran(reference, "reference", tick)
         except BaseException:
-            self._folder.cleanup()
+            self._remove()
             raise
 
     def drift(self, model: Checkpoint, tick: Tick = _unwatched) -> Drift:
@@ -62,7 +66,7 @@ class DivergenceMeter:
     def close(self) -> None:
         """Free the reference's hidden states."""
         self._reference.close()
-        self._folder.cleanup()
+        self._remove()
 
     def __enter__(self) -> DivergenceMeter:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -78,7 +82,7 @@ class DivergenceMeter:
     def _ran(self, checkpoint: Checkpoint, name: str, tick: Tick) -> StreamedModel:
         """That model after all of its layers."""
         side = StreamedModel.of(checkpoint, self._how)
-        side.embed(self._samples, self._how.budget // 2, Path(self._folder.name, name))
+        side.embed(self._samples, self._how.budget // 2, Path(self._folder, name))
         try:
             side.run(tick)
         except BaseException:

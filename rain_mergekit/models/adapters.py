@@ -77,7 +77,8 @@ def adapter_digest(folder: str | Path) -> str | None:
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether the folder holds an adapter and no model."""
-    return Path(folder, CONFIG).is_file() and not Path(folder, "config.json").exists()
+    # os.path says no where it may not look; what may not be read is told where it is opened
+    return os.path.isfile(Path(folder, CONFIG)) and not os.path.exists(Path(folder, "config.json"))
 
 
 def base_of(folder: str | Path) -> str:

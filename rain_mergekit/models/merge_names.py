@@ -109,21 +109,21 @@ def left_out(tensors: ModelTensors, names: Names) -> dict[str, tuple[str, ...]]:
     """Tensors of the checkpoint that a merge leaves out, under whatever merge method.
 
     Under the model's names, with what the checkpoint calls each or its parts; those that no class
-    knows under their own. mergekit writes what its architecture file lists; e.g. it lists no
-    attention biases for Llama.
+    knows come first, under their own. mergekit writes what its architecture file lists; e.g. it
+    lists no attention biases for Llama.
     """
     parts = {name: tuple(p for p, _ in source.parts) for name, source in tensors.sources.items()}
     parts |= {name: (name,) for name in tensors.unknown}
     return {
         name: parts[name]
-        for name in sorted(parts)
+        for name in sorted(parts, key=lambda name: (name not in tensors.unknown, name))
         if not names(name) and not name.endswith(_DERIVED)
     }
 
 
 def lost_tensors(tensors: ModelTensors, names: Names) -> tuple[str, ...]:
     """The checkpoint's names of all that a merge leaves out."""
-    return tuple(sorted(part for parts in left_out(tensors, names).values() for part in parts))
+    return tuple(part for parts in left_out(tensors, names).values() for part in parts)
 
 
 def lost_warning(lost: Sequence[str]) -> str:

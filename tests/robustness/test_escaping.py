@@ -285,7 +285,8 @@ def test_hostile_names_through_every_command(place: Workplace) -> None:
     assert rendered(part).links == ["https://arxiv.org/abs/2602.22538"]
     assert "img" not in rendered(part).tags
     assert "L_think" in part
-    assert yaml.safe_load(text.split("---\n")[1]).keys() <= {"base_model", "library_name", "tags"}
+    known = {"base_model", "library_name", "pipeline_tag", "tags"}
+    assert yaml.safe_load(text.split("---\n")[1]).keys() <= known
     assert {"img", "script"}.isdisjoint(browser.Page(page.read_text(encoding="utf-8")).tags)
 
 
