@@ -26,9 +26,20 @@ def finishing(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
     The model's own code runs, with stubs for its layers that return the rows: whatever it does to
     its logits is done here too.
     """
-    name, head = output_head(shell.model)
-    with _ending(shell, name, _BlockHead(shell, name, head)) as run:
-        yield lambda rows: run(rows).logits[0]
+    name, own = output_head(shell.model)
+    head = _BlockHead(shell, name, own)
+    with _ending(shell, name, head) as run:
+
+        def logits(rows: Tensor) -> Tensor:
+            head.logits = None
+            try:
+                found: Tensor = run(rows).logits
+            except AttributeError as error:
+                # transformers 5.24 computes the logits of Llama 4 and then fails to hand them out
+                found = head.kept(error)
+            return found[0]
+
+        yield logits
 
 
 @contextmanager
@@ -120,12 +131,20 @@ class _BlockHead(_Head):
         self._weight = own if own in names else embedding_weight(shell.model)
         has_bias = getattr(head, "bias", None) is not None
         self._bias = f"{name}.bias" if has_bias and f"{name}.bias" in names else None
+        self.logits: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         blocks = torch.split(self._read(self._weight), _HEAD_ROWS)
         parts = [hidden @ self._weights(block).mT for block in blocks]
         logits = torch.cat(parts, dim=-1)
-        return logits if self._bias is None else logits + self._read(self._bias).to(logits)
+        self.logits = logits if self._bias is None else logits + self._read(self._bias).to(logits)
+        return self.logits
+
+    def kept(self, error: AttributeError) -> Tensor:
+        """The logits of a run that ended in this error after they were computed."""
+        if self.logits is None:
+            raise error
+        return self.logits
 
     def _weights(self, block: Tensor) -> Tensor:
         return self._numbers(self._weight, block.to(self._device, self._dtype))

@@ -29,7 +29,8 @@ else:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGE = Path(rain_mergekit.__file__).parent
 IGNORED = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "shared", "*.egg-info", "dist")
-SUITE = ("test_golden.py", "test_lora.py")  # files of every version, and merges
+# Files of every version, and merges.
+SUITE = ("calibration_file/test_golden.py", "end_to_end/test_lora.py")
 
 
 def build(sources: Path, folder: Path, *targets: str) -> list[Path]:
