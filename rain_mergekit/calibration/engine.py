@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rain_mergekit
 from rain_mergekit.calibration.estimate import (
     Estimate,
     ModelShape,
@@ -22,12 +21,18 @@ from rain_mergekit.calibration.estimate import (
 from rain_mergekit.calibration.estimate_inputs import model_shape, workload
 from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.layer_file import write_part
+from rain_mergekit.calibration.layer_names import (
+    layer_shapes,
+    matrix_names,
+    run_identity,
+    stored_names,
+)
 from rain_mergekit.calibration.layer_sites import LayerSites
 from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
 from rain_mergekit.calibration.options import RunOptions, max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
-from rain_mergekit.calibration.samples import Samples, record
+from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
@@ -38,8 +43,6 @@ from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, sho
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import Trio, default_dtype
-from rain_mergekit.models.tokenizer import tokenizer_digest
-from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
 from rain_mergekit.text.token_positions import ReasoningTokens
@@ -59,7 +62,7 @@ class CalibrationEngine:
         self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, str(world.device))
         self.indices = range(len(self.shell.layers))
         self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        self._weights.check(self._expected(), self.matrices)
+        self._weights.check(layer_shapes(self.shell), self.matrices)
         self._head = (
             None
             if config.settings.lm_head == "off"
@@ -76,27 +79,12 @@ class CalibrationEngine:
     @property
     def matrices(self) -> list[str]:
         """All weights of the decoder layers that may multiply features."""
-        return [
-            f"{self._name(index)}.{name}"
-            for index in self.indices
-            for name, parameter in self.shell.layers[index].named_parameters()
-            if parameter.dim() > 1
-        ]
-
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors that filling a layer takes from the checkpoint, by name."""
-        return {
-            f"{self._name(index)}.{name}": tuple(tensor.shape)
-            for index in self.indices
-            for name, tensor in self.shell.layers[index].state_dict().items()
-            if tensor.is_meta
-        }
+        return matrix_names(self.shell)
 
     @property
     def tensors(self) -> list[str]:
         """The names of all these in the reasoning model's checkpoint."""
-        sources = self.shell.tensors.sources
-        return [part for name in self.matrices for part, _ in sources[name].parts]
+        return stored_names(self.shell, self.matrices)
 
     @cached_property
     def plans(self) -> list[StreamPlan]:
@@ -119,19 +107,15 @@ class CalibrationEngine:
 
     def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal for an interrupted run to be continued."""
-        identity = {
-            "version": rain_mergekit.__version__,
-            "models": models,
-            "tokenizer": tokenizer_digest(self._trio.reasoning.path),
-            "data": record(self._samples),
-            "settings": self._settings.numbers(),
-            "dtype": str(self.shell.dtype),
-            "device": torch.device(self._options.device).type,
-            "processes": self._world.size,
-        }
-        if self._options.deterministic:
-            identity["deterministic"] = blas_mode.mode()  # which changes the bits of products
-        return identity
+        return run_identity(
+            self.shell,
+            self._trio,
+            self._samples,
+            self._settings,
+            self._options,
+            self._world,
+            models,
+        )
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by purpose, over all processes."""

@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 
-import rain_mergekit
 from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.layer_names import (
+    layer_shapes,
+    matrix_names,
+    run_identity,
+    stored_names,
+)
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
-from rain_mergekit.calibration.samples import Samples, record
+from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
 from rain_mergekit.calibration.stream_layer import FitRule, StreamLayer, StreamLayerResult
 from rain_mergekit.calibration.stream_layer_file import write_stream_layer
@@ -30,8 +35,6 @@ from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.models.loading import Trio, default_dtype, read_model_config
-from rain_mergekit.models.tokenizer import tokenizer_digest
-from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
 
@@ -60,7 +63,7 @@ class StreamEngine:
         )
         self.indices = range(len(self.shell.layers))
         weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        weights.check(self._expected(), self.matrices)
+        weights.check(layer_shapes(self.shell), self.matrices)
         self._passes = Counter[str]()
 
     @cached_property
@@ -86,26 +89,12 @@ class StreamEngine:
     @property
     def matrices(self) -> list[str]:
         """All weights of the decoder layers that may multiply features."""
-        return [
-            f"{self._name(index)}.{name}"
-            for index in self.indices
-            for name, parameter in self.shell.layers[index].named_parameters()
-            if parameter.dim() > 1
-        ]
-
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{self._name(index)}.{name}": tuple(tensor.shape)
-            for index in self.indices
-            for name, tensor in self.shell.layers[index].state_dict().items()
-            if tensor.is_meta
-        }
+        return matrix_names(self.shell)
 
     @property
     def tensors(self) -> list[str]:
         """The names of all these in the reasoning model's checkpoint."""
-        sources = self.shell.tensors.sources
-        return [part for name in self.matrices for part, _ in sources[name].parts]
+        return stored_names(self.shell, self.matrices)
 
     @property
     def parts(self) -> int:
@@ -114,19 +103,15 @@ class StreamEngine:
 
     def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal for an interrupted run to be continued."""
-        identity = {
-            "version": rain_mergekit.__version__,
-            "models": models,
-            "tokenizer": tokenizer_digest(self._trio.reasoning.path),
-            "data": record(self._samples),
-            "settings": self._settings.numbers(),
-            "dtype": str(self.shell.dtype),
-            "device": torch.device(self._options.device).type,
-            "processes": self._world.size,
-        }
-        if self._options.deterministic:
-            identity["deterministic"] = blas_mode.mode()  # which changes the bits of products
-        return identity
+        return run_identity(
+            self.shell,
+            self._trio,
+            self._samples,
+            self._settings,
+            self._options,
+            self._world,
+            models,
+        )
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by stream, over all processes."""

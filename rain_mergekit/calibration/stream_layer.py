@@ -23,7 +23,7 @@ from rain_mergekit.calibration.stream_types import (
     Teacher,
 )
 from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
-from rain_mergekit.capture.input_sites import dotted
+from rain_mergekit.capture.input_sites import dotted, same_tensor
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
@@ -289,7 +289,7 @@ def _sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, Lin
     for name, output in found.items():
         if _routes(name):
             continue
-        seen = next((site for inputs, site in owners if _same(inputs, output.inputs)), None)
+        seen = next((site for inputs, site in owners if same_tensor(inputs, output.inputs)), None)
         if seen is None:
             seen = name.removesuffix(".weight")
             owners.append((output.inputs, seen))
@@ -309,7 +309,3 @@ def _sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, Lin
 
 def _routes(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.data_ptr() == right.data_ptr() and left.numel() == right.numel()

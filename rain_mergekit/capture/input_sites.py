@@ -95,7 +95,7 @@ class _InputSiteFinder:
     def _linear(self, name: str, inputs: Tensor, input_axis: int) -> None:
         known = self._sites.weights.get(name)
         if known is None:
-            owner = next((site for seen, site in self._seen if _same(seen, inputs)), None)
+            owner = next((site for seen, site in self._seen if same_tensor(seen, inputs)), None)
             if owner is None:
                 owner = site_name(name)
                 self._sites.widths[owner] = inputs.shape[-1]
@@ -158,5 +158,6 @@ def capture_inputs(
         yield
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def same_tensor(left: Tensor, right: Tensor) -> bool:
+    """Whether two views begin at the same memory and hold as many numbers."""
     return left.data_ptr() == right.data_ptr() and left.numel() == right.numel()
