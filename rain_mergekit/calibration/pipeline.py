@@ -78,7 +78,7 @@ def _calibrate(
     samples = load_samples(config.settings, trio)
     models = _model_records(trio)
     run = _engine(config)(config, options, trio, samples, world)
-    require_found(config, options.load)
+    require_found(trio.items())
     accept = config.settings.accept
     names = merge_names(trio.config, run.shell.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))

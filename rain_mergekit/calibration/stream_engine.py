@@ -82,7 +82,7 @@ class StreamEngine:
             token_weight=token_weights(self.texts.all, settings.stream_weights.model_dump()),
         )
 
-    @property
+    @cached_property
     def _shape(self) -> StreamShape:
         return StreamShape.of(self.shell)
 

@@ -225,8 +225,7 @@ class StreamLayer:
             target = reasoning.store.get(index).clone()
             for teacher, lesson in lessons.get(index, ()):
                 rows = teacher.states.store.get(lesson.reading)[-lesson.tokens :]
-                answer = target[-lesson.tokens :]
-                answer.mul_(teacher.keeps).add_(rows, alpha=teacher.share)
+                teacher.mix_into(target, lesson, rows)
             groups = torch.tensor(text.groups, dtype=torch.long)
             found[text.held_out].add(merged.store.get(index), target, groups)
         for one in found:

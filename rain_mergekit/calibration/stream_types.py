@@ -51,6 +51,11 @@ class Teacher:
     share: float
     keeps: float
 
+    def mix_into(self, target: Tensor, lesson: Lesson, rows: Tensor) -> None:
+        """Let this model teach the last tokens of `target`, in place, by its own `rows` there."""
+        answer = target[-lesson.tokens :]
+        answer.mul_(self.keeps).add_(rows.to(target), alpha=self.share)
+
 
 @dataclass(frozen=True)
 class LinearSite:
@@ -115,8 +120,7 @@ class SiteTargets:
     def mix(self, site: str, lesson: Lesson, rows: Tensor, teacher: Teacher) -> None:
         """Let another model teach the answer: `rows` (tokens, Σ d_out) are what it gives."""
         target = self._stores[site].get(lesson.text).clone()
-        answer = target[-lesson.tokens :]
-        answer.mul_(teacher.keeps).add_(rows.to(target), alpha=teacher.share)
+        teacher.mix_into(target, lesson, rows)
         self._stores[site].put(lesson.text, target)
 
     def close(self, site: str) -> None:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
-from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.models.merge_names import layer_of
 
 _SHOWN = 3
 
 
-def require_found(config: RainConfig, options: LoadOptions) -> None:
-    """RainError if a model lacks a tensor that mergekit requires of it; only headers are read.
+def require_found(models: Mapping[str, Checkpoint]) -> None:
+    """RainError if a model, by role, lacks a tensor that mergekit requires of it.
 
-    mergekit looks for the names of its own table under every merge method, and says so when the
-    tensor has its turn in the merge.
+    Only headers are read. mergekit looks for the names of its own table under every merge method,
+    and says so when the tensor has its turn in the merge.
     """
-    for role, reference in config.models.items():
-        checkpoint = open_model(reference, options)
+    for role, checkpoint in models.items():
         model_config = read_model_config(checkpoint)
         architecture = arch_info_for_config(model_config) if model_config.architectures else None
         if architecture is None:
@@ -35,8 +34,8 @@ def require_found(config: RainConfig, options: LoadOptions) -> None:
         if absent:
             more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
             raise RainError(
-                f"mergekit cannot merge the {role} model {reference}, by no method: it looks for "
-                f"{', '.join(absent[:_SHOWN])}{more}, and the checkpoint has "
+                f"mergekit cannot merge the {role} model {checkpoint.reference}, by no method: it "
+                f"looks for {', '.join(absent[:_SHOWN])}{more}, and the checkpoint has "
                 f"{_nearest(absent[0], checkpoint.names)} instead; save the model with the "
                 "transformers with which it was published, or use another mergekit"
             )
