@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.fit_rule import FitRule
 from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
@@ -23,7 +24,7 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
-from rain_mergekit.calibration.stream_layer import FitRule, StreamLayer, StreamLayerResult
+from rain_mergekit.calibration.stream_layer import StreamLayer, StreamLayerResult
 from rain_mergekit.calibration.stream_layer_file import write_stream_layer
 from rain_mergekit.calibration.stream_texts import StreamTexts, stream_texts
 from rain_mergekit.calibration.stream_types import HiddenStates, Lesson, SiteTargets, Teacher

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rain_mergekit.calibration.fit_rule import FitRule, empty_sums
+from rain_mergekit.calibration.linear_sites import LinearSite, linear_sites
 from rain_mergekit.calibration.stream_types import (
     HiddenStates,
-    LinearSite,
     SiteTargets,
     StreamErrors,
     Teacher,
 )
 from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
-from rain_mergekit.capture.input_sites import dotted, same_tensor
+from rain_mergekit.capture.input_sites import dotted
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
@@ -32,24 +33,6 @@ from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
 from rain_mergekit.system.distributed import World
 
 LOG = logging.getLogger(__name__)
-# Bytes a number of a site's square matrix: the sums, its factor, one to work in; float64.
-_MATRICES = 3 * 8
-# Families call the map from features to experts so; it is no map of features to features.
-_ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "classifier")
-
-
-@dataclass(frozen=True)
-class FitRule:
-    """epsilon: ε of the ridge. share and max_rank: how the rank of each change is chosen.
-
-    token_weight: of one token, by group. budget: bytes that the sums of one site may take.
-    """
-
-    epsilon: float
-    share: float
-    max_rank: int
-    token_weight: Mapping[str, float]
-    budget: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,7 @@ class StreamLayer:
         for text in range(len(states)):
             found = self._advance(self.layer, states, text)
             if not self.sites:
-                self.sites = _sites(self.layer, found)
+                self.sites = linear_sites(self.layer, found)
                 targets.open(self.sites, states.store.lengths)
             for name, rows in self._by_site(found):
                 targets.put(name, text, rows)
@@ -125,7 +108,11 @@ class StreamLayer:
     ) -> RidgeSums | RidgeRows:
         site = self.sites[name]
         outputs = {one: site.outputs[one] for one in wanted}
-        sums, step = self._empty_sums(site.width, outputs, rule)
+        sums, step = empty_sums(site.width, outputs, self.texts, rule, self._world)
+        if step > 1:
+            LOG.info(
+                "%s: every %d-th token is used at a site of width %d", self.name, step, site.width
+            )
         for index, text in enumerate(self.texts):
             if text.held_out:
                 continue
@@ -149,26 +136,6 @@ class StreamLayer:
             )
             self._tick(inputs.shape[0])
         return sums.summed(self._world.sum) if isinstance(sums, RidgeSums) else sums
-
-    def _empty_sums(
-        self, width: int, outputs: Mapping[str, int], rule: FitRule
-    ) -> tuple[RidgeSums | RidgeRows, int]:
-        """Sums of d x d, or, where these are beyond the budget, rows: then every how many tokens.
-
-        Several processes add up sums only.
-        """
-        if _MATRICES * width**2 <= rule.budget or self._world.size > 1:
-            return RidgeSums(width, outputs, self._device), 1
-        tokens = sum(len(text.groups) for text in self.texts if not text.held_out)
-        row = sum(outputs.values()) + width
-        # _MATRICES n² + 4 row n = budget
-        room = 2 * row / _MATRICES
-        most = int((room**2 + rule.budget / _MATRICES) ** 0.5 - room)
-        if tokens <= most:
-            return RidgeRows(outputs), 1
-        step = -(-tokens // max(1, most))
-        LOG.info("%s: every %d-th token is used at a site of width %d", self.name, step, width)
-        return RidgeRows(outputs), step
 
     def _split(
         self, site: LinearSite, targets: SiteTargets, name: str, index: int
@@ -279,32 +246,3 @@ class StreamLayer:
                 f"{self.name}.{name}: the hidden states of sample {text.source} contain NaN or Inf "
                 "there: a model overflows; try --dtype float32, or remove the sample"
             )
-
-
-def _sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, LinearSite]:
-    """The linear maps grouped by the tensor that they receive, in the order in which they run."""
-    owners: list[tuple[Tensor, str]] = []
-    members: dict[str, list[LinearOutput]] = {}
-    for name, output in found.items():
-        if _routes(name):
-            continue
-        seen = next((site for inputs, site in owners if same_tensor(inputs, output.inputs)), None)
-        if seen is None:
-            seen = name.removesuffix(".weight")
-            owners.append((output.inputs, seen))
-        members.setdefault(seen, []).append(output)
-    return {
-        site: LinearSite(
-            width=int(outputs[0].inputs.shape[1]),
-            outputs={
-                one.name: int(layer.get_parameter(one.name).shape[-3 - one.input_axis])
-                for one in outputs
-            },
-            input_axes={one.name: one.input_axis for one in outputs},
-        )
-        for site, outputs in members.items()
-    }
-
-
-def _routes(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS

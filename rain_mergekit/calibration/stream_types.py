@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rain_mergekit.calibration.linear_sites import LinearSite
 from rain_mergekit.calibration.token_teachers import GROUPS
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layer_calls import LayerCall
@@ -55,15 +56,6 @@ class Teacher:
         """Let this model teach the last tokens of `target`, in place, by its own `rows` there."""
         answer = target[-lesson.tokens :]
         answer.mul_(self.keeps).add_(rows.to(target), alpha=self.share)
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """Linear maps of the layer that receive the same tensor: names, and rows of each weight."""
-
-    width: int
-    outputs: Mapping[str, int]
-    input_axes: Mapping[str, int]
 
 
 @dataclass

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rain_mergekit.commands.data_options import BuildOptions, build, building_options
+from rain_mergekit.commands.data_build import build
+from rain_mergekit.commands.data_options import BuildOptions, building_options
 from rain_mergekit.commands.options import typed
 
 if TYPE_CHECKING:

@@ -1,15 +1,10 @@
-"""Options and steps that `data reasoning` and `data instruction` share."""
+"""The options of `data reasoning` and `data instruction`."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -19,28 +14,14 @@ from rain_mergekit.commands.options import (
     Talk,
     device_option,
     dtype_option,
-    given_markers,
     loading_options,
     markers_option,
     output_options,
     parse_mapping,
-    pick_device,
-    pick_dtype,
     template_option,
 )
-from rain_mergekit.errors import RainError
-
-if TYPE_CHECKING:
-    from rain_mergekit.commands.console import Console
-    from rain_mergekit.data_building.balance import Candidate
-    from rain_mergekit.data_building.collect import Collected
-    from rain_mergekit.data_building.judge import Kept
-    from rain_mergekit.data_building.tasks import Sampling, Writer, Written
-    from rain_mergekit.text.markers import Markers
-
 
 F = TypeVar("F", bound=Callable[..., Any])
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -160,164 +141,3 @@ def building_options(default_output: str) -> Callable[[F], F]:
         return function
 
     return apply
-
-
-def build(
-    prompts: Sequence[Any],
-    candidate: Callable[[Any, Kept], Candidate],
-    options: BuildOptions,
-    console: Console,
-) -> None:
-    """Ask, keep, choose, write; say what was done. Raises RainError if nothing can be kept.
-
-    candidate: the sample made from a prompt and an answer with a complete thinking block; it may
-    raise DroppedError.
-    """
-    from dataclasses import asdict  # noqa: PLC0415 - keeps --help fast
-
-    from rain_mergekit.commands.console import counted  # noqa: PLC0415
-    from rain_mergekit.data_building.balance import choose  # noqa: PLC0415
-    from rain_mergekit.data_building.collect import collect  # noqa: PLC0415
-    from rain_mergekit.data_building.journal import SUFFIX, Journal  # noqa: PLC0415
-    from rain_mergekit.data_building.output import refuse_overwriting, write_samples  # noqa: PLC0415
-
-    start, output = time.monotonic(), options.output
-    refuse_overwriting(output, output + SUFFIX)
-    console.print(f"Asking {options.model}: {counted(len(prompts), 'prompt')}")
-    writer, sampling = _writer(options)
-    template = {"chat_template_kwargs": options.chat_template_kwargs}
-    judge = _judge(
-        writer, given_markers(options.markers), template["chat_template_kwargs"], candidate
-    )
-    with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
-        known = len(journal)
-        if known:
-            console.print(f"{known} answers are in {journal.path} already")
-        try:
-            found = collect(
-                prompts,
-                lambda prompt: str(prompt.text),
-                writer,
-                journal,
-                judge,
-                attempts=options.attempts,
-                quiet=not console.progress,
-            )
-        except KeyboardInterrupt:
-            hint = f"{len(journal)} answers are kept in {journal.path}; the same command goes on"
-            raise KeyboardInterrupt(hint) from None
-        found.dropped.update(getattr(writer, "refused", ()))
-        if not found.kept:
-            raise RainError(f"no answer of {found.asked} can be kept ({_reasons(found.dropped)})")
-        chosen = choose(found.kept, options.count, options.seed)
-        write_samples(output, [item.sample for item in chosen])
-        _summary(found, chosen, options, time.monotonic() - start, console)
-        console.print(
-            f"  every answer is kept in {journal.path}: another --count asks for none again"
-        )
-    console.print(f"Next: mergekit-rain data check {output}{_reading(options)}")
-
-
-def _reading(options: BuildOptions) -> str:
-    """The options with which `data check` sees what the model has seen."""
-    found = "" if options.server else f" --model {options.model}"
-    if options.chat_template_kwargs and not options.server:
-        found += f" --chat-template-kwargs '{json.dumps(options.chat_template_kwargs)}'"
-    return found + "".join(f" --markers {shlex.join(pair)}" for pair in options.markers)
-
-
-def _writer(options: BuildOptions) -> tuple[Writer, Sampling]:
-    """The model, and how its answers are drawn."""
-    from rain_mergekit.data_building.tasks import Sampling  # noqa: PLC0415
-
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    template = options.chat_template_kwargs
-    if options.server is not None:
-        from rain_mergekit.data_building.server import Address, ServerWriter  # noqa: PLC0415
-
-        address = Address(
-            options.server,
-            options.model,
-            options.timeout,
-            options.parallel,
-            options.retries,
-            options.api_key_env,
-            # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
-            {**({"chat_template_kwargs": template} if template else {}), **options.extra_body},
-        )
-        return ServerWriter(address, sampling), sampling
-    from rain_mergekit.data_building.local import LocalWriter  # noqa: PLC0415
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
-
-    local = LocalWriter(
-        open_checkpoint(options.model, options.loading.options()),
-        sampling,
-        device=pick_device(options.device),
-        dtype=pick_dtype(options.dtype),
-        batch_size=options.batch_size,
-        chat_template_kwargs=template,
-    )
-    return local, sampling
-
-
-def _judge(
-    writer: Writer,
-    markers: Markers | None,
-    template: dict[str, Any],
-    candidate: Callable[[Any, Kept], Candidate],
-) -> Callable[[Any, Written], Candidate]:
-    """Keeps or drops an answer; markers None: those of the model here, or of a server's answer."""
-    from rain_mergekit.data_building.judge import keep  # noqa: PLC0415
-    from rain_mergekit.text.marker_detection import text_markers, tokenizer_markers  # noqa: PLC0415
-
-    opens: bool | None = None
-    if (tokenizer := getattr(writer, "tokenizer", None)) is not None:
-        markers = markers or tokenizer_markers(tokenizer, template)
-        opens = writer.opens_block("probe", markers)  # type: ignore[attr-defined]
-
-    def judge(prompt: Any, written: Written) -> Candidate:
-        found = markers or text_markers(written.text)
-        return candidate(prompt, keep(written, found, opened_by_template=opens))
-
-    return judge
-
-
-def _reasons(dropped: Counter[str]) -> str:
-    shown = [f"{count} {reason}" for reason, count in dropped.most_common(_SHOWN)]
-    return "; ".join(shown)
-
-
-def _summary(
-    found: Collected[Candidate],
-    chosen: Sequence[Candidate],
-    options: BuildOptions,
-    seconds: float,
-    console: Console,
-) -> None:
-    from rain_mergekit.commands.console import counted, duration  # noqa: PLC0415
-
-    console.heading(f"Wrote {options.output}: {counted(len(chosen), 'sample')}")
-    console.print(
-        f"  {found.asked} answers, {found.generated} of them new, {duration(seconds)}; "
-        f"{len(found.kept)} can be used"
-    )
-    if found.dropped:
-        console.print(f"  dropped: {_reasons(found.dropped)}")
-    groups = Counter(group for item in chosen for group in item.groups if group)
-    if groups:
-        console.print("  " + ", ".join(f"{name} {n}" for name, n in sorted(groups.items())))
-    lengths = [item.length for item in chosen]
-    console.print(
-        f"  thinking of {min(lengths)} to {max(lengths)} words, half of them below "
-        f"{median(lengths):.0f}"
-    )
-    if options.count and len(chosen) < options.count:
-        console.warn(
-            f"{len(chosen)} of {options.count} samples: give more prompts, or more "
-            "--attempts with a --temperature above 0"
-        )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.task_vectors import TaskVectors
     from rain_mergekit.evaluation.texts import Texts
-    from rain_mergekit.report.page import Merged
+    from rain_mergekit.report.merge_pictures import Merged
 
 
 _FEW = 8  # samples, where nobody has chosen any
@@ -164,7 +164,7 @@ def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console:
     from rain_mergekit.evaluation.comparable import check_reasoning  # noqa: PLC0415 - loads transformers
     from rain_mergekit.evaluation.weight_change import relative_weight_change  # noqa: PLC0415 - loads transformers
     from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
-    from rain_mergekit.report.page import Merged  # noqa: PLC0415
+    from rain_mergekit.report.merge_pictures import Merged  # noqa: PLC0415
 
     console.setup()
     load = options.loading.options()

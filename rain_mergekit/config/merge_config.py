@@ -12,7 +12,8 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
 from pydantic import ValidationError
 
-from rain_mergekit.config.settings import RainSettings, parse_settings
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import (

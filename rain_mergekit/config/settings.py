@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rain_mergekit.errors import RainError
-from rain_mergekit.system.untrusted_input import shown
+from rain_mergekit.config.setting_types import (
+    Accepted,
+    MarkersOrAuto,
+    NonNegative,
+    Number,
+    Off,
+    PositiveInt,
+    Share,
+    ShareOrNone,
+    StreamWeights,
+    TemplateArguments,
+)
 from rain_mergekit.text.markers import Markers
-
-
-def _no_truth(value: object) -> object:
-    """pydantic takes `true` for 1, YAML takes `yes` and `on` for true: nobody means a number."""
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number")  # noqa: TRY004 - pydantic wants ValueError
-    return value
-
-
-_Number = BeforeValidator(_no_truth)
-Share = Annotated[float, Field(gt=0.0, le=1.0), _Number]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _Number]
-PositiveInt = Annotated[int, Field(gt=0), _Number]
-Accepted = Literal["same_model", "large_task_vector", "other_tokens", "no_thinking"]
-
-
-def _yaml_off(value: object) -> object:
-    """YAML 1.1 reads a bare `off` as false; it means the word here."""
-    return "off" if value is False else value
-
-
-class StreamWeights(BaseModel):
-    """How much each group of tokens counts in stream matching, as a whole."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prompts: NonNegative = 0.5
-    markers: NonNegative = 1.0
-    thinking: NonNegative = 1.0
-    answers: NonNegative = 1.0
-    responses: NonNegative = 0.5
-
-
-class MarkerSettings(BaseModel):
-    """The strings that open and close a thinking block."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    open: Annotated[str, Field(min_length=1)]
-    close: Annotated[str, Field(min_length=1)]
-
-
-def _listed(value: object) -> object:
-    """One pair is a list of one."""
-    if value == []:
-        raise ValueError("a pair of texts, or auto, is expected")
-    return [value] if isinstance(value, Mapping) else value
-
-
-def _own_arguments(value: dict[str, Any]) -> dict[str, Any]:
-    if taken := sorted(_RESERVED & set(value)):
-        raise ValueError(f"{', '.join(taken)} cannot be set here")
-    return value
-
-
-# What the conversation itself decides; the rest is the template's own.
-_RESERVED = frozenset(
-    {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
-    | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
-)
-Auto = Annotated[Literal["auto"], Tag("auto")]
-Pairs = Annotated[tuple[MarkerSettings, ...], Tag("pairs")]
 
 
 class RainSettings(BaseModel):
@@ -100,17 +37,14 @@ class RainSettings(BaseModel):
         ),
     ] = None
     markers: Annotated[
-        Auto | Pairs,
-        Discriminator(lambda value: "auto" if isinstance(value, str) else "pairs"),
-        BeforeValidator(_listed),
+        MarkersOrAuto,
         Field(
             description="The texts that open and close a thinking block: those known that the "
             "outputs, the chat template or the tokenizer show, or one pair, or several."
         ),
     ] = "auto"
     chat_template_kwargs: Annotated[
-        dict[str, Any],
-        AfterValidator(_own_arguments),
+        TemplateArguments,
         Field(description="Arguments of the chat template, such as enable_thinking: true."),
     ] = {}
     window: Annotated[
@@ -120,7 +54,7 @@ class RainSettings(BaseModel):
             description="Tokens protected after the open marker and before the close marker, "
             "besides the markers.",
         ),
-        _Number,
+        Number,
     ] = 5
     max_tokens: Annotated[
         PositiveInt | None,
@@ -145,14 +79,11 @@ class RainSettings(BaseModel):
         ),
     ] = "instruct"
     teacher_strength: Annotated[
-        float,
+        NonNegative,
         Field(
-            ge=0.0,
-            allow_inf_nan=False,
             description="For fit: streams, the share of the instruct model in the aim at answers "
-            "(the rest is the reasoning model's), or the factor on the contrast.",
+            "(the rest is the reasoning model's), or the factor on the contrast."
         ),
-        _Number,
     ] = 1.0
     stream_weights: Annotated[
         StreamWeights,
@@ -170,7 +101,7 @@ class RainSettings(BaseModel):
             description="For fit: streams, the ridge penalty, relative to the mean energy of an "
             "input feature.",
         ),
-        _Number,
+        Number,
     ] = 0.01
     stream_rank_share: Annotated[
         Share,
@@ -205,7 +136,7 @@ class RainSettings(BaseModel):
             lt=1.0,
             description="For rank_by: tolerance; relative to the largest singular value.",
         ),
-        _Number,
+        Number,
     ] = 1e-3
     rank_count: Annotated[
         PositiveInt | None, Field(description="For rank_by: count, and required there.")
@@ -229,7 +160,7 @@ class RainSettings(BaseModel):
             description="Regularisation of the oblique projection, relative to the mean energy of "
             "an instruction feature; the larger, the closer to orthogonal.",
         ),
-        _Number,
+        Number,
     ] = 0.1
     ridge: Annotated[
         NonNegative,
@@ -265,15 +196,12 @@ class RainSettings(BaseModel):
         Field(description="Weight of the reasoning set's responses, in the same way."),
     ] = 0.0
     reading_share: Annotated[
-        float,
+        ShareOrNone,
         Field(
-            ge=0.0,
-            le=1.0,
             description="What attention reads: at the inputs of queries, keys and values, this "
             "share of the task vector's response to the reasoning set's prompts, and of that to "
-            "its responses, is protected besides; 0: none.",
+            "its responses, is protected besides; 0: none."
         ),
-        _Number,
     ] = 0.9
     content_rows: Annotated[
         PositiveInt,
@@ -285,7 +213,7 @@ class RainSettings(BaseModel):
 
     lm_head: Annotated[
         Literal["off", "all", "unseen"],
-        BeforeValidator(_yaml_off),
+        Off,
         Field(
             description="The map to the vocabulary, merged and projected too: not at all, all of "
             "its rows, or those of tokens that the instruction set's responses have and the "
@@ -295,7 +223,7 @@ class RainSettings(BaseModel):
 
     coefficients: Annotated[
         Literal["off", "normalized", "closed_form"],
-        BeforeValidator(_yaml_off),
+        Off,
         Field(
             description="One factor per attention head and layer: none, the closed form divided by "
             "its mean, or the closed form as it is."
@@ -367,34 +295,3 @@ class RainSettings(BaseModel):
         """Whether anything is measured on the instruction set."""
         measured = self.projection == "oblique" or self.coefficients != "off"
         return self.fit == "streams" or measured or self.lm_head == "unseen"
-
-
-_PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name
-
-
-def parse_settings(section: object, source: str) -> RainSettings:
-    """Validate the `rain:` section; RainError names the file, each field and what was expected."""
-    if not isinstance(section, Mapping):
-        raise RainError(
-            f"{source}: the `rain:` section is missing; add one with at least "
-            "`reasoning_data` and `instruction_data` (see configs/reference.yml)"
-        )
-    try:
-        return RainSettings.model_validate(dict(section))
-    except ValidationError as error:
-        lines = [_describe(item) for item in error.errors()[:_PROBLEMS]]
-        raise RainError(f"{source}: rain: " + "; ".join(lines)) from None
-
-
-_SECTIONS: Mapping[str, type[BaseModel]] = {"stream_weights": StreamWeights}
-
-
-def _describe(item: Mapping[str, Any]) -> str:
-    parts = [str(part) for part in item["loc"] if part not in ("auto", "pairs")]
-    field = ".".join(parts)
-    if item["type"] == "extra_forbidden":
-        model = _SECTIONS.get(parts[0], MarkerSettings) if len(parts) > 1 else RainSettings
-        known = ", ".join(model.model_fields)
-        return f"unknown setting {shown(field)} (known: {known})"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{field[:_NAME]}: {message}, got {shown(item['input'])}" if field else message

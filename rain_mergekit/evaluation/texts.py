@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.config.settings import parse_settings
+from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.tokenizer import load_tokenizer

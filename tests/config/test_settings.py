@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rain_mergekit.config.settings import RainSettings, parse_settings
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.errors import RainError
 
 SETS = {"reasoning_data": "r.jsonl", "instruction_data": "i.jsonl"}

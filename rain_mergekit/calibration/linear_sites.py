@@ -1,0 +1,52 @@
+"""The sites of one layer: linear maps that receive the same tensor are fitted together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rain_mergekit.capture.input_sites import same_tensor
+from rain_mergekit.capture.linear_outputs import LinearOutput
+
+# Families call the map from features to experts so; it is no map of features to features.
+_ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "classifier")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Linear maps of the layer that receive the same tensor: names, and rows of each weight."""
+
+    width: int
+    outputs: Mapping[str, int]
+    input_axes: Mapping[str, int]
+
+
+def linear_sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, LinearSite]:
+    """The linear maps grouped by the tensor that they receive, in the order in which they run."""
+    owners: list[tuple[Tensor, str]] = []
+    members: dict[str, list[LinearOutput]] = {}
+    for name, output in found.items():
+        if _routes(name):
+            continue
+        seen = next((site for inputs, site in owners if same_tensor(inputs, output.inputs)), None)
+        if seen is None:
+            seen = name.removesuffix(".weight")
+            owners.append((output.inputs, seen))
+        members.setdefault(seen, []).append(output)
+    return {
+        site: LinearSite(
+            width=int(outputs[0].inputs.shape[1]),
+            outputs={
+                one.name: int(layer.get_parameter(one.name).shape[-3 - one.input_axis])
+                for one in outputs
+            },
+            input_axes={one.name: one.input_axis for one in outputs},
+        )
+        for site, outputs in members.items()
+    }
+
+
+def _routes(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS

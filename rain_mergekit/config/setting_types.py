@@ -1,0 +1,86 @@
+"""The types of the settings' values, with their limits and what YAML makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+
+
+def _no_truth(value: object) -> object:
+    """pydantic takes `true` for 1, YAML takes `yes` and `on` for true: nobody means a number."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")  # noqa: TRY004 - pydantic wants ValueError
+    return value
+
+
+Number = BeforeValidator(_no_truth)
+Share = Annotated[float, Field(gt=0.0, le=1.0), Number]
+ShareOrNone = Annotated[float, Field(ge=0.0, le=1.0), Number]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False), Number]
+PositiveInt = Annotated[int, Field(gt=0), Number]
+Accepted = Literal["same_model", "large_task_vector", "other_tokens", "no_thinking"]
+
+
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false; it means the word here."""
+    return "off" if value is False else value
+
+
+class StreamWeights(BaseModel):
+    """How much each group of tokens counts in stream matching, as a whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: NonNegative = 0.5
+    markers: NonNegative = 1.0
+    thinking: NonNegative = 1.0
+    answers: NonNegative = 1.0
+    responses: NonNegative = 0.5
+
+
+class MarkerSettings(BaseModel):
+    """The strings that open and close a thinking block."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    open: Annotated[str, Field(min_length=1)]
+    close: Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: object) -> object:
+    """One pair is a list of one."""
+    if value == []:
+        raise ValueError("a pair of texts, or auto, is expected")
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _own_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_RESERVED & set(value)):
+        raise ValueError(f"{', '.join(taken)} cannot be set here")
+    return value
+
+
+# What the conversation itself decides; the rest is the template's own.
+_RESERVED = frozenset(
+    {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+)
+_Auto = Annotated[Literal["auto"], Tag("auto")]
+_Pairs = Annotated[tuple[MarkerSettings, ...], Tag("pairs")]
+MarkersOrAuto = Annotated[
+    _Auto | _Pairs,
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "pairs"),
+    BeforeValidator(_listed),
+]
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_own_arguments)]
+Off = BeforeValidator(_yaml_off)
