@@ -39,6 +39,7 @@ _COMMANDS = {
         "Write a calibration with fit: streams as a LoRA adapter.",
     ),
     "demo": ("rain_mergekit.demo.command:demo", "Show it on a small trained trio, offline."),
+    "examples": ("rain_mergekit.commands.examples:examples", "Copy the example files."),
 }
 _INTERRUPTED = 130
 _EXIT_CODES = {int(signal.SIGINT): _INTERRUPTED, int(signal.SIGTERM): 143}

@@ -20,7 +20,8 @@ def parse_settings(section: object, source: str) -> RainSettings:
     if not isinstance(section, Mapping):
         raise RainError(
             f"{source}: the `rain:` section is missing; add one with at least "
-            "`reasoning_data` and `instruction_data` (see configs/reference.yml)"
+            "`reasoning_data` and `instruction_data` (`mergekit-rain examples` writes "
+            "configs/reference.yml, which has all of them)"
         )
     try:
         return RainSettings.model_validate(dict(section))

@@ -14,7 +14,7 @@ from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.text import calibration_sets
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2] / "rain_mergekit" / "examples"
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
 PAIRS = {
     "qwen2.5-1.5b-r1-distill": "Qwen2.5-1.5B",
@@ -41,7 +41,7 @@ def test_configuration_is_read(path: Path) -> None:
     assert str(config.calibration).endswith(".rain.safetensors")
     merge = MergeConfiguration.model_validate(load(path))
     assert merge.dtype == "bfloat16"
-    # The paths are meant for the project's folder.
+    # The paths are meant for a folder in which `mergekit-rain examples` was run.
     assert calibration_sets.read_reasoning(ROOT / config.settings.reasoning_data)
     assert config.settings.instruction_data is not None
     assert calibration_sets.read_instruction(ROOT / config.settings.instruction_data)

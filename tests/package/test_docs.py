@@ -36,6 +36,7 @@ from rain_mergekit.text import calibration_sets
 RULES = ("building-data.md", "evaluation.md")  # pages with IFEval's rules
 PACKAGE = Path(rain_mergekit.__file__).parent
 INSTALLS = ("pip", "uv")
+EXAMPLES = "\nmergekit-rain examples ."  # brings the trio
 CONFIG = """\
 merge_method: rain
 base_model: ./trio/reasoning
@@ -81,8 +82,10 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     skip_without_rules(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAIN_MERGEKIT_AUTOLOAD", raising=False)
-    if EMPTY not in page.read_text(encoding="utf-8"):
-        shutil.copytree(PACKAGE / "trio", "trio")
+    text = page.read_text(encoding="utf-8")
+    if EMPTY not in text:
+        if EXAMPLES not in text:
+            shutil.copytree(PACKAGE / "trio", "trio")
         Path("config.yml").write_text(CONFIG, encoding="utf-8")
         shorten()
     verbosity = transformers.logging.get_verbosity()
@@ -360,9 +363,10 @@ def test_page_is_tidy(page: Path, check: Callable[[str], bool]) -> None:
 
 
 def test_calibration_readme_counts() -> None:
-    text = (ROOT / "calibration" / "README.md").read_text(encoding="utf-8")
-    reasoning = calibration_sets.read_reasoning(ROOT / "calibration" / "reasoning.jsonl")
-    instruction = calibration_sets.read_instruction(ROOT / "calibration" / "instruction.jsonl")
+    folder = PACKAGE / "examples" / "calibration"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    reasoning = calibration_sets.read_reasoning(folder / "reasoning.jsonl")
+    instruction = calibration_sets.read_instruction(folder / "instruction.jsonl")
     kinds = {spec.instruction_id for sample in instruction for spec in sample.instructions}
     total = sum(len(sample.instructions) for sample in instruction)
     assert f"| `reasoning.jsonl` | {len(reasoning)} |" in text

@@ -60,7 +60,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     about = f"rain_mergekit-{rain_mergekit.__version__}.dist-info"
     written = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     assert names == ours | {f"{about}/{name}" for name in written}
-    shipped = ("py.typed", "trio/reasoning/model.safetensors", "trio/instruction.jsonl")
+    shipped = (
+        "py.typed",
+        "trio/reasoning/model.safetensors",
+        "trio/instruction.jsonl",
+        "examples/configs/reference.yml",
+    )
     assert {f"rain_mergekit/{name}" for name in shipped} <= names
 
 
@@ -93,7 +98,7 @@ def test_the_wheel_works_away_from_the_sources(built: tuple[Path, Path], tmp_pat
     where = fresh.check("import rain_mergekit; print(rain_mergekit.__file__)")
     assert Path(where).is_relative_to(fresh.packages)
     away = tmp_path / "away"
-    for name in ("tests", "docs", "configs", "calibration"):
+    for name in ("tests", "docs"):
         shutil.copytree(ROOT / name, away / name, ignore=IGNORED)
     for name in ("pyproject.toml", "README.md", "SECURITY.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, away)

@@ -18,26 +18,6 @@ NAMES = (
 SABOTAGE = "raise RuntimeError('sabotaged')\n"
 
 
-@pytest.fixture(scope="module")
-def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environments.link_dependencies(tmp_path_factory.mktemp("dependencies"))
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environments.build_wheel(tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
-def installed(
-    tmp_path_factory: pytest.TempPathFactory, dependencies: Path, wheel: Path
-) -> Environment:
-    """The wheel's environment, for the tests that leave it as it is."""
-    environment = environments.create(tmp_path_factory.mktemp("installed"), dependencies)
-    environment.install("pip", str(wheel))
-    return environment
-
-
 @pytest.fixture
 def fresh(tmp_path: Path, dependencies: Path) -> Environment:
     return environments.create(tmp_path / "venv", dependencies)
