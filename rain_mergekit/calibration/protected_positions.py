@@ -53,12 +53,11 @@ def _groups(
     if settings.protect_thinking > 0:
         groups["content"] = evenly_spaced(sample.content_positions, content)
     if settings.protect_prompt > 0:
-        groups["prompt"] = evenly_spaced(range(sample.think_positions[0]), content)
+        groups["prompt"] = evenly_spaced(sample.prompt_positions, content)
     if settings.protect_response > 0:
         groups["response"] = evenly_spaced(sample.response_positions, content)
     if settings.reading_share > 0:
-        prompt = range(sample.think_positions[0])
-        places = (prompt, sample.response_positions)
+        places = (sample.prompt_positions, sample.response_positions)
         groups |= {
             name: evenly_spaced(place, content) for name, place in zip(READ, places, strict=True)
         }

@@ -187,13 +187,16 @@ class RainSettings(BaseModel):
     protect_prompt: Annotated[
         NonNegative,
         Field(
-            description="Weight of the reasoning set's prompts, in the same way: the thinking "
-            "reads them through attention."
+            description="Weight of the reasoning set's prompts, in the same way, later questions "
+            "and tool results too: the thinking reads them through attention."
         ),
     ] = 0.0
     protect_response: Annotated[
         NonNegative,
-        Field(description="Weight of the reasoning set's responses, in the same way."),
+        Field(
+            description="Weight of the reasoning set's responses, in the same way, answers of "
+            "earlier turns too."
+        ),
     ] = 0.0
     reading_share: Annotated[
         ShareOrNone,

@@ -86,13 +86,16 @@ def load_reasoning(
         tokens = _encode(sample, renderer, tokenizer)
         length = len(tokens.input_ids) if keep_response else tokens.end
         _check_length(length, max_tokens)
-        think = tokens.think(window)
+        think = set(tokens.think(window))
+        content = set(tokens.inside()) - think
+        answers = set(tokens.answers()) - think - content
         return ReasoningTokens(
             source=sample.source,
             input_ids=tokens.input_ids[:length],
-            think_positions=think,
-            content_positions=tuple(sorted(set(tokens.inside()) - set(think))),
-            response_positions=tokens.response() if keep_response else (),
+            think_positions=tuple(sorted(think)),
+            content_positions=tuple(sorted(content)),
+            prompt_positions=tuple(sorted({*range(tokens.end)} - think - content - answers)),
+            response_positions=(*sorted(answers), *range(tokens.end, length)),
             open_starts=tuple(block.open.start for block in tokens.blocks if block.lead),
             open_ends=tuple(block.open.stop for block in tokens.blocks),
             close_starts=tuple(block.close.start for block in tokens.blocks),

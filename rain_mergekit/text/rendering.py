@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rain_mergekit.errors import RainError
 from rain_mergekit.text.chat_template import ChatTemplate, Message
 from rain_mergekit.text.markers import Block, Markers, Span, first
+from rain_mergekit.text.thinking_blocks import split_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,12 +29,14 @@ class UnusableError(Exception):
 class Rendered:
     """One rendered sample; all places are [start, end) character ranges, in order.
 
-    `prompt` holds the texts of users and system, `blocks` every thinking block.
+    `prompt` holds the texts of users and system, `blocks` every thinking block, `answers` what the
+    model wrote outside of them before the last one: each with what ends its turn.
     """
 
     text: str
     prompt: tuple[Span, ...]
     blocks: tuple[Block, ...]
+    answers: tuple[Span, ...] = ()
 
 
 class Renderer:
@@ -74,12 +77,15 @@ class Renderer:
             body = self._without_opening(sample.output, opened)
         roles = [m["role"] for m in messages if m["role"] != "assistant"]
         asked = (place for place, role in zip(places, roles, strict=True) if role in _ASKING)
-        lead = head[places[-1][1] : len(head) - len(opened)] if opened else ""
-        earlier = self._earlier(head, messages, places, lead)
+        lead = head[places[-1][1] : len(head) - len(opened)]
+        earlier = self._earlier(head, messages, places, lead if opened else "")
         last = self._last(head, opened, body)
         if sample.output is None and len(last) > 1:
             raise UnusableError("its thinking or its response holds markers of its own")
-        return Rendered(head + body, tuple(asked), (*earlier, *last))
+        answers = [*self._answers(head, messages, places, lead)]
+        if len(last) > 1:
+            answers.append((last[0].close[1], last[-1].open[0]))
+        return Rendered(head + body, tuple(asked), (*earlier, *last), tuple(answers))
 
     def _opening(self, tail: str) -> str:
         """The open marker and the white space after it that the template ends with, or ""."""
@@ -134,17 +140,31 @@ class Renderer:
 
         What is wrong there, and empty blocks, the template wrote: neither is a reason to skip.
         """
-        for start, stop in _turns(messages, places):
+        for _, start, stop in _turns(messages, places):
             for block in self.markers.scan(head, start, stop)[0]:
                 if head[block.open[1] : block.close[0]].strip():
                     given = bool(lead) and head.endswith(lead, 0, block.open[0])
                     yield Block(block.open, block.close, given)
 
+    def _answers(
+        self, head: str, messages: Sequence[Message], places: Sequence[Span], lead: str
+    ) -> Iterator[Span]:
+        """From where the answer of each earlier turn begins to where the next message does.
 
-def _turns(messages: Sequence[Message], places: Sequence[Span]) -> Iterator[Span]:
-    """The ranges that hold the model's earlier turns, between the other texts."""
+        `lead` is what the template writes before a turn. Thinking blocks between an answer's parts
+        lie in its range, too.
+        """
+        for said, start, stop in _turns(messages, places):
+            blocks = self.markers.scan(head, start, stop)[0]
+            at = start + len(lead) * head.startswith(lead, start, stop)
+            own = split_thinking(said, self.markers).response
+            yield (blocks[0].close[1] if blocks else max(head.find(own, at, stop), at)), stop
+
+
+def _turns(messages: Sequence[Message], places: Sequence[Span]) -> Iterator[tuple[str, int, int]]:
+    """The model's earlier turns: what was said, and the range between the other texts."""
     passed = 0
     for message, following in pairwise(messages):
         passed += message["role"] != "assistant"
         if message["role"] == "assistant" and following["role"] != "assistant" and passed:
-            yield places[passed - 1][1], places[passed][0]
+            yield str(message["content"] or ""), places[passed - 1][1], places[passed][0]

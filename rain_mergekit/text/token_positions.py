@@ -24,15 +24,17 @@ class ReasoningTokens:
     """Token ids of one reasoning sample and sorted positions in them.
 
     ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking blocks;
-    ``response_positions`` is empty unless the response was kept. ``open_starts`` (of the blocks
-    that the model opens itself) and ``close_starts`` are the markers' first tokens; ``open_ends``
-    (of all blocks) are the first tokens after the open markers.
+    ``response_positions`` is what the model wrote outside of its blocks: the last response, if it
+    was kept, and earlier answers; ``prompt_positions`` is everything else. ``open_starts`` (of the
+    blocks that the model opens itself) and ``close_starts`` are the markers' first tokens;
+    ``open_ends`` (of all blocks) are the first tokens after the open markers.
     """
 
     source: str
     input_ids: tuple[int, ...]
     think_positions: tuple[int, ...]
     content_positions: tuple[int, ...]
+    prompt_positions: tuple[int, ...]
     response_positions: tuple[int, ...]
     open_starts: tuple[int, ...]
     open_ends: tuple[int, ...]
@@ -113,6 +115,13 @@ class Encoded:
     def response(self) -> tuple[int, ...]:
         """The tokens after the last close marker."""
         return tuple(range(self.end, len(self.input_ids)))
+
+    def answers(self) -> tuple[int, ...]:
+        """The tokens of `Rendered.answers`: what the model wrote before, outside of its blocks."""
+        covered = bytearray(len(self.rendered.text))
+        for start, stop in self.rendered.answers:
+            covered[start:stop] = b"\1" * (stop - start)
+        return _overlapping(covered, self.offsets, range(self.end))
 
     def answer_start(self) -> int:
         """The token that predicts the first token of the response that is not white space.

@@ -113,21 +113,24 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def marked(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, think positions and content positions of a text with marks."""
+def marked(tokenizer: Any, text: str) -> tuple[list[int], dict[str, list[int]]]:
+    """Token ids of a text with marks, and the positions that each mark opens ("": no mark).
+
+    ⟦think positions⟧, ⟨content⟩, «earlier answers».
+    """
     ids: list[int] = []
-    chosen: dict[str, list[int]] = {"⟦": [], "⟨": [], "": []}
+    chosen: dict[str, list[int]] = {"⟦": [], "⟨": [], "«": [], "": []}
     kind = ""
-    for piece in re.split("([⟦⟧⟨⟩])", text):
-        if piece in ("⟦", "⟨"):
+    for piece in re.split("([⟦⟧⟨⟩«»])", text):
+        if piece in ("⟦", "⟨", "«"):
             kind = piece
-        elif piece in ("⟧", "⟩"):
+        elif piece in ("⟧", "⟩", "»"):
             kind = ""
         else:
             part = tokenizer(piece, add_special_tokens=False)["input_ids"]
             chosen[kind] += range(len(ids), len(ids) + len(part))
             ids += part
-    return ids, chosen["⟦"], chosen["⟨"]
+    return ids, chosen
 
 
 def check(
@@ -141,12 +144,14 @@ def check(
         keep_response=True,
         chat_template_kwargs=options,
     ).samples
-    ids, think, content = marked(tokenizer, expected)
-    assert tokenizer.decode(tokens.input_ids) == re.sub("[⟦⟧⟨⟩]", "", expected)
+    ids, chosen = marked(tokenizer, expected)
+    end = max(chosen["⟦"]) + 1
+    assert tokenizer.decode(tokens.input_ids) == re.sub("[⟦⟧⟨⟩«»]", "", expected)
     assert list(tokens.input_ids) == ids
-    assert list(tokens.think_positions) == think
-    assert list(tokens.content_positions) == content
-    assert list(tokens.response_positions) == list(range(max(think) + 1, len(ids)))
+    assert list(tokens.think_positions) == chosen["⟦"]
+    assert list(tokens.content_positions) == chosen["⟨"]
+    assert list(tokens.response_positions) == [*chosen["«"], *range(end, len(ids))]
+    assert list(tokens.prompt_positions) == [i for i in chosen[""] if i < end]
 
 
 HEAD = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant"
@@ -189,7 +194,7 @@ def test_known_formats(make: Callable[..., Any], write: Write, name: str) -> Non
     """Found without being told, and protected token by token, the token before them included."""
     template, own, output = SIMPLE[name]
     tokenizer = make(template, own)
-    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩]", "", output)})
+    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩«»]", "", output)})
     head = tokenizer.apply_chat_template(
         [{"role": "user", "content": "why"}], add_generation_prompt=True, tokenize=False
     )
@@ -232,19 +237,20 @@ def test_parts_in_the_harmony_format(make: Callable[..., Any], write: Write) -> 
 
 REACT = Markers.of([("Thought:", "Action:"), ("Thought:", "Final Answer:")])
 REACT_OUTPUT = (
-    "⟦Thought: ⟧⟨I look⟩⟦.Action:⟧ f[x]\nObservation: 3⟦\nThought: ⟧⟨So it is 3⟩⟦.Final Answer:⟧ 3"
+    "⟦Thought: ⟧⟨I look⟩⟦.Action:⟧« f[x]\nObservation: 3»"
+    "⟦\nThought: ⟧⟨So it is 3⟩⟦.Final Answer:⟧ 3"
 )
 
 
 def test_text_without_tags(make: Callable[..., Any], write: Write) -> None:
-    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩]", "", REACT_OUTPUT)})
+    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩«»]", "", REACT_OUTPUT)})
     head = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant⟦\n"
     check(make(CHATML), path, head + REACT_OUTPUT.removeprefix("⟦"), REACT)
 
 
 def test_several_blocks_in_one_output(make: Callable[..., Any], write: Write) -> None:
-    output = "⟦<think>a⟧⟨b⟩⟦c</think>⟧cal⟦l<think>d</think>⟧yes"
-    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩]", "", output)})
+    output = "⟦<think>a⟧⟨b⟩⟦c</think>⟧«cal»⟦l<think>d</think>⟧yes"
+    path = write({"prompt": "why", "output": re.sub("[⟦⟧⟨⟩«»]", "", output)})
     tokenizer = make(CHATML, ["<think>", "</think>"])
     check(tokenizer, path, HEAD + "⟦\n" + output.removeprefix("⟦"), Markers())
 
@@ -252,14 +258,14 @@ def test_several_blocks_in_one_output(make: Callable[..., Any], write: Write) ->
 def test_second_block_after_a_template_that_opens(make: Callable[..., Any], write: Write) -> None:
     """Only the first block is the template's; the model decides on the second."""
     tokenizer = make(OPENING, ["<think>", "</think>"])
-    expected = HEAD + "\n⟦<think>\n⟧⟨abc⟩⟦d</think>⟧cal⟦l<think>e</think>⟧yes"
+    expected = HEAD + "\n⟦<think>\n⟧⟨abc⟩⟦d</think>⟧«cal»⟦l<think>e</think>⟧yes"
     for begin in ("<think>\n", "\n<think>", ""):
         path = write({"prompt": "why", "output": f"{begin}abcd</think>call<think>e</think>yes"})
         tokens = load_reasoning(path, tokenizer, window=1, keep_response=True).samples[0]
         if begin != "\n<think>":
             assert find_markers(path, tokenizer) == Markers()
             check(tokenizer, path, expected, Markers())
-        assert len(tokens.think_positions) == len(marked(tokenizer, expected)[1])
+        assert len(tokens.think_positions) == len(marked(tokenizer, expected)[1]["⟦"])
 
 
 CALL = {"name": "f", "arguments": {"x": 3, "y": 0.5}}
@@ -281,13 +287,13 @@ TOOL_USE = [
 RENDERED = (
     "<|im_start|>system\nUse <think> and </think>.<|im_end|>\n"
     "<|im_start|>user\nhello <think><|im_end|>\n"
-    "<|im_start|>assistant\nhi<|im_end|>\n"
-    "<|im_start|>user\nwhy<|im_end|>\n"
-    "<|im_start|>assistant⟦\n<think>\n⟧⟨look it up⟩⟦\n</think>⟧\n\n"
+    "<|im_start|>assistant\n«hi<|im_end|>\n"
+    "<|im_start|>user\n»why<|im_end|>\n"
+    "<|im_start|>assistant⟦\n<think>\n⟧⟨look it up⟩⟦\n</think>⟧«\n\n"
     '<tool_call>{"name": "f", "arguments": {"x": 3, "y": 0.5}}</tool_call><|im_end|>\n'
-    "<|im_start|>tool\n</think> 42<|im_end|>\n"
-    "<|im_start|>assistant\n<think>\n\n</think>\n\nagain<|im_end|>\n"
-    "<|im_start|>tool\n43<|im_end|>\n"
+    "<|im_start|>tool\n»</think> 42<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>«\n\nagain<|im_end|>\n"
+    "<|im_start|>tool\n»43<|im_end|>\n"
 )
 LAST = "<|im_start|>assistant⟦\n<think>s⟧⟨o it i⟩⟦s</think>⟧43"
 
@@ -338,8 +344,8 @@ def test_tool_use_in_the_harmony_format(make: Callable[..., Any], write: Write) 
     expected = (
         "<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>"
         "<|start|>user<|message|>why<|end|><|start|>assistan⟦t<|channel|>analysis<|message|>l⟧⟨oo⟩"
-        "⟦k<|end|>⟧<|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|>"
-        "<|start|>functions.f to=assistant<|channel|>commentary<|message|>42<|end|>"
+        "⟦k<|end|>⟧«<|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+        "<|start|>functions.f to=assistant<|channel|>commentary<|message|>»42<|end|>"
         "<|start|>assistan⟦t<|channel|>analysis<|message|>o⟧⟦k<|end|><|start|>assistant<|channel|>"
         "final<|message|>⟧42"
     )
@@ -355,8 +361,8 @@ def test_earlier_blocks_that_a_template_opens(make: Callable[..., Any], write: W
         {"role": "user", "content": "why"},
     ]
     expected = (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n⟧⟨a⟩⟦b</think>⟧yo"
-        "<|im_end|>\n" + HEAD + "\n⟦<think>\n⟧⟨c⟩⟦d</think>⟧yes"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n⟧⟨a⟩⟦b</think>⟧«yo"
+        "<|im_end|>\n" + HEAD.replace("why", "»why") + "\n⟦<think>\n⟧⟨c⟩⟦d</think>⟧yes"
     )
     path = write({"messages": messages, "output": "cd</think>yes"})
     check(tokenizer, path, expected, Markers())
@@ -608,7 +614,7 @@ def test_calibrate_and_verify_with_what_was_found(tmp_path: Path) -> None:
     count = 0
     for _, reasoning, _ in REASONING:
         text = f"[THINK]⟨{reasoning}⟩[/THINK]"
-        _, _, content = marked(tokenizer, text)
+        content = marked(tokenizer, text)[1]["⟨"]
         around = len(tokenizer(re.sub("[⟨⟩]", "", text))["input_ids"]) - len(content)
         count += around + min(4, len(content))
     assert header["data"]["reasoning"]["positions"] == count
