@@ -120,8 +120,7 @@ def verify(
         load: caches, and whether code of the models may run.
 
     Returns:
-        `drift` holds L_think and the divergence elsewhere (KL, nats) and a verdict; `layers` the
-        drift of each input site; `around` the divergence by distance from the markers.
+        The divergence (KL, nats) by place with a verdict, by layer, and by distance from markers.
 
     Raises:
         RainError: a model or the texts cannot be used.

@@ -75,7 +75,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory by part, disk, floating-point operations."""
+    """What a calibration needs.
+
+    Attributes:
+        memory: bytes of resident memory by part, at the highest point, on one process.
+        work_disk: bytes of temporary files.
+        file_bytes: size of the calibration file.
+        read_bytes: bytes read from the checkpoints.
+        forward_flops: floating-point operations of the forward passes.
+        statistics_flops: those of the bases and factors.
+    """
 
     memory: Mapping[str, int]
     work_disk: int
@@ -86,7 +95,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Highest resident memory above the imports."""
+        """Highest resident memory in bytes, besides what the imports take."""
         return sum(self.memory.values())
 
 

@@ -19,14 +19,21 @@ MIN_RANK_CAP = 96
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the precompute runs; of these, only dtype, device and deterministic can change a number.
+    """How a calibration runs. Only dtype, device and deterministic can change a number in the file.
 
-    activation_budget: bytes for hidden states, feature rows and working space; hidden states that
-    find no room in it go to disk.
-    snapshot_seconds: how often (at most) the state for an interrupted run's continuation is saved.
-    keep_on_device: hidden states within the budget stay on the device that computes.
-    deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was not
-    in the environment before torch was loaded, or torch has no MKL, all runs on one thread.
+    Attributes:
+        load: how the models are found and opened.
+        device: where the layers run: `cpu`, `cuda`, `cuda:1`.
+        dtype: of the forward pass; None: float32 on the CPU, the model's own type elsewhere.
+        activation_budget: bytes for hidden states, feature rows and working space. Hidden states
+            that find no room in it go to disk.
+        snapshot_seconds: at most this often the state is saved from which an interrupted
+            calibration continues.
+        keep_on_device: hidden states within the budget stay on the device that computes.
+        deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was
+            not in the environment before torch was loaded, or torch has no MKL, all runs on one
+            thread.
+        quiet: no progress bar.
     """
 
     load: LoadOptions = field(default_factory=LoadOptions)

@@ -35,7 +35,19 @@ from rain_mergekit.system.distributed import World, join, leave
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What a finished calibration reports; layer_passes counts samples x layers by purpose."""
+    """What a finished calibration reports.
+
+    Attributes:
+        path: the calibration file.
+        seconds: how long it took.
+        bytes: size of the file.
+        layers: decoder layers of the model.
+        first_layer: 0, or the layer from which an interrupted calibration continued.
+        mean_rank: mean rank of the bases, or of the low-rank changes with `fit: streams`.
+        samples: what was read from the two sets.
+        layer_passes: samples times layers that were run, by purpose.
+        warnings: what the user should know.
+    """
 
     path: Path
     seconds: float
@@ -49,7 +61,7 @@ class CalibrationSummary:
 
 
 def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
-    """CalibrationEngine the calibration that `config` describes and write the file that it names.
+    """Run the calibration that `config` describes and write the file that it names.
 
     Raises RainError for anything wrong with the input; then no calibration file is written.
     """

@@ -40,7 +40,8 @@ class CalibrationFile:
         path: the path it was opened by.
         header: the parsed header JSON.
         models: what is recorded of each of the three models, by role.
-        sites, tensors: the plans, by name.
+        sites: for each input site its width, its rank and the keys of its factors, by name.
+        tensors: for each weight how it is merged, by the name that it has in the checkpoint.
         reads: how often each stored tensor was read from the disk, by key.
     """
 
@@ -60,7 +61,11 @@ class CalibrationFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> CalibrationFile:
-        """Open and check everything that needs no tensor data; RainError says what is wrong."""
+        """Open a file and check everything that needs no tensor data.
+
+        Raises:
+            RainError: there is no such file, or it is damaged, altered, or of a newer format.
+        """
         name = os.fspath(path)
         try:
             if not stat.S_ISREG(Path(name).stat().st_mode):
@@ -87,7 +92,11 @@ class CalibrationFile:
         return tuple(self._entries)
 
     def tensor(self, key: str) -> Tensor:
-        """Read one stored tensor to the CPU and compare its digest; RainError on any difference."""
+        """Read one stored tensor to the CPU, in its stored type, and compare its digest.
+
+        Raises:
+            RainError: there is no such key, or the content was altered.
+        """
         entry = self._entries.get(key)
         if entry is None:
             raise RainError(f"calibration file {self.path!r} has no tensor {key!r}")
@@ -107,7 +116,11 @@ class CalibrationFile:
         return tensor
 
     def factors(self, site: str) -> Factors:
-        """U and V of one site in float32, (d, 0) at rank 0; RainError when they are not finite."""
+        """U and V of one site, (d_in, r) in float32; (d_in, 0) at rank 0.
+
+        Raises:
+            RainError: they were altered, or hold NaN or infinite values.
+        """
         plan = self.sites[site]
         if plan.u is None:
             return Factors.empty(plan.width)
@@ -125,7 +138,11 @@ class CalibrationFile:
         return None if key is None else self._finite(key)
 
     def verify(self) -> None:
-        """Read everything and compare all digests; RainError names the first difference."""
+        """Read everything and compare all digests.
+
+        Raises:
+            RainError: a tensor was altered; the message names the first one.
+        """
         for key in self._entries:
             self.tensor(key)
 

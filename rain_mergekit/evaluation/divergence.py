@@ -21,7 +21,12 @@ KEPT, DAMAGED = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Place:
-    """Mean KL(theta_R || merged) in nats over this many positions; 0 where there is none."""
+    """Mean KL(reasoning model || merged model) over the positions of one kind.
+
+    Attributes:
+        mean: in nats; 0 where there are no positions.
+        positions: how many.
+    """
 
     mean: float
     positions: int
@@ -29,9 +34,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Drift:
-    """KL by place: think = L_think (markers and windows), content = L_mid (the rest of the block).
+    """KL(reasoning model || merged model) of the next token, by place, over all samples.
 
-    `rest` is prompt and response. `worst` is the sample with the largest mean at think positions.
+    Attributes:
+        think: L_think: at the thinking markers and in the windows beside them.
+        content: L_mid: in the rest of the thinking block.
+        rest: in prompt and response.
+        samples: how many were compared.
+        worst_source: the sample with the largest mean at think positions.
+        worst: that mean, in nats.
     """
 
     think: Place
@@ -43,7 +54,7 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        """`kept`, `at risk` or `damaged`; NaN is damaged."""
+        """`kept` (L_think ≤ 0.01), `at risk` (≤ 0.05) or `damaged` (above, or NaN)."""
         if self.think.mean <= KEPT:
             return "kept"
         return "at risk" if self.think.mean <= DAMAGED else "damaged"

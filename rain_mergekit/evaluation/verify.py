@@ -38,10 +38,15 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """Drift by layer, of the next tokens, and of these by their distance from the markers.
+    """How far a merged model is from the reasoning model, on texts with thinking.
 
-    unrounded: the drift that the merge would have without the rounding of its weights; None where
-    that is not known, with the reason in `unknown`.
+    Attributes:
+        layers: drift of the hidden features, one entry a layer, by input site.
+        drift: divergence of the next-token distributions, by place, and the verdict.
+        around: the same by distance from the markers.
+        unrounded: the drift that the merge would have without the rounding of its weights; None
+            where that is not known.
+        unknown: why it is not known.
     """
 
     layers: tuple[LayerDrift, ...]

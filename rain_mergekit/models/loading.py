@@ -31,7 +31,14 @@ def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How checkpoints are found and opened; the names are those of mergekit's options."""
+    """How checkpoints are found and opened; the names are those of mergekit's options.
+
+    Attributes:
+        transformers_cache: folder for downloaded models; None: the hub client's own.
+        lora_merge_cache: folder for merged adapters; needed for a model given as `model+adapter`.
+        trust_remote_code: whether Python code in a model's folder may run.
+        lora_merge_dtype: type in which an adapter is merged into its base; None: the base's own.
+    """
 
     transformers_cache: str | None = None
     lora_merge_cache: str | None = None

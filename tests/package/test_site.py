@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,6 +13,8 @@ from urllib.parse import unquote
 import pytest
 from doc_blocks import PAGES, ROOT
 from hangs import HANGS
+
+import rain_mergekit
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,16 @@ def test_every_page_is_there(site: Path) -> None:
     expected = {page.with_suffix(".html").name for page in PAGES if page.parent.name == "docs"}
     assert expected | {"index.html"} <= {page.name for page in site.glob("*.html")}
     assert "One YAML file drives both steps" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_public_name_with_its_docstring(site: Path) -> None:
+    text = (site / "api.html").read_text(encoding="utf-8")
+    found = Links(text).ids
+    for name in set(rain_mergekit.__all__) - {"__version__"}:
+        assert f"rain_mergekit.api.{name}" in found, name
+        first = str(getattr(rain_mergekit, name).__doc__).partition("\n")[0]
+        assert first.partition("`")[0] in unescape(text), name
+    assert "__version__" in text
 
 
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
