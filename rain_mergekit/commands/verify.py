@@ -168,9 +168,9 @@ def _check_folder(merged: str) -> None:
     """Known before anything that takes time."""
     from pathlib import Path  # noqa: PLC0415
 
-    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
+    from rain_mergekit.config.plain_merge import read_any  # noqa: PLC0415
 
-    read_config(Path(merged, "mergekit_config.yml"))
+    read_any(Path(merged, "mergekit_config.yml"))
 
 
 def _write_card(

@@ -58,6 +58,11 @@ class RainConfig:
         }
 
     @property
+    def main(self) -> ModelReference:
+        """The one that the result is a version of."""
+        return self.reasoning
+
+    @property
     def strength(self) -> Any:
         """`parameters.lambda` as it is written: a number, a gradient, or a list of filters."""
         return (self.content.get("parameters") or {}).get("lambda", 1.0)
@@ -86,13 +91,13 @@ class RainConfig:
 
 def read_config(path: str | Path) -> RainConfig:
     """Read and validate; RainError names the file, the field, what was expected and what to do."""
-    return parse_config(_read_text(path), str(path))
+    return parse_config(read_text(path), str(path))
 
 
 def parse_config(text: str, source: str) -> RainConfig:
     """As `read_config`, of a text; messages call it by `source`."""
-    data = _parse_yaml(text, source)
-    merge = _merge_configuration(data, source)
+    data = parse_yaml(text, source)
+    merge = merge_configuration(data, source)
     if merge.merge_method != "rain":
         raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
     check_merge(merge, source)
@@ -126,14 +131,16 @@ def parse_config(text: str, source: str) -> RainConfig:
     )
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """A configuration's text; RainError if it cannot be read."""
     try:
         return read_regular(path).decode("utf-8")
     except (OSError, ValueError) as error:
         raise RainError(f"{path}: cannot read the configuration: {error}") from None
 
 
-def _parse_yaml(text: str, source: str) -> Mapping[str, Any]:
+def parse_yaml(text: str, source: str) -> Mapping[str, Any]:
+    """Its content as plain values; RainError with line and column if it is no mapping."""
     try:
         data = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -149,7 +156,8 @@ def with_type_names(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, **spelled}
 
 
-def _merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfiguration:
+def merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfiguration:
+    """Mergekit's part; RainError says what mergekit cannot read."""
     try:
         return MergeConfiguration.model_validate(with_type_names(data))
     except ValidationError as error:

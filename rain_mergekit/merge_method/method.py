@@ -275,15 +275,22 @@ def _warn_of_unused(group: TensorGroup, name: str) -> None:
 
 
 def register() -> None:
-    """Make `merge_method: rain` known to mergekit in this process; calling it again is harmless.
+    """Make rain and its companions known to mergekit in this process; again is harmless.
 
-    While mergekit is being imported this runs in the middle of it, so nothing that needs the
-    rest of mergekit may be imported before a merge starts.
+    A name that mergekit has already stays mergekit's. While mergekit is being imported this runs
+    in the middle of it, so nothing that needs the rest of mergekit may be imported before a merge
+    starts.
     """
     from mergekit.merge_methods import registry  # noqa: PLC0415
 
-    if NAME not in {method.spec.name for method in registry.registered_methods()}:
+    from rain_mergekit.merge_method import opcm, pcb, wudi  # noqa: PLC0415 - mergekit came first
+
+    known = {method.spec.name for method in registry.registered_methods()}
+    if NAME not in known:
         registry.register(RainMerge())
+    for method in (opcm.METHOD, pcb.METHOD, wudi.METHOD):
+        if method.spec.name not in known:
+            registry.register(method)
 
 
 _autoload.resume()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +76,10 @@ def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]
         pretty_name="RAIN-Merging",
         reference_url="https://arxiv.org/abs/2602.22538",
         parameters=(
-            _parameter("calibration", str, shared, None, open_calibration),
-            _parameter("lambda", float, shared, 1.0, strength),
-            _parameter("role", str, non_base, None, role),
-            *(_parameter(n, object, non_base, None, _refusal(n)) for n in _MISTAKEN),
+            checked_parameter("calibration", str, shared, None, open_calibration),
+            checked_parameter("lambda", float, shared, 1.0, strength),
+            checked_parameter("role", str, non_base, None, role),
+            *mistaken_names(("calibration", "lambda", "role"), _KNOWN),
         ),
         # An optional tensor of one input is the base's own or is left out; see validate_inputs.
         contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1, max_non_base=2),
@@ -87,28 +87,39 @@ def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]
     )
 
 
-def _parameter(
+def checked_parameter(
     name: str, kind: type, scope: ParameterScope, default: object, check: Callable[[Any], Any]
 ) -> ParameterSpec:
+    """A parameter with a check of its own, which gives the value to use."""
     return _Checked(name, kind, scope, default=default, check=check)
 
 
+_KNOWN = "calibration and lambda for all, and each model's role"
 # mergekit never asks a method for names that it has not: these would do nothing without a word.
 _MISTAKEN = (
     *("lamda", "lamba", "lambd", "lambada", "lamdba", "lmbda", "Lambda", "LAMBDA", "λ"),
     *("strength", "scale", "alpha", "weight", "density", "normalize", "rescale", "t"),
     *("gamma", "epsilon", "calib", "calibration_file", "Role", "roles"),
+    *("calibration", "role", "omega", "ratio", "Weight", "weights"),
 )
 
 
-def _refusal(name: str) -> Callable[[Any], None]:
+def mistaken_names(own: Sequence[str], known: str) -> tuple[ParameterSpec, ...]:
+    """Parameters that refuse what is written by mistake; `own` are real, `known` tells of them."""
+    return tuple(
+        checked_parameter(name, object, ParameterScope.NON_BASE, None, _refusal(name, known))
+        for name in _MISTAKEN
+        if name not in own
+    )
+
+
+def _refusal(name: str, known: str) -> Callable[[Any], None]:
     """A check that refuses whatever is given under that name."""
 
     def refuse(value: object) -> None:
         if value is not None:
             raise RainMergeError(
-                f"unknown parameter {name!r}: mergekit would ignore it (known: calibration and "
-                "lambda for all, and each model's role)"
+                f"unknown parameter {name!r}: mergekit would ignore it (known: {known})"
             )
 
     return refuse

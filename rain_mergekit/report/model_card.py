@@ -14,18 +14,20 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
 from rain_mergekit.config.merge_config import RainConfig, parse_config, read_config
+from rain_mergekit.config.plain_merge import PlainMerge, read_any
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
+from rain_mergekit.report.card_text import USAGE, code, measurement, model_link, two_columns
 from rain_mergekit.report.front_matter import with_fields, with_tags
-from rain_mergekit.report.public_names import model_tree, public_name, without_local_paths
+from rain_mergekit.report.plain_section import plain_section
+from rain_mergekit.report.public_names import model_tree, without_local_paths
 from rain_mergekit.system.atomic_file import replacing
-from rain_mergekit.system.terminal_safe import clean
 from rain_mergekit.system.untrusted_input import read_regular, within
 
 BEGIN = "<!-- rain-mergekit: begin; `mergekit-rain card` rewrites what follows -->"
 END = "<!-- rain-mergekit: end -->"
-TAGS = ("mergekit", "merge", "rain-merging")
-_LONGEST = 200
+_PLAIN_TAGS: tuple[str, ...] = ("mergekit", "merge")
+TAGS = (*_PLAIN_TAGS, "rain-merging")
 _INTRO = """\
 {reasoning} with the instruction following of {instruct}, merged by
 [RAIN-Merging](https://arxiv.org/abs/2602.22538) with rain-mergekit. The difference between the
@@ -41,14 +43,6 @@ instruct model's at answers ("stream matching"; the roles and calibration sets a
 [RAIN-Merging](https://arxiv.org/abs/2602.22538)):
 
     W = W_reasoning + λ · A Bᵀ"""
-_USAGE = """\
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="NAME-OR-FOLDER-OF-THIS-MODEL", device_map="auto")
-question = [{"role": "user", "content": "How many days are in two weeks? Answer in capitals."}]
-print(chat(question, max_new_tokens=4096)[0]["generated_text"][-1]["content"])
-```"""
 _CITATION = """\
 ```bibtex
 @inproceedings{huang2026rainmerging,
@@ -67,20 +61,20 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     """Add or renew our part of `folder`/README.md; says whether the file changed.
 
     calibration: the calibration file, where it is not at the path that the configuration names.
-    Raises RainError if the folder is no merge of ours, the calibration is missing, or the card has
-    our comments or its front matter in a form that cannot be kept.
+    Raises RainError if the folder is no merge, the calibration is missing, or the card has our
+    comments or its front matter in a form that cannot be kept.
     """
-    config = read_config(Path(folder, "mergekit_config.yml"))
-    file = CalibrationFile.open(calibration or config.calibration)
-    try:
-        summary = summarise(file)
-    finally:
-        file.close()
+    config = read_any(Path(folder, "mergekit_config.yml"))
+    measured = load(folder)
+    if isinstance(config, PlainMerge):
+        content, tags = plain_section(config, measured), _PLAIN_TAGS
+    else:
+        content, tags = section(config, _summary(calibration or config.calibration), measured), TAGS
     path = within(folder, "README.md")
     old = _read(path)
     try:
-        headed = with_fields(with_tags(old, TAGS), model_tree(config))
-        new = with_section(headed, section(config, summary, load(folder)))
+        headed = with_fields(with_tags(old, tags), model_tree(config.models, config.main))
+        new = with_section(headed, content)
     except RainError as error:
         raise RainError(f"{path}: {error}") from None
     if new == old:
@@ -88,6 +82,14 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     with replacing(path) as out:
         out.write(new.encode("utf-8"))
     return True
+
+
+def _summary(path: str | os.PathLike[str]) -> FileSummary:
+    file = CalibrationFile.open(path)
+    try:
+        return summarise(file)
+    finally:
+        file.close()
 
 
 def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
@@ -158,42 +160,33 @@ def section(
     models = summary.models
     told_as = _INTRO if summary.matching is None else _STREAMS_INTRO
     intro = told_as.format(
-        reasoning=_model(models["reasoning"]), instruct=_model(models["instruct"])
+        reasoning=model_link(models["reasoning"]), instruct=model_link(models["instruct"])
     )
-    told = [*_rows(config, summary), *(_measurement(measured) if measured else ())]
-    rows = [f"| {name} | {text} |" for name, text in told]
-    table = "\n".join(["| | |", "|---|---|", *rows])
-    return f"## RAIN-Merging\n\n{intro}\n\n{table}\n\n{_USAGE}\n\nPlease cite:\n\n{_CITATION}"
+    told = [*_rows(config, summary), *(measurement(measured) if measured else ())]
+    parts = (intro, two_columns(told), USAGE, f"Please cite:\n\n{_CITATION}")
+    return "\n\n".join(("## RAIN-Merging", *parts))
 
 
 def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]:
     for role, reference in summary.models.items():
-        yield f"{role} model", _model(reference)
+        yield f"{role} model", model_link(reference)
     strength = config.strength
-    yield "strength λ", _code(strength if isinstance(strength, str) else json.dumps(strength))
+    yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
     for name, data in summary.data.items():
         yield f"calibration, {name} data", _data(data)
     if summary.matching is not None:
         yield "stream matching", _matching(summary.matching, summary.settings)
     else:
         yield "projection", _projection(summary)
-        yield "head coefficients", _code(summary.settings.get("coefficients", "not recorded"))
+        yield "head coefficients", code(summary.settings.get("coefficients", "not recorded"))
     if (head := summary.settings.get("lm_head", "off")) != "off":
-        yield "output head, merged and projected too", _code(head)
-    yield "calibrated with", _code(summary.created_by)
-
-
-def _measurement(found: VerificationRecord) -> Iterator[tuple[str, str]]:
-    numbers = f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere"
-    verdict = f"the thinking format is {_code(found.verdict)}"
-    yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
-    about = f"{found.samples} samples, SHA-256 {_code(found.sha256)}"
-    yield "measured on", f"{_code(found.data)}, {about}"
+        yield "output head, merged and projected too", code(head)
+    yield "calibrated with", code(summary.created_by)
 
 
 def _matching(found: Matching, settings: Mapping[str, Any]) -> str:
-    teacher = _code(settings.get("teacher", "not recorded"))
-    strength = _code(settings.get("teacher_strength", "not recorded"))
+    teacher = code(settings.get("teacher", "not recorded"))
+    strength = code(settings.get("teacher_strength", "not recorded"))
     text = f"teacher {teacher}, strength {strength}, changes of mean rank {found.mean_rank:.1f}"
     if found.layers and (left := found.layers[-1].held_out or found.layers[-1].fitted):
         errors = ", ".join(f"{group} {error:.1%}" for group, error in left.items())
@@ -202,7 +195,7 @@ def _matching(found: Matching, settings: Mapping[str, Any]) -> str:
 
 
 def _projection(summary: FileSummary) -> str:
-    kind = _code(summary.settings.get("projection", "not recorded"))
+    kind = code(summary.settings.get("projection", "not recorded"))
     if not summary.sites:
         return "none"
     ranks = [site.rank for site in summary.sites]
@@ -219,25 +212,7 @@ def _data(data: Data) -> str:
     name = re.split(r"[/\\]", data.path)[-1]
     used = "?" if data.used is None else data.used
     total = "?" if data.total is None else data.total
-    return f"{_code(name)}, {used} of {total} samples, SHA-256 {_code(data.sha256 or 'unknown')}"
-
-
-def _model(reference: str) -> str:
-    name = public_name(reference)
-    if name.hub is None:
-        return _code(name.text)
-    place = f"https://huggingface.co/{name.hub}"
-    if name.revision is None:
-        return f"[{name.hub}]({place})"
-    return f"[{name.hub}]({place}/tree/{name.revision}), revision {_code(name.revision)}"
-
-
-def _code(value: object) -> str:
-    """A value as code on one line; nothing in it can end the code, the table or our part."""
-    text = clean(" ".join(str(value).split()))[:_LONGEST]
-    for char, shown in (("`", "'"), ("|", "/"), ("<", "‹"), (">", "›")):  # noqa: RUF001
-        text = text.replace(char, shown)
-    return f"`{text}`" if text else "`?`"
+    return f"{code(name)}, {used} of {total} samples, SHA-256 {code(data.sha256 or 'unknown')}"
 
 
 def _read(path: Path) -> str:

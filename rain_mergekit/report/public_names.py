@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit.common import ModelReference
+
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.report.front_matter import front_matter
@@ -65,19 +67,22 @@ def _replaced(config: RainConfig) -> Mapping[str, str]:
     return found
 
 
-def model_tree(config: RainConfig) -> dict[str, object]:
-    """What the hub needs to show from which models this one was made, and under which license."""
-    names = [public_name(str(reference)).hub for reference in config.models.values()]
+def model_tree(models: Mapping[str, ModelReference], main: ModelReference) -> dict[str, object]:
+    """What the hub needs to show from which models this one was made, and under which license.
+
+    main: the one whose license is taken over.
+    """
+    names = [public_name(str(reference)).hub for reference in models.values()]
     bases = list(dict.fromkeys(name for name in names if name is not None))
     found: dict[str, object] = {}
     if bases:
         found = {"base_model": bases, "base_model_relation": "merge"}
-    return {**found, "pipeline_tag": "text-generation", **_license(config)}
+    return {**found, "pipeline_tag": "text-generation", **_license(main)}
 
 
-def _license(config: RainConfig) -> dict[str, object]:
-    """The reasoning model's, where its card is here and names one."""
-    card = Path(config.reasoning.model.path, "README.md")
+def _license(model: ModelReference) -> dict[str, object]:
+    """The model's, where its card is here and names one."""
+    card = Path(model.model.path, "README.md")
     try:
         fields = front_matter(read_regular(card).decode("utf-8"))
     except (OSError, ValueError, RainError):

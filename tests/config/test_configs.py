@@ -86,3 +86,32 @@ def settings_with_defaults(settings: RainSettings) -> RainSettings:
     return RainSettings(
         reasoning_data=settings.reasoning_data, instruction_data=settings.instruction_data
     )
+
+
+SHORTER = sorted((ROOT / "configs" / "long-to-short").glob("*.yml"))
+# Drop rate k and factor of TIES at each size, from the paper's table 7.
+PUBLISHED_TIES = {"1.5b": (0.8, 1.0), "7b": (0.8, 1.0), "14b": (0.2, 0.5), "32b": (0.25, 0.55)}
+
+
+def test_long_to_short_has_each_size_and_method() -> None:
+    wanted = {f"{size}-{name}" for size in PUBLISHED_TIES for name in ("task-arithmetic", "ties")}
+    assert {path.stem for path in SHORTER} == wanted
+
+
+@pytest.mark.parametrize("path", SHORTER, ids=lambda path: path.stem)
+def test_long_to_short_is_the_published_recipe(path: Path) -> None:
+    merge = MergeConfiguration.model_validate(load(path))
+    size, _, name = path.stem.partition("-")
+    assert merge.merge_method == name.replace("-", "_")
+    assert merge.models is not None
+    assert merge.parameters is not None
+    (only,) = merge.models
+    assert str(only.model) == f"deepseek-ai/DeepSeek-R1-Distill-Qwen-{size.upper()}"
+    math = "Math-" if size in ("1.5b", "7b") else ""
+    assert str(merge.base_model) == f"Qwen/Qwen2.5-{math}{size.upper()}"
+    drop, factor = PUBLISHED_TIES[size]
+    if name == "ties":
+        assert merge.parameters["density"] == pytest.approx(1 - drop)
+        assert merge.parameters["lambda"] == factor
+    else:
+        assert merge.parameters["lambda"] == 0.7

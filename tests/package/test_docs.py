@@ -25,10 +25,12 @@ import transformers
 from click.testing import CliRunner
 from doc_blocks import EMPTY, PAGES, ROOT, Block, blocks, fences
 from hangs import HANGS
+from mergekit import merge_methods
 
 import rain_mergekit
 from rain_mergekit.calibration_file.published_coefficients import read_alpha
-from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.plain_merge import read_any
 from rain_mergekit.data_building.constraints import read_constrained
 from rain_mergekit.data_building.prompts import read_prompts
 from rain_mergekit.text import calibration_sets
@@ -165,8 +167,11 @@ def test_yaml_is_a_configuration(block: Block, tmp_path: Path) -> None:
     assert block.file is not None, "give it a name: <!-- file: ... -->"
     path = tmp_path / block.file
     path.write_text(block.text, encoding="utf-8")
-    config = read_config(path)
-    assert config.settings.reasoning_data
+    config = read_any(path)
+    if isinstance(config, RainConfig):
+        assert config.settings.reasoning_data
+    else:
+        assert merge_methods.get(config.method).spec.name == config.method
 
 
 @chosen("json")

@@ -205,3 +205,47 @@ def test_section_goes_to_the_end() -> None:
     assert with_section("", "x") == part
     assert with_section("a", "x") == f"a\n\n{part}"
     assert with_section("a\n", "x") == f"a\n\n{part}"
+
+
+PLAIN = """\
+merge_method: opcm
+base_model: org/pretrained
+models:
+  - model: org/reasoning
+  - {model: org/instruct, parameters: {weight: 0.5}}
+  - model: org/pretrained
+parameters: {alpha: [0.5, 0.7], normalize: tensor}
+"""
+
+
+def test_card_of_a_merge_without_a_calibration(tmp_path: Path) -> None:
+    (tmp_path / "mergekit_config.yml").write_text(PLAIN)
+    succeed("card", tmp_path)
+    text = card(tmp_path)
+    for part in (
+        "## OPCM",
+        "by [OPCM](https://arxiv.org/abs/2501.09522) with mergekit",
+        "| base | [org/pretrained](https://huggingface.co/org/pretrained) |",
+        '| model 2 | [org/instruct](https://huggingface.co/org/instruct), `{"weight": 0.5}` |',
+        "| `alpha` | `[0.5, 0.7]` |",
+    ):
+        assert part in text
+    fields = yaml.safe_load(text.split("---")[1])
+    assert fields["tags"] == ["mergekit", "merge"]
+    assert fields["base_model"] == ["org/pretrained", "org/reasoning", "org/instruct"]
+    assert "Nothing to change" in succeed("card", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: nothing\nmodels:\n- model: org/a\n", "which mergekit does not know"),
+        (
+            "merge_method: linear\nslices:\n- sources:\n  - {model: org/a, layer_range: [0, 2]}\n",
+            "only merges that list whole models",
+        ),
+    ],
+)
+def test_what_cannot_be_described_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mergekit_config.yml").write_text(text)
+    assert said in refused(tmp_path, "card", tmp_path)

@@ -1,0 +1,78 @@
+"""A merge that needs no calibration, as a merged model's folder tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from rain_mergekit.config.merge_config import (
+    RainConfig,
+    merge_configuration,
+    parse_config,
+    parse_yaml,
+    read_text,
+)
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import shown
+
+CALIBRATED = ("rain",)
+
+
+@dataclass(frozen=True)
+class PlainMerge:
+    """The method, the models by what they are here (`base`, `model 1`, ...), the parameters.
+
+    own: the parameters of each model, by the same names.
+    """
+
+    method: str
+    models: Mapping[str, ModelReference]
+    own: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, Any]
+
+    @property
+    def main(self) -> ModelReference:
+        """The one that the result is a version of: the first that is merged into the base."""
+        return next((model for name, model in self.models.items() if name != "base"), self.base)
+
+    @property
+    def base(self) -> ModelReference:
+        """The base model, or the first."""
+        return next(iter(self.models.values()))
+
+
+def read_any(path: str | Path) -> RainConfig | PlainMerge:
+    """A configuration of any merge method; RainError as `read_config`, or if it lists no models."""
+    text, source = read_text(path), str(path)
+    content = parse_yaml(text, source)
+    if content.get("merge_method") in CALIBRATED:
+        return parse_config(text, source)
+    return _plain(content, merge_configuration(content, source), source)
+
+
+def _plain(content: Mapping[str, Any], merge: MergeConfiguration, source: str) -> PlainMerge:
+    others = [item for item in merge.models or () if item.model != merge.base_model]
+    if not others:
+        raise RainError(
+            f"{source}: merge_method is {shown(merge.merge_method)}: only merges that list whole "
+            "models under `models:` can be described"
+        )
+    named = {f"model {number}": item for number, item in enumerate(others, start=1)}
+    base = {} if merge.base_model is None else {"base": merge.base_model}
+    written = [item for item in content["models"] if _reference(item) != merge.base_model]
+    return PlainMerge(
+        method=merge.merge_method,
+        models={**base, **{name: item.model for name, item in named.items()}},
+        own={name: item.get("parameters") or {} for name, item in zip(named, written, strict=True)},
+        parameters=content.get("parameters") or {},
+    )
+
+
+def _reference(item: Mapping[str, Any]) -> ModelReference:
+    found: ModelReference = ModelReference.model_validate(item["model"])
+    return found

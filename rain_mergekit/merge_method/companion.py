@@ -1,0 +1,213 @@
+"""What the data-free methods share: task vectors merged into the pretrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.finite import finite
+from rain_mergekit.merge_method.spec import (
+    RainMergeError,
+    checked_parameter,
+    mistaken_names,
+    reported,
+)
+from rain_mergekit.system.untrusted_input import finite_number, shown
+
+_EMBEDDINGS = ("wte", "wpe")
+_HEADS = ("embed_out",)
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The task vectors W_i - W_B of one tensor, each times its model's `weight`, in order.
+
+    name: the tensor's, or nothing. deltas: of the shape of W_B, in float32, or in float64 where
+    the weights are float64.
+    """
+
+    name: str
+    deltas: tuple[Tensor, ...]
+
+    @property
+    def linear(self) -> bool:
+        """Whether it holds the weights of linear maps, by its shape and name.
+
+        Two dimensions, or three for experts (a convolution has a size of one); no embedding.
+        """
+        shape = self.deltas[0].shape
+        if len(shape) not in (2, 3) or (len(shape) == 3 and min(shape[1:]) == 1):
+            return False
+        return not any(_is_embedding(part) for part in self.name.split("."))
+
+    def sum(self) -> Tensor:
+        """What task arithmetic adds: the sum, a new tensor."""
+        total = self.deltas[0].clone()
+        for delta in self.deltas[1:]:
+            total += delta
+        return total
+
+    def matrices(self) -> Iterator[tuple[Tensor, ...]]:
+        """Of a linear tensor the deltas' matrices (d_out, d_in): one, or one an expert."""
+        if self.deltas[0].dim() == 2:
+            yield self.deltas
+        else:
+            yield from zip(*self.deltas, strict=True)
+
+    def merged(self, merge: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        """A new tensor with what `merge` makes of the deltas of each matrix."""
+        result = torch.empty_like(self.deltas[0])
+        places = (result,) if result.dim() == 2 else result
+        for place, deltas in zip(places, self.matrices(), strict=True):
+            place.copy_(merge(deltas))
+        return result
+
+
+# From the task vectors and the shared parameters to what is added to W_B.
+Kernel = Callable[[TaskVectors, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is called: in YAML, in print, and where its paper is."""
+
+    name: str
+    title: str
+    paper: str
+
+
+class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
+    """W_B + what the kernel makes of the task vectors, computed in float32 and cast once."""
+
+    def __init__(self, card: Card, kernel: Kernel, parameters: Sequence[ParameterSpec]) -> None:
+        self.card, self._kernel = card, kernel
+        own = ("weight", *(parameter.name for parameter in parameters))
+        shared = [name for name in own if name != "weight"]
+        known = f"{', '.join(shared)} for all, and each model's weight"
+        weight = checked_parameter("weight", float, ParameterScope.NON_BASE, 1.0, number("weight"))
+        self.spec = MergeMethodSpec(
+            name=card.name,
+            pretty_name=card.title,
+            reference_url=card.paper,
+            parameters=(*parameters, weight, *mistaken_names(own, known)),
+            contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
+            optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
+        )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Require the pretrained model as the base and at least one other, none of them twice."""
+        name, where = self.spec.name, f" ({group_name})" if group_name else ""
+        others = [model for model in input_ids if model != base_id]
+        with reported():
+            if base_id is None or base_id not in input_ids:
+                raise RainError(
+                    f"merge_method: {name} needs `base_model`, the pretrained model from which all "
+                    f"others were tuned{where}"
+                )
+            if not others:
+                raise RainError(
+                    f"merge_method: {name} needs a model besides base_model under `models:`{where}"
+                )
+            if len(set(input_ids)) != len(input_ids):
+                twice = sorted({str(m) for m in input_ids if list(input_ids).count(m) > 1})
+                raise RainError(f"given more than once: {', '.join(twice)}{where}")
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor; a new one like the base's."""
+        with reported(), torch.no_grad():
+            return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+        base: Tensor = group.base.tensor
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        name, weights = group.metadata.name or "", parameters["weight"]
+        deltas = [
+            (entry.tensor.to(wide.dtype) - wide).mul_(weights[entry.id]) for entry in group.non_base
+        ]
+        if not base.numel():
+            return base.clone()
+        if not all(finite(delta) for delta in deltas):
+            raise RainError(_not_finite(group))
+        merged = self._kernel(TaskVectors(name, tuple(deltas)), parameters).add_(wide)
+        merged = merged.to(base.dtype)
+        if not finite(merged):
+            raise RainError(
+                f"{name} holds NaN or infinite values in the result in {merged.dtype}: a lower "
+                "`lambda`, or `dtype: bfloat16` or float32"
+            )
+        return merged
+
+
+def _not_finite(group: TensorGroup) -> str:
+    name = group.metadata.name
+    for entry in group.entries:
+        if not finite(entry.tensor):
+            return f"{name} holds NaN or infinite values in {entry.id}: fetch that checkpoint again"
+    return f"{name}: the difference of a model and the base model is beyond float32"
+
+
+def _is_embedding(part: str) -> bool:
+    return part in _EMBEDDINGS or ("embed" in part and part not in _HEADS)
+
+
+def number(
+    name: str, low: float = -float("inf"), high: float = float("inf"), *, above: bool = False
+) -> Callable[[Any], float]:
+    """A check for a finite number from `low` to `high`; above: `low` itself is not one."""
+
+    def check(value: object) -> float:
+        found = finite_number(value)
+        if found is None or not low <= found <= high or (above and found == low):
+            limits = _limits(low, high, above=above)
+            raise RainMergeError(f"{name} must be a finite number{limits}, found {shown(value)}")
+        return found
+
+    return check
+
+
+def _limits(low: float, high: float, *, above: bool) -> str:
+    if high < float("inf"):
+        return f" {'above' if above else 'from'} {low:g} to {high:g}"
+    if low > -float("inf"):
+        return f" of at least {low:g}"
+    return ""
+
+
+def one_of(name: str, *choices: str) -> Callable[[Any], str]:
+    """A check for one of a few words."""
+
+    def check(value: object) -> str:
+        if value not in choices:
+            wanted = " or ".join(choices)
+            raise RainMergeError(f"{name} must be {wanted}, found {shown(value)}")
+        return str(value)
+
+    return check
+
+
+def shared(
+    name: str, default: object, check: Callable[[Any], Any], kind: type = float
+) -> ParameterSpec:
+    """A parameter that all models share; it may be a list over the layers, or filters."""
+    return checked_parameter(name, kind, ParameterScope.SHARED, default, check)
