@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rain_mergekit.commands.console import Console
-from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.config.merge_config import MergeRecipe, read_recipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.merge_method.finish import finish_files
 from rain_mergekit.merge_method.missing_tensors import Completion
@@ -21,7 +21,7 @@ def finish_folder(merged: str, options: LoadOptions, console: Console) -> None:
     last: what is interrupted can be done again.
     """
     folder = Path(merged)
-    config = read_config(folder / "mergekit_config.yml")
+    config = read_recipe(folder)
     if not weight_files(folder):
         raise RainError(f"{merged}: holds no weights; merge into it first")
     completion = Completion(config, options)
@@ -42,7 +42,7 @@ def told_of_added(added: tuple[str, ...], console: Console) -> None:
 
 
 def finish_beside_weights(
-    config: RainConfig,
+    config: MergeRecipe,
     folder: Path,
     completion: Completion,
     console: Console,

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from mergekit.common import ModelReference
+from mergekit.config import InputModelDefinition, MergeConfiguration
 from pydantic import ValidationError
 
+from rain_mergekit.config.listed_models import listed_models
+from rain_mergekit.config.merge_parameters import TYPE_FIELDS, check_merge
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import (
-    finite_number,
     load_yaml,
     read_regular,
     shortened,
     shown,
 )
 
-_GLOBAL, _OF_A_MODEL = ("calibration", "lambda"), ("role",)
 ROLES = ("instruct", "pretrained")
-TYPE_FIELDS = ("dtype", "out_dtype")
 
 
 @dataclass(frozen=True)
-class RainConfig:
-    """A parsed configuration: the three models by role, where the calibration lies, settings.
+class MergeRecipe:
+    """What a merge is made of: the three models by role, and where the calibration lies.
 
     text: the file's text. content: what it says, as plain values. merge: mergekit's part of it.
-    tokenizer: whether mergekit is told to align the vocabularies.
+    tokenizer: whether mergekit is told to align the vocabularies. layers: how many `slices:` have,
+    None without. slice_strengths: the `lambda` of those that have their own.
     """
 
     path: str
@@ -45,8 +46,9 @@ class RainConfig:
     instruct: ModelReference
     pretrained: ModelReference
     calibration: Path
-    settings: RainSettings
     tokenizer: bool
+    layers: int | None
+    slice_strengths: Mapping[str, Any]
 
     @property
     def models(self) -> dict[str, ModelReference]:
@@ -64,8 +66,12 @@ class RainConfig:
 
     @property
     def strength(self) -> Any:
-        """`parameters.lambda` as it is written: a number, a gradient, or a list of filters."""
-        return (self.content.get("parameters") or {}).get("lambda", 1.0)
+        """`parameters.lambda` as it is written: a number, a gradient, or a list of filters.
+
+        Where slices have their own, these by slice, and the rest under "otherwise".
+        """
+        value = (self.content.get("parameters") or {}).get("lambda", 1.0)
+        return {**self.slice_strengths, "otherwise": value} if self.slice_strengths else value
 
     @property
     def one_strength(self) -> float:
@@ -74,6 +80,13 @@ class RainConfig:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise RainError(f"{self.path}: lambda is {value!r}, not one number")
         return float(value)
+
+
+@dataclass(frozen=True)
+class RainConfig(MergeRecipe):
+    """A whole configuration: what a merge is made of, and the settings of its calibration."""
+
+    settings: RainSettings
 
     def with_strength(self, strength: float) -> RainConfig:
         """The same merge with `parameters.lambda` as one number, whatever it was."""
@@ -96,28 +109,48 @@ def read_config(path: str | Path) -> RainConfig:
 
 def parse_config(text: str, source: str) -> RainConfig:
     """As `read_config`, of a text; messages call it by `source`."""
+    recipe = parse_recipe(text, source)
+    if recipe.slice_strengths:
+        raise RainError(
+            f"{source}: lambda is given for {next(iter(recipe.slice_strengths))}: give it under "
+            "the configuration's own parameters, where it may be a gradient over the layers"
+        )
+    settings = parse_settings(recipe.content.get("rain"), source)
+    return RainConfig(
+        **{f.name: getattr(recipe, f.name) for f in fields(recipe)}, settings=settings
+    )
+
+
+def read_recipe(folder: str | os.PathLike[str]) -> MergeRecipe:
+    """What mergekit has left in a merged model's folder; `rain:` is not in it after mergekit-multi.
+
+    RainError names the file, and what of it cannot be read.
+    """
+    path = Path(folder, "mergekit_config.yml")
+    return parse_recipe(read_text(path), str(path))
+
+
+def parse_recipe(text: str, source: str) -> MergeRecipe:
+    """As `read_recipe`, of a text; messages call it by `source`."""
     data = parse_yaml(text, source)
     merge = merge_configuration(data, source)
     if merge.merge_method != "rain":
         raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
-    check_merge(merge, source)
     if merge.base_model is None:
         raise RainError(f"{source}: base_model is missing: name the reasoning model there")
-    if not merge.models:
-        raise RainError(
-            f"{source}: list the instruct and the pretrained model under `models:` "
-            "(slices and modules are not supported by rain)"
-        )
+    listed = listed_models(merge, source)
+    check_merge(merge, listed, source)
     # The base model may be listed without a role, as mergekit allows; with one it is a proxy.
     others = [
         model
-        for model in merge.models
+        for model in listed.models
         if model.model != merge.base_model or "role" in (model.parameters or {})
     ]
     section = data.get("rain")
-    alone = isinstance(section, Mapping) and section.get("fit") == "streams"
+    # without a section the fit is not known, and the merge has been made
+    alone = section is None or (isinstance(section, Mapping) and section.get("fit") == "streams")
     roles = _roles(others, merge.base_model, source, alone=alone)
-    return RainConfig(
+    return MergeRecipe(
         path=source,
         text=text,
         content=data,
@@ -126,8 +159,9 @@ def parse_config(text: str, source: str) -> RainConfig:
         instruct=roles["instruct"],
         pretrained=roles["pretrained"],
         calibration=_calibration_path(merge, source),
-        settings=parse_settings(section, source),
         tokenizer=merge.tokenizer is not None or merge.tokenizer_source is not None,
+        layers=listed.layers,
+        slice_strengths=listed.strengths,
     )
 
 
@@ -144,6 +178,12 @@ def parse_yaml(text: str, source: str) -> Mapping[str, Any]:
     try:
         data = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if getattr(error, "context", None) == "expected a single document in the stream":
+            raise RainError(
+                f"{source}: holds several documents, which mergekit-multi merges one by one; for "
+                "this command put the one with merge_method rain into a file of its own: the "
+                "calibration is the same"
+            ) from None
         raise RainError(f"{source}: not valid YAML: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RainError(f"{source}: expected a mapping with merge_method, base_model, models, rain")
@@ -218,48 +258,3 @@ def _calibration_path(merge: MergeConfiguration, source: str) -> Path:
             "of a folder; write the whole path"
         )
     return Path(value)
-
-
-def check_merge(merge: MergeConfiguration, source: str) -> None:
-    """Validate lambda, the types and the parameter names: mergekit would fail during the merge."""
-    _require_known(merge.parameters, _GLOBAL, f"{source}: parameters")
-    for item in merge.models or ():
-        _require_known(item.parameters, _OF_A_MODEL, f"{source}: {item.model}: parameters")
-    for value in _values((merge.parameters or {}).get("lambda", 1.0)):
-        if finite_number(value) is None:
-            raise RainError(
-                f"{source}: parameters: lambda must be a finite number, found {value!r:.80}"
-            )
-    for field in TYPE_FIELDS:
-        _require_type(getattr(merge, field), f"{source}: {field}")
-
-
-def _require_known(found: Mapping[str, Any] | None, known: tuple[str, ...], where: str) -> None:
-    """Refuse unknown parameter names, which mergekit would ignore."""
-    for name in found or ():
-        if name not in known:
-            raise RainError(
-                f"{where}: unknown parameter {shown(name)}: mergekit would ignore it (known here: "
-                f"{', '.join(known)}; `role` belongs to a model, `lambda` to all of them)"
-            )
-
-
-def _values(value: Any) -> Iterator[Any]:
-    """The numbers of a gradient, and those of a list of filters."""
-    if isinstance(value, ConditionalParameter):
-        yield from _values(value.value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _values(item)
-    else:
-        yield value
-
-
-def _require_type(name: str | None, where: str) -> None:
-    try:
-        dtype_from_name(name)
-    except RuntimeError:
-        raise RainError(
-            f"{where} is {shown(name)}, expected a type that mergekit knows, such as bfloat16, "
-            "float16 or float32"
-        ) from None

@@ -11,9 +11,9 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from rain_mergekit.config.merge_config import (
-    RainConfig,
+    MergeRecipe,
     merge_configuration,
-    parse_config,
+    parse_recipe,
     parse_yaml,
     read_text,
 )
@@ -46,12 +46,15 @@ class PlainMerge:
         return next(iter(self.models.values()))
 
 
-def read_any(path: str | Path) -> RainConfig | PlainMerge:
-    """A configuration of any merge method; RainError as `read_config`, or if it lists no models."""
+def read_any(path: str | Path) -> MergeRecipe | PlainMerge:
+    """What a merge by any method is made of; RainError as `read_recipe`, or if it lists no models.
+
+    path: a configuration, or the `mergekit_config.yml` of a merged model's folder.
+    """
     text, source = read_text(path), str(path)
     content = parse_yaml(text, source)
     if content.get("merge_method") in CALIBRATED:
-        return parse_config(text, source)
+        return parse_recipe(text, source)
     return _plain(content, merge_configuration(content, source), source)
 
 

@@ -21,7 +21,8 @@ def parse_settings(section: object, source: str) -> RainSettings:
         raise RainError(
             f"{source}: the `rain:` section is missing; add one with at least "
             "`reasoning_data` and `instruction_data` (`mergekit-rain examples` writes "
-            "configs/reference.yml, which has all of them)"
+            "configs/reference.yml, which has all of them; mergekit-multi leaves it out of what it "
+            "writes)"
         )
     try:
         return RainSettings.model_validate(dict(section))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.config.merge_config import read_recipe
 from rain_mergekit.evaluation.comparable import check_reasoning
 from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
@@ -44,8 +42,7 @@ class Unrounded:
     """
 
     def __init__(self, folder: str, shell: LayerwiseModel, options: LoadOptions) -> None:
-        source = Path(folder, "mergekit_config.yml")
-        config = read_config(source)
+        config = read_recipe(folder)
         strength = config.one_strength
         calibration = CalibrationFile.open(config.calibration)
         check_reasoning(calibration, shell.checkpoint)

@@ -10,14 +10,19 @@ from mergekit.common import dtype_from_name
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.checkpoint_layout import in_parts, is_restored, restore_layout
 from rain_mergekit.merge_method.result_weights import add_tensors, tensor_names, write_index
 from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.empty_model import empty_model
-from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
+from rain_mergekit.models.loading import (
+    LoadOptions,
+    open_model,
+    read_model_config,
+    require_all_layers,
+)
 from rain_mergekit.models.merge_names import left_out, merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
 
@@ -30,9 +35,10 @@ class Completion:
     something is missing and lambda is not one number.
     """
 
-    def __init__(self, config: RainConfig, options: LoadOptions) -> None:
+    def __init__(self, config: MergeRecipe, options: LoadOptions) -> None:
         checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
         model_config = read_model_config(checkpoints["reasoning"])
+        require_all_layers(config, model_config)
         trust = options.trust_remote_code
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
         self._tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
@@ -42,7 +48,7 @@ class Completion:
         self._calibration = str(config.calibration)
         self._strength(config)
 
-    def _strength(self, config: RainConfig) -> float:
+    def _strength(self, config: MergeRecipe) -> float:
         """Lambda, where one of the missing tensors may be merged with it; else 0."""
         if not self._missing.keys() - self.reasoning.unknown:
             return 0.0
@@ -66,7 +72,7 @@ class Completion:
             if name not in there and not there.issuperset(parts)
         }
 
-    def write(self, folder: Path, config: RainConfig) -> tuple[str, ...]:
+    def write(self, folder: Path, config: MergeRecipe) -> tuple[str, ...]:
         """Write the missing tensors of the merge `config` into a further shard of `folder`.
 
         Returns their names. Of `config` only lambda and the types count here, which may differ
@@ -80,7 +86,7 @@ class Completion:
         return tuple(missing)
 
     def _merged(
-        self, missing: Mapping[str, tuple[str, ...]], config: RainConfig
+        self, missing: Mapping[str, tuple[str, ...]], config: MergeRecipe
     ) -> Iterator[tuple[str, Tensor]]:
         calibration = CalibrationFile.open(self._calibration)
         replay = TensorMerger(calibration, self._tensors, self._names, self._strength(config))

@@ -12,7 +12,7 @@ import torch
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
-from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
@@ -80,10 +80,11 @@ def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
     )
 
 
-def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
+def open_trio(config: MergeRecipe, options: LoadOptions) -> Trio:
     """Open the checkpoints and read the reasoning model's config; no tensor is read."""
     opened = {role: open_model(reference, options) for role, reference in config.models.items()}
     model_config = read_model_config(opened["reasoning"])
+    require_all_layers(config, model_config)
     _require_architecture(opened["reasoning"], model_config)
     for role in ("instruct", "pretrained"):
         other = read_model_config(opened[role])
@@ -94,6 +95,19 @@ def open_trio(config: RainConfig, options: LoadOptions) -> Trio:
                 f"reasoning model is {model_config.model_type!r}; the three must share one family"
             )
     return Trio(**opened, config=model_config)
+
+
+def require_all_layers(config: MergeRecipe, model_config: Any) -> None:
+    """RainError if the configuration has slices that leave out the last layers."""
+    if config.layers is None:
+        return
+    depth = getattr(model_config.get_text_config(), "num_hidden_layers", None)
+    if config.layers != depth:
+        raise RainError(
+            f"{config.path}: slices: they have {config.layers} layers, and the reasoning model has "
+            f"{depth}: rain merges all layers in their own places; merge first, cut layers "
+            "afterwards"
+        )
 
 
 def _require_architecture(checkpoint: Checkpoint, config: Any) -> None:

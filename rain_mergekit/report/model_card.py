@@ -13,7 +13,7 @@ from typing import Any
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
-from rain_mergekit.config.merge_config import RainConfig, parse_config, read_config
+from rain_mergekit.config.merge_config import MergeRecipe, parse_recipe, read_recipe
 from rain_mergekit.config.plain_merge import PlainMerge, read_any
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
@@ -109,7 +109,7 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
 
 def publish_names(folder: str | os.PathLike[str]) -> None:
     """Public names in place of this machine's paths in the README.md that mergekit has written."""
-    config = read_config(Path(folder, "mergekit_config.yml"))
+    config = read_recipe(folder)
     path = within(folder, "README.md")
     path.write_text(without_local_paths(_read(path), config), encoding="utf-8")
 
@@ -126,7 +126,7 @@ def _published(block: bytes) -> bytes:
     """A configuration with public names; as it is where it cannot be read."""
     text = block.decode("utf-8", errors="replace")
     try:
-        config = parse_config(text.removeprefix("```yaml\n").removesuffix("\n```"), "the card")
+        config = parse_recipe(text.removeprefix("```yaml\n").removesuffix("\n```"), "the card")
     except RainError:
         return block
     return without_local_paths(text, config).encode()
@@ -154,7 +154,7 @@ def with_section(text: str, content: str) -> str:
 
 
 def section(
-    config: RainConfig, summary: FileSummary, measured: VerificationRecord | None = None
+    config: MergeRecipe, summary: FileSummary, measured: VerificationRecord | None = None
 ) -> str:
     """Method, models, strength, data, projection, measurement and citation, as Markdown."""
     models = summary.models
@@ -167,7 +167,7 @@ def section(
     return "\n\n".join(("## RAIN-Merging", *parts))
 
 
-def _rows(config: RainConfig, summary: FileSummary) -> Iterator[tuple[str, str]]:
+def _rows(config: MergeRecipe, summary: FileSummary) -> Iterator[tuple[str, str]]:
     for role, reference in summary.models.items():
         yield f"{role} model", model_link(reference)
     strength = config.strength

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 
-from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.report.front_matter import front_matter
 from rain_mergekit.system.untrusted_input import read_regular
@@ -47,22 +47,23 @@ def public_name(reference: str) -> PublicName:
     return PublicName(Path(reference).name or reference if local else reference)
 
 
-def without_local_paths(text: str, config: RainConfig) -> str:
+def without_local_paths(text: str, config: MergeRecipe) -> str:
     """The text with public names in place of the paths of this machine that a merge has in it."""
     for path, name in sorted(_replaced(config).items(), key=lambda item: -len(item[0])):
         text = text.replace(path, name)
     return text
 
 
-def _replaced(config: RainConfig) -> Mapping[str, str]:
+def _replaced(config: MergeRecipe) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for reference in config.models.values():
         for part in (reference.model, reference.lora):
             if part is not None and os.path.isabs(part.path):
                 found[part.path] = public_name(part.path).text
-    settings = config.settings
-    for path in (str(config.calibration), settings.reasoning_data, settings.instruction_data):
-        if path is not None and os.path.isabs(path):
+    section = config.content.get("rain")  # absent after mergekit-multi
+    named = section if isinstance(section, Mapping) else {}
+    for path in (str(config.calibration), *map(named.get, ("reasoning_data", "instruction_data"))):
+        if isinstance(path, str) and os.path.isabs(path):
             found[path] = Path(path).name
     return found
 

@@ -14,7 +14,7 @@ from hangs import HANGS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.config.merge_config import RainConfig, read_config, read_recipe
 from rain_mergekit.errors import RainError
 
 
@@ -85,6 +85,20 @@ def test_the_reasoning_model_may_stand_for_the_pretrained_one(read: Read) -> Non
 
 
 ITM, PRE = model("org/instruct", "instruct"), model("org/pretrained", "pretrained")
+SLICED = [
+    {
+        "sources": [
+            {"model": "org/instruct", "parameters": {"role": "instruct"}, "layer_range": layers},
+            {
+                "model": "org/pretrained",
+                "parameters": {"role": "pretrained"},
+                "layer_range": layers,
+            },
+            {"model": "org/reasoning", "layer_range": layers},
+        ]
+    }
+    for layers in ([0, 1], [1, 3])
+]
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"merge_method": "linear"}, "merge_method is 'linear', expected 'rain'"),
     ({"merge_method": None}, "merge_method"),
@@ -109,9 +123,62 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
             "models": None,
             "slices": [{"sources": [{"model": "org/a", "layer_range": [0, 2]}]}],
         },
-        "slices and modules are not supported",
+        "slices: 0: base_model is not among its models",
+    ),
+    (
+        {"models": None, "slices": SLICED[1:]},
+        r"slices: 0: layer_range \[1, 3\], expected one that begins at 0",
+    ),
+    (
+        {"models": None, "modules": {name: {"slices": SLICED} for name in "ab"}},
+        "modules: 2 of them are listed",
+    ),
+    (
+        {"models": None, "slices": [SLICED[0], {"sources": SLICED[1]["sources"][:1]}]},
+        "slices: 1: its models or their roles are others",
+    ),
+    (
+        {"models": None, "slices": [{**SLICED[0], "base_model": "org/x"}]},
+        "slices: 0: base_model is another one",
+    ),
+    (
+        {"models": None, "slices": [SLICED[0], {**SLICED[1], "parameters": {"lambda": 0.5}}]},
+        "lambda is given for layers 1 to 2: give it under the configuration's own",
+    ),
+    (
+        {"models": None, "slices": [{**SLICED[0], "parameters": {"lambda": "x"}}]},
+        "lambda must be a finite number, found 'x'",
     ),
 ]
+
+
+def test_slices_that_move_no_layer_are_models(read: Read) -> None:
+    whole, module = (
+        read(models=None, slices=SLICED),
+        read(models=None, modules={"default": {"slices": SLICED}}),
+    )
+    assert whole.models == module.models == read().models
+    assert (whole.layers, module.layers, read().layers) == (3, 3, None)
+    assert read(models=None, modules={"default": {"models": content()["models"]}}).layers is None
+
+
+def test_a_result_without_our_section_can_be_read(tmp_path: Path) -> None:
+    """mergekit-multi leaves it out; slices may have a strength of their own there."""
+    slices = [SLICED[0], {**SLICED[1], "parameters": {"lambda": 0.5}}]
+    written = content(rain=None, models=None, modules={"default": {"slices": slices}})
+    (tmp_path / "mergekit_config.yml").write_text(yaml.safe_dump(written))
+    recipe = read_recipe(tmp_path)
+    assert str(recipe.instruct) == "org/instruct"
+    assert recipe.strength == {"layers 1 to 2": 0.5, "otherwise": 1.0}
+    with pytest.raises(RainError, match="not one number"):
+        _ = recipe.one_strength
+
+
+def test_several_documents_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "multi.yml"
+    path.write_text(yaml.safe_dump_all([content(), {"merge_method": "linear"}]))
+    with pytest.raises(RainError, match="holds several documents, which mergekit-multi merges"):
+        read_config(path)
 
 
 @pytest.mark.parametrize(("change", "message"), MISTAKES)

@@ -29,7 +29,7 @@ from mergekit import merge_methods
 
 import rain_mergekit
 from rain_mergekit.calibration_file.published_coefficients import read_alpha
-from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.merge_config import MergeRecipe, read_config
 from rain_mergekit.config.plain_merge import read_any
 from rain_mergekit.data_building.constraints import read_constrained
 from rain_mergekit.data_building.prompts import read_prompts
@@ -168,8 +168,8 @@ def test_yaml_is_a_configuration(block: Block, tmp_path: Path) -> None:
     path = tmp_path / block.file
     path.write_text(block.text, encoding="utf-8")
     config = read_any(path)
-    if isinstance(config, RainConfig):
-        assert config.settings.reasoning_data
+    if isinstance(config, MergeRecipe):
+        assert read_config(path).settings.reasoning_data
     else:
         assert merge_methods.get(config.method).spec.name == config.method
 

@@ -1,0 +1,101 @@
+"""The models of a merge, also where they are listed by slices of layers or by modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.config import (
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.untrusted_input import shown
+
+
+@dataclass(frozen=True)
+class ListedModels:
+    """The models with their parameters.
+
+    layers: how many the slices have together, None where there are no slices. strengths: the
+    `lambda` of slices or of the module, by what it is for, where one has its own.
+    """
+
+    models: Sequence[InputModelDefinition]
+    layers: int | None
+    strengths: dict[str, Any]
+
+
+def listed_models(merge: MergeConfiguration, source: str) -> ListedModels:
+    """From `models:`, from `slices:` that leave every layer in its place, or from one module.
+
+    mergekit itself writes all merges of `mergekit-multi` as one module with slices. RainError names
+    what `source` has instead.
+    """
+    if merge.models:
+        return ListedModels(merge.models, None, {})
+    module = _one_module(merge, source)
+    given = (module.parameters if module else None) or {}
+    strengths = {"the module": given["lambda"]} if "lambda" in given else {}
+    if module and module.models:
+        return ListedModels(module.models, None, strengths)
+    slices = (module.slices if module else merge.slices) or []
+    layers = _layers_in_place(slices, merge, source)
+    for one in slices:
+        if one.parameters and "lambda" in one.parameters:
+            first, end = one.sources[0].layer_range
+            strengths[f"layers {first} to {end - 1}"] = one.parameters["lambda"]
+    return ListedModels(_models(slices[0].sources), layers, strengths)
+
+
+def _one_module(merge: MergeConfiguration, source: str) -> OutputModuleDefinition | None:
+    """The only module, None where there are none; RainError if there are more."""
+    modules = merge.modules or {}
+    if len(modules) > 1:
+        raise RainError(
+            f"{source}: modules: {len(modules)} of them are listed ({shown(', '.join(modules))}); "
+            "rain merges the decoder alone: list the models under `models:`"
+        )
+    return next(iter(modules.values()), None)
+
+
+def _layers_in_place(
+    slices: Sequence[OutputSliceDefinition], merge: MergeConfiguration, source: str
+) -> int:
+    """The number of layers; RainError where one is not where it is in the models."""
+    end = 0
+    if merge.base_model not in {part.model for part in slices[0].sources}:
+        raise RainError(
+            f"{source}: slices: 0: base_model is not among its models; mergekit wants it listed "
+            "in every slice, without a role"
+        )
+    for number, one in enumerate(slices):
+        where = f"{source}: slices: {number}"
+        ranges = {part.layer_range for part in one.sources}
+        if len(ranges) != 1 or one.sources[0].layer_range[0] != end:
+            found = ", ".join(map(str, sorted(map(list, ranges))))
+            raise RainError(
+                f"{where}: layer_range {found}, expected one that begins at {end} for all models: "
+                "rain merges layers in their own places; merge first, move layers afterwards"
+            )
+        if one.base_model not in (None, merge.base_model):
+            raise RainError(f"{where}: base_model is another one than that of the whole merge")
+        if _models(one.sources) != _models(slices[0].sources):
+            raise RainError(
+                f"{where}: its models or their roles are others than those of the first slice; "
+                "rain merges the same three models in all layers"
+            )
+        end = one.sources[0].layer_range[1]
+    return end
+
+
+def _models(sources: Sequence[InputSliceDefinition]) -> list[InputModelDefinition]:
+    found: Iterator[InputModelDefinition] = (
+        InputModelDefinition(model=one.model, parameters=one.parameters) for one in sources
+    )
+    return sorted(found, key=lambda one: str(one.model))
