@@ -25,6 +25,8 @@ _COMMANDS = {
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
     "finish": ("rain_mergekit.commands.finish:finish", "Put right what mergekit-yaml wrote."),
     "verify": ("rain_mergekit.commands.verify:verify", "Measure what a merge did to thinking."),
+    "ask": ("rain_mergekit.commands.ask:ask", "Let a model answer prompts, and keep the answers."),
+    "compare": ("rain_mergekit.commands.compare:compare", "What a merge won and lost in answers."),
     "sweep": ("rain_mergekit.commands.sweep:sweep", "Merge at several strengths and compare."),
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
     "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
@@ -125,7 +127,8 @@ class RainGroup(click.Group):
     help=_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done; 1 an input cannot be used (one line says why); 2 wrong usage; "
-    "3 verify found that the thinking was damaged; 130 interrupted, 143 terminated.",
+    "3 verify found that the thinking was damaged, or compare that a bound is broken; "
+    "130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, "--version", prog_name="mergekit-rain")
 @click.pass_context

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from rain_mergekit.commands.asking import writer_of
 from rain_mergekit.commands.data_options import BuildOptions
-from rain_mergekit.commands.options import given_markers, pick_device, pick_dtype
+from rain_mergekit.commands.options import given_markers
 from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rain_mergekit.data_building.balance import Candidate
     from rain_mergekit.data_building.collect import Collected
     from rain_mergekit.data_building.judge import Kept
-    from rain_mergekit.data_building.tasks import Sampling, Writer, Written
+    from rain_mergekit.data_building.tasks import Writer, Written
     from rain_mergekit.text.markers import Markers
 
 
@@ -48,11 +49,10 @@ def build(
     start, output = time.monotonic(), options.output
     refuse_overwriting(output, output + SUFFIX)
     console.print(f"Asking {options.model}: {counted(len(prompts), 'prompt')}")
-    writer, sampling = _writer(options)
-    template = {"chat_template_kwargs": options.chat_template_kwargs}
-    judge = _judge(
-        writer, given_markers(options.markers), template["chat_template_kwargs"], candidate
-    )
+    kwargs = options.chat_template_kwargs
+    writer, sampling = writer_of(options.model, options.asking, kwargs, options.loading)
+    template = {"chat_template_kwargs": kwargs}
+    judge = _judge(writer, given_markers(options.markers), kwargs, candidate)
     with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
         known = len(journal)
         if known:
@@ -73,7 +73,7 @@ def build(
         found.dropped.update(getattr(writer, "refused", ()))
         if not found.kept:
             raise RainError(f"no answer of {found.asked} can be kept ({_reasons(found.dropped)})")
-        chosen = choose(found.kept, options.count, options.seed)
+        chosen = choose(found.kept, options.count, options.asking.seed)
         write_samples(output, [item.sample for item in chosen])
         _summary(found, chosen, options, time.monotonic() - start, console)
         console.print(
@@ -84,49 +84,10 @@ def build(
 
 def _reading(options: BuildOptions) -> str:
     """The options with which `data check` sees what the model has seen."""
-    found = "" if options.server else f" --model {options.model}"
-    if options.chat_template_kwargs and not options.server:
+    found = "" if options.asking.server else f" --model {options.model}"
+    if options.chat_template_kwargs and not options.asking.server:
         found += f" --chat-template-kwargs '{json.dumps(options.chat_template_kwargs)}'"
     return found + "".join(f" --markers {shlex.join(pair)}" for pair in options.markers)
-
-
-def _writer(options: BuildOptions) -> tuple[Writer, Sampling]:
-    """The model, and how its answers are drawn."""
-    from rain_mergekit.data_building.tasks import Sampling  # noqa: PLC0415
-
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    template = options.chat_template_kwargs
-    if options.server is not None:
-        from rain_mergekit.data_building.server import Address, ServerWriter  # noqa: PLC0415
-
-        address = Address(
-            options.server,
-            options.model,
-            options.timeout,
-            options.parallel,
-            options.retries,
-            options.api_key_env,
-            # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
-            {**({"chat_template_kwargs": template} if template else {}), **options.extra_body},
-        )
-        return ServerWriter(address, sampling), sampling
-    from rain_mergekit.data_building.local import LocalWriter  # noqa: PLC0415
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
-
-    local = LocalWriter(
-        open_checkpoint(options.model, options.loading.options()),
-        sampling,
-        device=pick_device(options.device),
-        dtype=pick_dtype(options.dtype),
-        batch_size=options.batch_size,
-        chat_template_kwargs=template,
-    )
-    return local, sampling
 
 
 def _judge(

@@ -7,10 +7,11 @@ import math
 import sys
 from dataclasses import asdict
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from rain_mergekit.commands.json_output import print_json
 from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def inspect(calibration: str, *, as_json: bool) -> None:
     finally:
         file.close()
     if as_json:
-        click.echo(json.dumps(_plain(asdict(summary)), indent=1, allow_nan=False))
+        print_json("inspect", asdict(summary))
         return
     for line in _screen(summary, blocks=_terminal()):
         click.echo(line)
@@ -52,15 +53,6 @@ def _terminal() -> bool:
     """Whether somebody looks at the output, and its encoding has the block characters."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     return sys.stdout.isatty() and encoding.startswith("utf")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:

@@ -60,7 +60,8 @@ class Talk:
         return Console(quiet=self.quiet or quiet, verbosity=self.verbosity)
 
 
-_GROUPS: dict[str, type[Any]] = {"Loading": Loading, "Talk": Talk}
+# Fields of these types take the values of their own fields; modules add theirs.
+GROUPS: dict[str, type[Any]] = {"Loading": Loading, "Talk": Talk}
 
 
 def typed(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
@@ -83,7 +84,7 @@ def typed(options: type[Options]) -> Callable[[Callable[[Options], None]], Calla
 def _grouped(options: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for field in fields(options):
-        if (group := _GROUPS.get(str(field.type))) is not None:
+        if (group := GROUPS.get(str(field.type))) is not None:
             found[field.name] = group(**{part.name: found.pop(part.name) for part in fields(group)})
     return found
 

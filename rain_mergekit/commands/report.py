@@ -103,18 +103,17 @@ def report(options: ReportOptions) -> None:
         raise click.UsageError("--against and --reasoning-data are of use with --merged only")
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
-    from rain_mergekit.system.atomic_file import replacing  # noqa: PLC0415
+    from rain_mergekit.report.page_file import protect_foreign, write_page  # noqa: PLC0415
 
     console = options.talk.console()
     require_matplotlib()
     from rain_mergekit.report.page import render  # noqa: PLC0415 - imports it
 
-    _protect_foreign(options.output)
+    protect_foreign(options.output)
     file = CalibrationFile.open(options.calibration)
     merged = _merged(file, options.merged, options, console) if options.merged else None
     page = render(file, merged, _vectors(file, options, console))
-    with replacing(options.output) as out:
-        out.write(page.encode("utf-8", "replace"))
+    write_page(options.output, page)
     console.heading(f"Wrote {options.output}")
 
 
@@ -147,17 +146,6 @@ def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) ->
         if asked:
             raise
         return str(error)
-
-
-def _protect_foreign(output: str) -> None:
-    """Arguments in the wrong order must not cost somebody a calibration."""
-    from rain_mergekit.system.atomic_file import destination, refuse_foreign  # noqa: PLC0415
-
-    path, ours = destination(output), True
-    if path.is_file():
-        with path.open("rb") as file:
-            ours = file.read(9).upper().startswith(b"<!DOCTYPE")
-    refuse_foreign(output, "an HTML page", "name another file with -o", ours=ours)
 
 
 def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console: Console) -> Merged:

@@ -49,7 +49,7 @@ def collect(
         if not todo:
             break
         asked += len(todo)
-        _ask(list(todo), writer, journal, quiet=quiet, label=_label(attempt, attempts))
+        ask_all(list(todo), writer, journal, quiet=quiet, label=_label(attempt, attempts))
         for task, index in todo.items():
             if task not in journal:
                 continue  # refused by a server
@@ -65,9 +65,10 @@ def _label(attempt: int, attempts: int) -> str:
     return "answers" if attempts == 1 else f"answers, attempt {attempt + 1}"
 
 
-def _ask(
+def ask_all(
     tasks: Sequence[Task], writer: Writer, journal: Journal, *, quiet: bool, label: str
 ) -> None:
+    """Ask what the journal has no answer to, and keep each answer at once; shows the time left."""
     done = sum(task in journal for task in tasks)
     with tqdm(total=len(tasks), initial=done, desc=label, unit="", disable=quiet) as progress:
         for answers in writer.write(tasks, journal.__contains__):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +19,25 @@ _MADE_BY = "mergekit-rain data"
 
 
 class Journal:
-    """A file of JSON lines beside the set; one process at a time.
+    """A file of JSON lines, by default one beside the set; one process at a time.
 
     The first line says what the answers were made with, each other one holds one answer. A line
-    that a crash cut short is dropped, and that answer is asked for again.
+    that a crash cut short is dropped, and that answer is asked for again. describe: what a line
+    says of its task beside the key.
     """
 
-    def __init__(self, output: str | os.PathLike[str], made_with: Mapping[str, Any]) -> None:
-        self.path = Path(os.fspath(output) + SUFFIX)
-        self._head = {"made_by": _MADE_BY, **made_with}
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        made_with: Mapping[str, Any],
+        *,
+        made_by: str = _MADE_BY,
+        suffix: str = SUFFIX,
+        describe: Callable[[Task], Mapping[str, Any]] = lambda _task: {},
+    ) -> None:
+        self.path = Path(os.fspath(output) + suffix)
+        self._made_by, self._describe = made_by, describe
+        self._head = {"made_by": made_by, **made_with}
         self._answers: dict[str, Written] = {}
         self._file = -1
 
@@ -72,7 +82,8 @@ class Journal:
         lines = ""
         for task, written in answers:
             self._answers[task.key] = written
-            lines += json.dumps({"key": task.key, **asdict(written)}, ensure_ascii=True) + "\n"
+            content = {"key": task.key, **self._describe(task), **asdict(written)}
+            lines += json.dumps(content, ensure_ascii=True) + "\n"
         self._append(lines)
 
     def _append(self, text: str) -> None:
@@ -99,15 +110,17 @@ class Journal:
         for line in lines[1:]:
             found = _load(line)
             try:
-                answer = Written(found["text"], found["reasoning"], found["finished"])
+                answer = Written(
+                    found["text"], found["reasoning"], found["finished"], found.get("tokens")
+                )
                 self._answers[found["key"]] = answer
             except KeyError:
                 continue  # not a whole answer: it is asked for again
 
     def _compare(self, head: Mapping[str, Any]) -> None:
-        if head.get("made_by") != _MADE_BY:
+        if head.get("made_by") != self._made_by:
             raise RainError(
-                f"{self.path}: exists and holds no answers of `mergekit-rain data`; it will not be "
+                f"{self.path}: exists and holds no answers of `{self._made_by}`; it will not be "
                 "overwritten: name another output with -o"
             )
         differing = [name for name, value in self._head.items() if head.get(name) != value]

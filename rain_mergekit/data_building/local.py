@@ -73,7 +73,7 @@ class LocalWriter:
         texts = continue_prompts(
             self._model, self.tokenizer, heads, self._sampling.max_new_tokens, self._drawing()
         )
-        return [Written(text, None, finished) for text, finished in texts]
+        return [Written(one.text, None, one.finished, one.tokens) for one in texts]
 
     def _drawing(self) -> dict[str, Any]:
         """The model's own way of drawing tokens, with what the user has set in its place."""

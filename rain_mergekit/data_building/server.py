@@ -23,6 +23,8 @@ _REASONING = ("reasoning_content", "reasoning")
 _MOST_BYTES = 64 * 1024**2
 _TRANSIENT = {408, 409, 425, 429}
 _OF_ONE_PROMPT = {400, 413, 422}  # too long for the model, or refused by its template
+PAUSE = 1.0  # seconds before a request is tried again, doubled each time
+_LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Address:
 class ServerWriter:
     """Each answer is one request with a seed of its own; determinism is the server's then."""
 
-    def __init__(self, address: Address, sampling: Sampling, pause: float = 1.0) -> None:
-        self._address, self._sampling, self._pause = address, sampling, pause
+    def __init__(self, address: Address, sampling: Sampling) -> None:
+        self._address, self._sampling = address, sampling
         self._url = _endpoint(address.url)
         self._headers = {"Content-Type": "application/json", **_key(address.key_variable)}
         self._opener = _opener(self._url)
@@ -61,7 +63,8 @@ class ServerWriter:
     ) -> Iterator[list[tuple[Task, Written]]]:
         """Answers as they come. RainError if the server cannot be used; other errors are retried.
 
-        A prompt that the server refuses gives no answer; the reason goes to `refused`.
+        Before that, what is being answered already is waited for: no finished answer is lost. A
+        prompt that the server refuses gives no answer; the reason goes to `refused`.
         """
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         found: queue.SimpleQueue[tuple[Task, Written | Exception]] = queue.SimpleQueue()
@@ -73,18 +76,24 @@ class ServerWriter:
             # Daemons: an interruption must not wait for answers that may take minutes.
             arguments = (waiting, found, stop)
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
+        failure: Exception | None = None
+        left = len(open_tasks)
         try:
-            for _ in open_tasks:
+            while left > (waiting.qsize() if failure else 0):
                 task, outcome = found.get()
+                left -= 1
                 if isinstance(outcome, _RefusedError):
                     self.refused.append(str(outcome))
                     yield []
                 elif isinstance(outcome, Exception):
-                    raise outcome
+                    failure = failure or outcome
+                    stop.set()
                 else:
                     yield [(task, outcome)]
         finally:
             stop.set()
+        if failure is not None:
+            raise failure
 
     def _work(
         self,
@@ -109,7 +118,8 @@ class ServerWriter:
             try:
                 return self._ask(task)
             except _PassingError as error:  # noqa: PERF203 - the pauses take longer
-                if attempt == self._address.retries or stop.wait(self._pause * 2**attempt):
+                wait = max(PAUSE * 2**attempt, error.wait)
+                if attempt == self._address.retries or stop.wait(wait):
                     raise RainError(
                         f"the server {self._url} gives no usable answer: {error}; the answers so "
                         "far are kept, the same command goes on from there"
@@ -124,7 +134,7 @@ class ServerWriter:
                 data = response.read(_MOST_BYTES)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._failure(error.code, _detail(error)) from None
+                raise self._failure(error.code, _detail(error), _asked_wait(error)) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise _PassingError(f"{reason or type(error).__name__}") from None
@@ -141,10 +151,10 @@ class ServerWriter:
             **self._address.extra,
         }
 
-    def _failure(self, code: int, detail: str) -> Exception:
+    def _failure(self, code: int, detail: str, wait: float) -> Exception:
         text = f"HTTP {code}{detail}"
         if code in _TRANSIENT or code >= 500:
-            return _PassingError(text)
+            return _PassingError(text, wait)
         if code in _OF_ONE_PROMPT:
             return _RefusedError(f"refused by the server: {text}")
         return RainError(
@@ -154,7 +164,11 @@ class ServerWriter:
 
 
 class _PassingError(Exception):
-    """May be gone the next time."""
+    """May be gone the next time; wait: seconds that the server has asked for."""
+
+    def __init__(self, text: str, wait: float = 0.0) -> None:
+        super().__init__(text)
+        self.wait = wait
 
 
 class _RefusedError(Exception):
@@ -197,6 +211,12 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *proxies)
 
 
+def _asked_wait(error: urllib.error.HTTPError) -> float:
+    """Seconds of `Retry-After`, at most a minute; 0 where it is a date or nothing."""
+    value = error.headers.get("Retry-After", "")
+    return min(float(value), _LONGEST_WAIT) if value.strip().isdecimal() else 0.0
+
+
 def _detail(error: urllib.error.HTTPError) -> str:
     """What the server says of its refusal, as a short text."""
     try:
@@ -214,12 +234,14 @@ def _detail(error: urllib.error.HTTPError) -> str:
 def _parse(data: bytes) -> Written:
     """The first choice of a chat completion; anything else is no answer."""
     try:
-        choice = json.loads(data)["choices"][0]
+        completion = json.loads(data)
+        choice = completion["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
         reasoning = next((message[n] for n in _REASONING if message.get(n) is not None), None)
         text = message.get("content") or ""
+        tokens = (completion.get("usage") or {}).get("completion_tokens")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _PassingError("what it sends is not a chat completion") from None
     if not isinstance(text, str) or not isinstance(reasoning, str | None):
         raise _PassingError("what it sends is not a chat completion")
-    return Written(text, reasoning, reason == "stop")
+    return Written(text, reasoning, reason == "stop", tokens if type(tokens) is int else None)

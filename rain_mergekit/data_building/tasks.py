@@ -39,12 +39,14 @@ class Task:
 class Written:
     """What a model wrote; `reasoning` is given where a server has taken it out of the text.
 
-    `finished`: the model ended its turn within the token limit.
+    `finished`: the model ended its turn within the token limit. `tokens`: how many it generated,
+    None where nobody has said so.
     """
 
     text: str
     reasoning: str | None
     finished: bool
+    tokens: int | None = None
 
 
 class Writer(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.instructions.answer_key import AnswerKey, read_key
 from rain_mergekit.system.json_fields import Fields
 from rain_mergekit.system.json_samples import StrPath, read_samples
 
@@ -26,11 +27,31 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt and its instructions, often none."""
+    """One prompt, its instructions, often none, and what is right, where that is known.
+
+    kind: groups prompts in tables, "" where none is given.
+    """
 
     source: str
     text: str
     instructions: tuple[Instruction, ...] = ()
+    key: AnswerKey | None = None
+    kind: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON, as `parse_prompt` reads it."""
+        found: dict[str, Any] = {"prompt": self.text}
+        if self.kind:
+            found["kind"] = self.kind
+        if self.key is not None:
+            parts = self.key.parts
+            found["answer"] = parts[0] if len(parts) == 1 else list(parts)
+            if self.key.choices:
+                found["choices"] = list(self.key.choices)
+        if self.instructions:
+            found["instruction_id_list"] = [item.kind for item in self.instructions]
+            found["kwargs"] = [dict(item.kwargs) for item in self.instructions]
+        return found
 
 
 def read_prompts(path: StrPath) -> list[Asked]:
@@ -38,17 +59,20 @@ def read_prompts(path: StrPath) -> list[Asked]:
 
     `{prompt, instruction_id_list, kwargs}` as in IFEval's file, or
     `{prompt, related_prompt_list: [{instruction_id, kwargs, prompt_spans}]}` as in an instruction
-    set. Raises RainError naming file, line and field.
+    set; with `kind`, `answer` and `choices` or without. Raises RainError naming file, line and
+    field.
     """
-    return read_samples(path, _parse)[1]
+    return read_samples(path, lambda source, value: parse_prompt(Fields(source, value)))[1]
 
 
-def _parse(source: str, value: object) -> Asked:
-    fields = Fields(source, value)
+def parse_prompt(fields: Fields) -> Asked:
+    """One prompt from the fields of its object."""
+    source = fields.source
     prompt = fields.required("prompt", "every line needs a prompt")
     ours = fields.value("related_prompt_list") is not None
     found = _related(fields, source) if ours else _listed(fields, source)
-    return Asked(source, prompt, tuple(found))
+    kind = fields.text("kind") or ""
+    return Asked(source, prompt, tuple(found), read_key(fields), kind)
 
 
 def _related(fields: Fields, source: str) -> Iterator[Instruction]:

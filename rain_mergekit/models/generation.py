@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
@@ -55,6 +55,14 @@ class Answer:
     finished: bool
 
 
+class Continued(NamedTuple):
+    """What came after a prompt: tokens counts the one that ends the turn too."""
+
+    text: str
+    finished: bool
+    tokens: int
+
+
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,7 +87,7 @@ def generate(
         written = continue_prompts(
             model, tokenizer, [rendered[index] for index in batch], max_new_tokens
         )
-        for index, (text, finished) in zip(batch, written, strict=True):
+        for index, (text, finished, _) in zip(batch, written, strict=True):
             opened = bool(markers.opening(rendered[index]))
             thought = split_thinking(text, markers, opened_by_template=opened)
             answers[index] = Answer(prompts[index], text, thought, finished)
@@ -108,8 +116,8 @@ def continue_prompts(
     prompts: list[str],
     limit: int,
     sampling: Mapping[str, Any] = _GREEDY,
-) -> list[tuple[str, bool]]:
-    """Text and whether it ended within `limit` tokens, without the token that ends a turn.
+) -> list[Continued]:
+    """Each text, without the token that ends a turn, and whether it ended within `limit` tokens.
 
     prompts: rendered, from `render_prompt`. sampling: fields of transformers' GenerationConfig.
     """
@@ -141,8 +149,7 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-def _until_end(
-    tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int]
-) -> tuple[str, bool]:
+def _until_end(tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int]) -> Continued:
     length = next((i for i, token in enumerate(row) if token in ends), None)
-    return str(tokenizer.decode(row[:length])), length is not None
+    tokens = len(row) if length is None else length + 1
+    return Continued(str(tokenizer.decode(row[:length])), length is not None, tokens)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
-import jinja2
-from markupsafe import Markup
-
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.summary import summarise
 from rain_mergekit.evaluation.task_vectors import TaskVectors
 from rain_mergekit.report import calibration_pictures, merge_pictures, task_vector_pictures
 from rain_mergekit.report.merge_pictures import Merged
+from rain_mergekit.report.templates import fill
 
 
 def render(
@@ -25,13 +21,9 @@ def render(
 
     Raises RainError if the file is damaged.
     """
-    source = resources.files("rain_mergekit.report") / "page.html"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["inline"] = _markup
     summary = summarise(file)
-    page: str = environment.from_string(source.read_text(encoding="utf-8")).render(
+    return fill(
+        "page.html",
         summary=summary,
         merged=merged,
         overview=list(calibration_pictures.overview(summary)),
@@ -48,9 +40,3 @@ def render(
         kept=calibration_pictures.numbers_of(summary.sites, lambda site: site.kept),
         responses=calibration_pictures.numbers_of(summary.sites, lambda site: site.response),
     )
-    return page.lstrip()
-
-
-def _markup(svg: str) -> Markup:
-    """Mark our own SVG as safe; everything else on the page is escaped."""
-    return Markup(svg)  # noqa: S704 - serialised by ElementTree, which escapes all text in it

@@ -61,9 +61,9 @@ def tokenizer_markers(
     return found[0] if len(found) == 1 else Markers()
 
 
-def text_markers(text: str) -> Markers:
-    """The known markers in one output; `<think>` where there are none, or of several kinds."""
-    found = _written([text], ())
+def text_markers(*texts: str) -> Markers:
+    """The known markers in these outputs; `<think>` where there are none, or of several kinds."""
+    found = _written(texts, ())
     return found[0] if len(found) == 1 else Markers()
 
 

@@ -1,0 +1,94 @@
+"""The lines that `ask` and `compare` print; without heavy imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rain_mergekit.system.untrusted_input import shortened
+
+if TYPE_CHECKING:
+    from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
+    from rain_mergekit.evaluation.comparison import Difference, Example
+
+_SHOWN = 240  # characters of an answer
+
+
+def fault_lines(sets: Sequence[AnswerSet]) -> Iterator[str]:
+    """What users would complain of, a row a fault and a column a model."""
+    from rain_mergekit.evaluation.answer_summary import FAULTS, fault_counts, means  # noqa: PLC0415
+
+    counts, averages = [fault_counts(one) for one in sets], [means(one) for one in sets]
+    wide = max(12, *(len(one.name) + 2 for one in sets))
+    answers = "".join(f"{len(one.answers):>{wide}}" for one in sets)
+    yield f"{'':<26}" + "".join(f"{one.name:>{wide}}" for one in sets)
+    yield f"{'answers':<26}{answers}"
+    for fault in FAULTS:
+        cells = [one.get(fault) for one in counts]
+        if any(cells):
+            shown = ("-" if cell is None else f"{cell.found}/{cell.of}" for cell in cells)
+            yield f"{fault:<26}" + "".join(f"{text:>{wide}}" for text in shown)
+    for name, label in (("thinking", "tokens of thinking"), ("answering", "tokens of response")):
+        yield f"{label:<26}" + "".join(f"{one[name]:>{wide}.0f}" for one in averages)
+
+
+def difference_lines(found: Sequence[Difference]) -> Iterator[str]:
+    """One line a metric that differs or could: before, after, difference, interval, meaning."""
+    yield f"  {'':<26}{'first':>9}{'second':>9}{'change':>10}   {'95 % interval':<22}meaning"
+    for one in found:
+        if one.metric.share and not (one.first or one.second):
+            continue
+        yield f"  {_row(one)}"
+
+
+def _row(one: Difference) -> str:
+    if one.metric.share:
+        values = [f"{100 * value:.1f} %" for value in (one.first, one.second)]
+        change, ends = f"{100 * one.mean:+.1f}", (100 * one.low, 100 * one.high)
+        bounds = f"{ends[0]:+.1f} to {ends[1]:+.1f}"
+    else:
+        values = [f"{value:.4g}" for value in (one.first, one.second)]
+        change, bounds = f"{one.mean:+.3g}", f"{one.low:+.3g} to {one.high:+.3g}"
+    return (
+        f"{one.metric.label:<26}{values[0]:>9}{values[1]:>9}{change:>10}   {bounds:<22}"
+        f"{one.verdict}"
+    )
+
+
+def sentence(name: str, found: Sequence[Difference]) -> str:
+    """The verdict in one line: what got worse, what got better, and what cannot be told."""
+    parts = []
+    for verdict in ("worse", "better", "not known"):
+        members = [one for one in found if one.verdict == verdict and one.metric.good]
+        if verdict == "not known":
+            members = [one for one in members if one.first or one.second]
+        if members:
+            parts.append(f"{verdict}: " + ", ".join(map(_phrase, members)))
+    loops = next((one for one in found if one.metric.name == "looped"), None)
+    if loops is not None and not loops.second:
+        parts.append(f"no loop in {loops.prompts} prompts")
+    parts += [
+        f"tokens {100 * one.mean / one.first:+.0f} %"
+        for one in found
+        if one.metric.name == "tokens" and one.first
+    ]
+    return f"{name}: " + "; ".join(parts or ["no difference that counts"])
+
+
+def _phrase(one: Difference) -> str:
+    return f"{one.metric.label} {100 * one.mean:+.0f} points"
+
+
+def example_lines(found: Sequence[Example]) -> Iterator[str]:
+    """Both answers to prompts that were lost or won, shortened."""
+    for one in found:
+        change = "won" if one.won else "lost"
+        yield f"  {change}, {one.metric.label}: {shortened(one.first.asked.text, _SHOWN)}"
+        yield f"    first:  {_shown(one.first)}"
+        yield f"    second: {_shown(one.second)}"
+
+
+def _shown(answer: Answer) -> str:
+    written = answer.written
+    whole = written.text if written.reasoning is None else f"{written.reasoning} | {written.text}"
+    return shortened(whole, _SHOWN) or "(nothing)"

@@ -1,0 +1,135 @@
+"""`mergekit-rain ask`: let a model answer prompts, and keep everything it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rain_mergekit.commands.asking import Asking, asking_options, writer_of
+from rain_mergekit.commands.json_output import json_option, print_json
+from rain_mergekit.commands.options import (
+    Loading,
+    MarkerPairs,
+    Talk,
+    given_markers,
+    loading_options,
+    markers_option,
+    output_options,
+    template_option,
+    typed,
+)
+
+if TYPE_CHECKING:
+    from rain_mergekit.commands.console import Console
+    from rain_mergekit.instructions.prompts import Asked
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """What the command line says."""
+
+    model: str
+    output: str
+    prompts: str | None
+    count: int | None
+    samples: int
+    markers: MarkerPairs
+    chat_template_kwargs: dict[str, Any]
+    asking: Asking
+    as_json: bool
+    loading: Loading
+    talk: Talk
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  mergekit-rain ask ./merged -o merged.jsonl --count 64\n"
+    "  mergekit-rain ask NAME --server http://localhost:8000/v1 --parallel 32 -o merged.jsonl"
+)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    default="answers.jsonl",
+    show_default=True,
+    help="Where answers are kept; answers that are there are not asked for again.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(),
+    help="JSON or JSON lines with `prompt`, and perhaps `answer`, `instruction_id_list`, `kwargs` "
+    " [default: 332 prompts that come with the package]",
+)
+@click.option("--count", type=click.IntRange(min=1), help="Use this many of them, evenly spaced.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Answers to each prompt.",
+)
+@asking_options("Longest answer; too short a limit cuts thinking off.")
+@markers_option
+@template_option
+@json_option
+@loading_options
+@output_options
+@typed(AskOptions)
+def ask(options: AskOptions) -> None:
+    """Let MODEL answer prompts, and say what is wrong with its answers.
+
+    MODEL is a folder or hub name, or with --server the name under which the server runs it. Tokens
+    are drawn as the model's makers recommend (generation_config.json) unless --temperature says
+    otherwise. An interrupted run goes on where it was. `mergekit-rain compare` reads the file.
+    """
+    from rain_mergekit.commands.answer_text import fault_lines  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.evaluation.answer_files import read_answers  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_summary import summary  # noqa: PLC0415
+
+    console = options.talk.console(quiet=options.as_json)
+    console.setup()
+    _ask(options, _prompts(options), console)
+    found = read_answers(options.output)
+    if options.as_json:
+        print_json("ask", summary(found))
+        return
+    for line in fault_lines([found]):
+        console.print(line)
+    console.print(f"Next: mergekit-rain compare OTHER.jsonl {options.output}")
+
+
+def _prompts(options: AskOptions) -> list[Asked]:
+    """Checked before anything that takes time."""
+    from rain_mergekit.evaluation.answer_files import own_prompts  # noqa: PLC0415
+    from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
+    from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
+    from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
+
+    found = own_prompts() if options.prompts is None else read_prompts(options.prompts)
+    chosen = list(evenly_spaced(found, options.count or len(found)))
+    check_rules(chosen)
+    return chosen
+
+
+def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:
+    from rain_mergekit.commands.console import counted  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_files import ask as ask_into  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_files import header  # noqa: PLC0415
+
+    template = options.chat_template_kwargs
+    writer, sampling = writer_of(options.model, options.asking, template, options.loading)
+    head = header(writer, sampling, given_markers(options.markers), template)
+    console.print(f"Asking {options.model}: {counted(len(asked), 'prompt')}")
+    quiet = not console.progress
+    try:
+        new = ask_into(writer, asked, options.output, head, samples=options.samples, quiet=quiet)
+    except KeyboardInterrupt:
+        hint = f"the answers so far are kept in {options.output}; the same command goes on"
+        raise KeyboardInterrupt(hint) from None
+    refused = getattr(writer, "refused", ())
+    if refused:
+        console.warn(f"{counted(len(refused), 'prompt')} not answered, the first: {refused[0]}")
+    console.print(f"{counted(new, 'new answer')} in {options.output}")

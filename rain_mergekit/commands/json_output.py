@@ -1,0 +1,34 @@
+"""Results for programs: one JSON object on stdout, marked with what it is and its version."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+VERSION = 1  # of all formats; fields may be added under it, none is removed or changes its meaning
+
+
+def json_option(function: F) -> F:
+    """--json."""
+    text = "Print the results as JSON, for programs, and nothing else."
+    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def print_json(command: str, content: Mapping[str, Any]) -> None:
+    """One object; what JSON has no number for (NaN, infinity) is null."""
+    head = {"format": f"mergekit-rain {command}", "version": VERSION}
+    click.echo(json.dumps({**head, **plain(content)}, indent=1, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists, texts and finite numbers only."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,195 @@
+"""What is measured of one answer: its thinking block, length, loops, language, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rain_mergekit.data_building.tasks import Written
+from rain_mergekit.instructions.prompts import Asked
+from rain_mergekit.instructions.rules import follows
+from rain_mergekit.text.markers import Markers, first
+from rain_mergekit.text.repetition import Repetition, repetition
+from rain_mergekit.text.thinking_blocks import Thought, split_thinking
+from rain_mergekit.text.writing_systems import LEAST_SHARE, foreign_share
+
+# An answer that was cut off loops too if it says so little new: loops that count up, or vary a
+# word, never repeat a span exactly.
+_STALE_NGRAMS = 0.5
+_OTHER_LANGUAGES = "language:response_language"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One answer to one prompt.
+
+    blocks: thinking blocks, open ones too. thinking, answering: tokens (by the characters' share
+    of all, where the text holds both; words and signs where nobody has counted tokens). foreign:
+    largest share of letters in scripts that the prompt does not have. correct, followed: None
+    where the prompt has no key, no instructions.
+    """
+
+    opened: bool
+    closed: bool
+    blocks: int
+    empty: bool
+    finished: bool
+    thinking: float
+    answering: float
+    repetition: Repetition
+    foreign: float
+    correct: bool | None
+    followed: tuple[bool, ...] | None
+
+    @property
+    def tokens(self) -> float:
+        """Of thinking and response together."""
+        return self.thinking + self.answering
+
+    @property
+    def whole(self) -> bool:
+        """Exactly one thinking block, with something in it, that was closed."""
+        return self.opened and self.closed and not self.empty and self.blocks == 1
+
+    @property
+    def looped(self) -> bool:
+        """A span comes at least four times in a row, or the text was cut off and stale."""
+        stale = not self.finished and self.repetition.ngrams > _STALE_NGRAMS
+        return self.repetition.loop is not None or stale
+
+    @property
+    def switched(self) -> bool:
+        """Whether thinking or response leave the scripts of the prompt."""
+        return self.foreign > LEAST_SHARE
+
+    @property
+    def obedient(self) -> bool | None:
+        """Whether all instructions are followed; None without any."""
+        return None if self.followed is None else all(self.followed)
+
+    @property
+    def both(self) -> bool | None:
+        """Right, and all instructions followed; None unless the prompt has both."""
+        if self.correct is None or self.obedient is None:
+            return None
+        return self.correct and self.obedient
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How answers of one model are taken apart: its markers, and whether its template opens."""
+
+    markers: Markers
+    opened_by_template: bool
+
+
+def reading_of(written: Sequence[Written], markers: Markers, opens: bool | None) -> Reading:
+    """opens None: the template is not known, and is taken to open the block if any answer closes.
+
+    An answer that closes a block without opening it can be nothing else.
+    """
+    if opens is None:
+        opens = any(_only_closes(one, markers) for one in written)
+    return Reading(markers, opens)
+
+
+def _only_closes(written: Written, markers: Markers) -> bool:
+    text = written.text.lstrip()
+    if written.reasoning is not None or markers.loose:
+        return False
+    opened = first(text, markers.opens, 0, len(text))
+    closed = first(text, markers.closes(), 0, len(text))
+    return closed is not None and (opened is None or closed[0] < opened[0])
+
+
+def taken_apart(written: Written, how: Reading) -> tuple[Thought, int]:
+    """Thinking and response, and the number of blocks, closed or open.
+
+    Where a server has taken the thinking out, a block without a response was never closed.
+    """
+    if written.reasoning is not None:
+        inner = written.reasoning.strip()
+        rest = written.text.strip()
+        again = _count(rest, how.markers, opened=False)
+        return Thought(True, bool(rest) and not again[1], inner, rest), 1 + again[0]
+    thought = split_thinking(written.text, how.markers, opened_by_template=how.opened_by_template)
+    if not thought.opened:
+        return thought, _count(written.text, how.markers, opened=False)[0]
+    given = how.opened_by_template and not _begins(written.text, how.markers)
+    return thought, _count(written.text, how.markers, opened=given)[0]
+
+
+def _begins(text: str, markers: Markers) -> bool:
+    return text.lstrip().startswith(markers.opens)
+
+
+def _count(text: str, markers: Markers, *, opened: bool) -> tuple[int, bool]:
+    """Blocks in the text, and whether the last one is open at its end."""
+    blocks, _ = markers.scan(text, opened=(0, 0) if opened else None)
+    end = blocks[-1].close[1] if blocks else 0
+    is_open = (opened and not blocks) or first(text, markers.opens, end, len(text)) is not None
+    return len(blocks) + is_open, is_open
+
+
+def measure(asked: Asked, written: Written, how: Reading) -> Measured:
+    """Everything about one answer. An answer whose block is not closed has no response.
+
+    Without a block all of the text is the response, as a user would read it. RainError for an
+    instruction that no rule can check.
+    """
+    thought, blocks = taken_apart(written, how)
+    response = thought.response if thought.closed or not thought.opened else ""
+    everything = f"{thought.thinking}\n{thought.response}"
+    repeated = repetition(everything)
+    thinking, answering = _lengths(thought, response, written.tokens, repeated.units)
+    foreign = [foreign_share(asked.text, part) for part in (thought.thinking, response)]
+    return Measured(
+        opened=thought.opened,
+        closed=thought.closed,
+        blocks=blocks,
+        empty=thought.opened and thought.closed and not thought.thinking,
+        finished=written.finished,
+        thinking=thinking,
+        answering=answering,
+        repetition=repeated,
+        foreign=0.0 if _other_language(asked) else max(foreign),
+        correct=None if asked.key is None else asked.key.right(response),
+        followed=tuple(follows(asked, response)) if asked.instructions else None,
+    )
+
+
+def _other_language(asked: Asked) -> bool:
+    return any(item.kind == _OTHER_LANGUAGES for item in asked.instructions)
+
+
+def _lengths(
+    thought: Thought, response: str, tokens: int | None, units: int
+) -> tuple[float, float]:
+    total = float(units if tokens is None else tokens)
+    characters = len(thought.thinking) + len(response)
+    share = len(thought.thinking) / characters if characters else float(thought.opened)
+    return total * share, total * (1 - share)
+
+
+def faults(found: Measured) -> Iterator[str]:
+    """What a user would complain of, in words; nothing of a good answer."""
+    if (broken := _broken(found)) is not None:
+        yield broken
+    checks = {
+        "empty block": found.empty,
+        "several blocks": found.blocks > 1,
+        "no response": found.closed and not found.answering,
+        "loop": found.looped,
+        "other language": found.switched,
+        "wrong answer": found.correct is False,
+        "instruction not followed": found.obedient is False,
+    }
+    yield from (name for name, seen in checks.items() if seen)
+
+
+def _broken(found: Measured) -> str | None:
+    if not found.opened:
+        return "no thinking block"
+    if not found.closed:
+        return "block never closed" if found.finished else "cut off while thinking"
+    return None if found.finished else "answer cut off"

@@ -1,0 +1,60 @@
+"""Figures of compared answers: differences with their intervals, and one quality by another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rain_mergekit.evaluation.comparison import Difference
+from rain_mergekit.report.figures import COLOURS, drawn, label
+from rain_mergekit.report.svg import FAINT, INK
+
+_MEANING = {"better": COLOURS[2], "worse": COLOURS[1]}
+Points = Mapping[str, tuple[float, float]]
+
+
+def intervals(prefix: str, rows: Sequence[Difference]) -> str:
+    """A line a share: the difference in points, and the interval that holds 95 %."""
+
+    def draw(axes: Any) -> None:
+        for place, one in enumerate(reversed(rows)):
+            colour = _MEANING.get(one.verdict, INK)
+            axes.plot([100 * one.low, 100 * one.high], [place, place], color=colour, lw=2)
+            axes.plot([100 * one.mean], [place], "o", color=colour, ms=5)
+        axes.axvline(0, color=FAINT, lw=1.0)
+        axes.set_yticks(range(len(rows)), [label(one.metric.label) for one in reversed(rows)])
+        axes.set(xlabel="difference from the first, points", ylim=(-0.7, len(rows) - 0.3))
+        axes.grid(visible=True, axis="x", color=FAINT, alpha=0.25, lw=0.5)
+
+    size = (5.4, 0.9 + 0.28 * len(rows))
+    return drawn(prefix, "differences with their 95 percent intervals", draw, size)
+
+
+def quality(prefix: str, across: str, up: str, points: Points, *, less: bool) -> str:
+    """A point a model, and a line through those that no other beats in both.
+
+    less: a small value across is the better one.
+    """
+
+    def draw(axes: Any) -> None:
+        for index, (name, (x, y)) in enumerate(points.items()):
+            axes.plot([x], [y], "o", color=COLOURS[index % len(COLOURS)], ms=7)
+            axes.annotate(label(name), (x, y), (5, 5), textcoords="offset points", fontsize=9)
+        best = pareto(list(points.values()), less=less)
+        axes.plot([x for x, _ in best], [y for _, y in best], "--", color=FAINT, lw=1.0, zorder=0)
+        axes.set(xlabel=across, ylabel=up)
+        axes.margins(0.2)
+        axes.grid(visible=True, color=FAINT, alpha=0.25, lw=0.5)
+
+    return drawn(prefix, f"{up} by {across}", draw)
+
+
+def pareto(points: Sequence[tuple[float, float]], *, less: bool) -> list[tuple[float, float]]:
+    """The points that no other beats in one coordinate without losing in the other, in order."""
+    sign = -1.0 if less else 1.0
+    best, found = float("-inf"), []
+    for x, y in sorted(points, key=lambda point: (-sign * point[0], -point[1])):
+        if y > best:
+            best = y
+            found.append((x, y))
+    return sorted(found)
