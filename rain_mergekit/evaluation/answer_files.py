@@ -44,7 +44,7 @@ class AnswerSet:
 
     @property
     def by_prompt(self) -> dict[str, list[Answer]]:
-        """The answers to each prompt, in the order of the file."""
+        """The answers to each prompt; prompts in the order of their text."""
         found: dict[str, list[Answer]] = {}
         for answer in self.answers:
             found.setdefault(answer.asked.text, []).append(answer)
@@ -111,7 +111,8 @@ def read_answers(path: str, name: str | None = None) -> AnswerSet:
     head = _object(path, 1, lines[0]) if lines else JsonObject([])
     if head.get("made_by") != MADE_BY:
         raise RainError(f"{path}: is not a file of answers; `{MADE_BY}` writes them")
-    rows = [_row(path, number, line) for number, line in enumerate(lines[1:], start=2)]
+    found = (_row(path, number, line) for number, line in enumerate(lines[1:], start=2))
+    rows = sorted(found, key=lambda row: (row[0].text, row[1]))  # answers come in any order
     if not rows:
         raise RainError(f"{path}: holds no answers yet; run `{MADE_BY}` again")
     return AnswerSet(name or Path(path).stem, path, head, tuple(_measured(head, rows)))

@@ -165,7 +165,7 @@ class Example:
 
 
 def examples(first: AnswerSet, second: AnswerSet, names: Sequence[str], most: int) -> list[Example]:
-    """Up to `most` prompts lost and as many won for each of the named metrics, in file order."""
+    """Up to `most` prompts lost and as many won for each of the named metrics."""
     both = second.by_prompt
     pairs = [
         (one, other)
