@@ -21,12 +21,14 @@ from rain_mergekit.system.terminal_safe import clean_lines
 
 # Name -> (module:object, one line of help); the modules are heavy.
 _COMMANDS = {
+    "check": ("rain_mergekit.commands.check:check", "Say what a configuration will meet."),
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
     "finish": ("rain_mergekit.commands.finish:finish", "Put right what mergekit-yaml wrote."),
     "verify": ("rain_mergekit.commands.verify:verify", "Measure what a merge did to thinking."),
     "ask": ("rain_mergekit.commands.ask:ask", "Let a model answer prompts, and keep the answers."),
     "compare": ("rain_mergekit.commands.compare:compare", "What a merge won and lost in answers."),
+    "diff": ("rain_mergekit.commands.diff:diff", "Show which tensors of two models differ."),
     "sweep": ("rain_mergekit.commands.sweep:sweep", "Merge at several strengths and compare."),
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
     "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
@@ -127,7 +129,8 @@ class RainGroup(click.Group):
     help=_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done; 1 an input cannot be used (one line says why); 2 wrong usage; "
-    "3 verify found that the thinking was damaged, or compare that a bound is broken; "
+    "3 verify found that the thinking was damaged, compare that a bound is broken, or check "
+    "that the merge would stop; "
     "130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, "--version", prog_name="mergekit-rain")

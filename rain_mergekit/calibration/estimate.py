@@ -84,6 +84,7 @@ class Estimate:
         read_bytes: bytes read from the checkpoints.
         forward_flops: floating-point operations of the forward passes.
         statistics_flops: those of the bases and factors.
+        rank: the largest that the change or the protection of a module may get.
     """
 
     memory: Mapping[str, int]
@@ -92,6 +93,7 @@ class Estimate:
     read_bytes: int
     forward_flops: float
     statistics_flops: float
+    rank: int = 0
 
     @property
     def peak(self) -> int:
@@ -208,6 +210,7 @@ def estimate(
         forward_flops=shape.layers * forward_flops(shape, work),
         statistics_flops=shape.layers * statistics_flops(shape, sites)
         + 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden),
+        rank=min(rank, work.protected_rows + work.reading_rows),
     )
 
 

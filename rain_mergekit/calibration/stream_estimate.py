@@ -113,4 +113,5 @@ def estimate_streams(
         * shape.layer_parameters
         * (own * (1 + _MERGED_PASSES) + others),
         statistics_flops=shape.layers * (products + solves),
+        rank=rank,
     )

@@ -87,8 +87,7 @@ def relative_size(
     left out. NaN if no tensor is shared or a value is not finite (NaN compares as not larger).
     """
     both = _in_both(instruct, pretrained, names)
-    chosen = both[:: max(1, -(-len(both) // _TENSORS))]
-    tuned, origin = _sample(instruct, chosen), _sample(pretrained, chosen)
+    tuned, origin = sampled_rows((instruct, pretrained), both)
     change = sum(_square(tuned[name] - row) for name, row in origin.items())
     weights = min(sum(map(_square, rows.values())) for rows in (tuned, origin))
     if not both or not math.isfinite(change + weights):  # it is named with its tensor when read
@@ -96,6 +95,17 @@ def relative_size(
     if not weights:
         return math.inf if change else 0.0
     return float((change / weights) ** 0.5)
+
+
+def sampled_rows(
+    indices: Sequence[ShardedTensorIndex], names: Sequence[str]
+) -> list[Mapping[str, Tensor]]:
+    """Up to 4 rows of up to 512 of the named tensors, evenly chosen, of each checkpoint; float64.
+
+    All of them have every tensor.
+    """
+    chosen = names[:: max(1, -(-len(names) // _TENSORS))]
+    return [_sample(index, chosen) for index in indices]
 
 
 def first_difference(
