@@ -33,7 +33,7 @@ SWITCH = "RAIN_MERGEKIT_AUTOLOAD"
 REGISTRY = "mergekit.merge_methods.registry"
 METHOD = "rain_mergekit.merge_method.method"
 
-_log = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 _deferred = False
 
 
@@ -85,13 +85,13 @@ def _ready(name: str) -> bool:
 
 
 def _report(error: Exception) -> None:
-    _log.warning(
+    LOG.warning(
         "merge_method: rain is not available in this process: %s: %s (%s=0 stops the attempt)",
         type(error).__name__,
         error,
         SWITCH,
     )
-    _log.debug("where it failed", exc_info=error)
+    LOG.debug("where it failed", exc_info=error)
 
 
 def _is_ours(finder: object) -> bool:

@@ -83,14 +83,14 @@ class RainGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Before a command is imported, and torch with it: what has to be asked for till then."""
+        """Set what must be in the environment before a command imports torch."""
         threads.wait_passively()
         if blas_mode.OPTION in args:
             blas_mode.ask()
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The commands with their line of help, without importing them: a key waits for it."""
+        """The commands with their line of help, not imported: completion must be fast."""
         found = [
             CompletionItem(name, help=text)
             for name, (_, text) in _COMMANDS.items()
@@ -136,7 +136,7 @@ class RainGroup(click.Group):
 @click.version_option(__version__, "--version", prog_name="mergekit-rain")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """The group; what it says is `_HELP`."""
+    """The command group; its help text is `_HELP`."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
 
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    """Unwind, so that temporary files go away."""
+    """Raise an exception, so that temporary files are removed."""
     _received.append(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-import rain_mergekit
+from rain_mergekit.calibration.header import CalibrationHeader, Origin
 from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerResultFile
 from rain_mergekit.calibration.stream_warnings import stream_warnings
-from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.capture.input_sites import site_name
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
@@ -26,43 +24,38 @@ from rain_mergekit.models.merge_names import Names, Target
 Sources: TypeAlias = "dict[str, Tensor | Callable[[], Tensor]]"
 
 
-def write_file(
-    path: Path,
-    header: Mapping[str, Any],
+def assemble(
+    origin: Origin,
     parts: Sequence[LayerResultFile],
     names: Names,
-    settings: RainSettings,
-) -> tuple[str, ...]:
-    """Add coefficients and write the calibration file atomically; returns recorded warnings.
+    matrices: Sequence[str],
+    noted: Sequence[str],
+) -> tuple[CalibrationHeader, Sources]:
+    """The header of the calibration file and the tensors to be written, by key.
 
-    header: models, data, settings and warnings so far; the rest is added here. names: what the
-    merge will call each tensor.
+    Args:
+        origin: models, data, settings, and how the calibration ran.
+        parts: what each layer contributes.
+        names: what the merge calls each tensor.
+        matrices: all weights of the layers that may multiply features.
+        noted: warnings so far.
     """
     sources: Sources = {key: partial(part.read, key) for part in parts for key in part.keys}
     sites = {name: site for part in parts for name, site in part.sites.items()}
     tensors = {name: dict(entry) for part in parts for name, entry in part.tensors.items()}
-    layers = _coefficients(parts, settings, tensors, sources)
-    left = header.get("untouched", ())
+    layers = _coefficients(parts, origin.settings, tensors, sources)
+    left = _untouched(matrices, parts)
     streams = [part.streams for part in parts if part.streams is not None]
-    warnings = [*header.get("warnings", ()), *_warnings(sites, parts, layers, left)]
-    warnings += stream_warnings(streams, tensors)
+    warnings = [*noted, *_warnings(sites, parts, layers, left), *stream_warnings(streams, tensors)]
     warnings += _small_coefficients(layers, sources)
-    complete = {
-        "created_by": f"rain_mergekit {rain_mergekit.__version__}",
-        **header,
-        "sites": sites,
-        "tensors": _renamed(tensors, names, sources),
-        "layers": layers,
-        "warnings": warnings,
-    }
-    if streams:
-        complete["streams"] = {"layers": streams}
-    write_calibration(path, complete, sources)
-    return tuple(warnings)
+    header = CalibrationHeader(
+        origin, left, warnings, sites, _renamed(tensors, names, sources), layers, streams
+    )
+    return header, sources
 
 
-def untouched(names: Sequence[str], parts: Sequence[LayerResultFile]) -> list[str]:
-    """Those of the layers' weights that multiplied no features of a token, e.g. convolutions."""
+def _untouched(names: Sequence[str], parts: Sequence[LayerResultFile]) -> list[str]:
+    """The layers' weights that do not multiply token features, e.g. convolutions."""
     merged = {name for part in parts for name in part.tensors}
     return [name for name in names if name not in merged]
 
@@ -136,7 +129,7 @@ def _renamed(
 ) -> dict[str, dict[str, Any]]:
     """The entries under the names of the merge, one an expert where it merges them singly.
 
-    What mergekit leaves out keeps the model's own name.
+    Tensors that mergekit omits keep the model's own name.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, entry in tensors.items():
@@ -147,7 +140,7 @@ def _renamed(
 
 
 def _expert(entry: Mapping[str, Any], target: Target, sources: Sources) -> dict[str, Any]:
-    """One expert's entry. An expert's rows belong to no head: all have the same scale."""
+    """The entry of one expert. Its rows belong to no attention head, so all have the same scale."""
     site, rows = entry["site"], entry["rows"]
     if rows is not None:
         vector, rows = sources[rows], f"{rows}.{target.shape[0]}"
@@ -200,7 +193,7 @@ _SMALL = 0.1
 
 
 def _small_coefficients(layers: Sequence[Mapping[str, Any]], sources: Sources) -> Iterator[str]:
-    """What coefficients sum up to, where that is next to nothing."""
+    """A warning if the coefficients are so small that the merge would do almost nothing."""
     used = [sources[layer["stats"]["alpha"]] for layer in layers]
     values = [float(value) for alpha in used if isinstance(alpha, Tensor) for value in alpha]
     mean = fmean(map(abs, values)) if values else 1.0
@@ -213,7 +206,7 @@ def _small_coefficients(layers: Sequence[Mapping[str, Any]], sources: Sources) -
 
 
 def _coarse(part: LayerResultFile) -> list[str]:
-    """Weights right inside the attention module that have no heads, though they should."""
+    """Weights of the attention module whose shape fits no known layout of heads."""
     if part.layout is None:
         return []
     found = []

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +18,19 @@ from rain_mergekit.calibration.estimate import (
     hidden_budget,
 )
 from rain_mergekit.calibration.estimate_inputs import model_shape, workload
+from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer import LayerCalibrator, LayerResult
 from rain_mergekit.calibration.layer_file import write_part
 from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
-    run_identity,
     stored_names,
 )
 from rain_mergekit.calibration.layer_sites import LayerSites
 from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
-from rain_mergekit.calibration.options import RunOptions, max_rank
+from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
-from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
@@ -40,10 +38,7 @@ from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.streams import REASONING, Stream, StreamPlan, build_streams
 from rain_mergekit.capture.token_chunks import TokenChunks
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
-from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.models.loading import Trio, default_dtype
-from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
 from rain_mergekit.text.token_positions import ReasoningTokens
 
@@ -53,22 +48,20 @@ LOG = logging.getLogger(__name__)
 class CalibrationEngine:
     """The work of one process: its share of the samples, every layer."""
 
-    def __init__(
-        self, config: RainConfig, options: RunOptions, trio: Trio, samples: Samples, world: World
-    ) -> None:
-        self._settings, self._options, self._trio = config.settings, options, trio
-        self._samples, self._world = samples, world
-        dtype = options.dtype or default_dtype(trio.config, options.device)
-        self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, str(world.device))
-        self.indices = range(len(self.shell.layers))
-        self._weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        self._weights.check(layer_shapes(self.shell), self.matrices)
+    def __init__(self, job: CalibrationJob) -> None:
+        self._job, self._settings, self._options = job, job.settings, job.options
+        self._samples, self._world = job.samples, job.world
+        samples, world, trio = job.samples, job.world, job.trio
+        self.layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(world.device))
+        self.indices = range(len(self.layerwise.layers))
+        self._weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
+        self._weights.check(layer_shapes(self.layerwise), self.matrices)
         self._head = (
             None
-            if config.settings.lm_head == "off"
-            else find_head(self.shell, trio, self._weights, samples, config.settings)
+            if job.settings.lm_head == "off"
+            else find_head(self.layerwise, trio, self._weights, samples, job.settings)
         )
-        self.max_rank = max_rank(self.needs[0], config.settings)
+        self.max_rank = max_rank(self.needs[0], job.settings)
         self._passes: dict[str, int] = {}
         if len(samples.reasoning.samples) < world.size:
             raise RainError(
@@ -79,12 +72,12 @@ class CalibrationEngine:
     @property
     def matrices(self) -> list[str]:
         """All weights of the decoder layers that may multiply features."""
-        return matrix_names(self.shell)
+        return matrix_names(self.layerwise)
 
     @property
     def tensors(self) -> list[str]:
         """The names of all these in the reasoning model's checkpoint."""
-        return stored_names(self.shell, self.matrices)
+        return stored_names(self.layerwise, self.matrices)
 
     @cached_property
     def plans(self) -> list[StreamPlan]:
@@ -93,29 +86,17 @@ class CalibrationEngine:
 
     @cached_property
     def needs(self) -> tuple[ModelShape, Workload]:
-        """What the memory of this run follows from."""
+        """The shapes and token counts that determine the memory of this run."""
         positions = {plan.name: plan.positions for plan in self.plans}
         vocabulary = 0 if self._head is None else self._head.shape[0]
-        return model_shape(self.shell, vocabulary), workload(
-            self._samples, positions, len(self.plans) - 1, self.shell.dtype
+        return model_shape(self.layerwise, vocabulary), workload(
+            self._samples, positions, len(self.plans) - 1, self.layerwise.dtype
         )
 
     @property
     def parts(self) -> int:
         """How many parts the calibration file is made of: one a layer, and one for the head."""
         return len(self.indices) + (self._head is not None)
-
-    def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """What must be equal for an interrupted run to be continued."""
-        return run_identity(
-            self.shell,
-            self._trio,
-            self._samples,
-            self._settings,
-            self._options,
-            self._world,
-            models,
-        )
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by purpose, over all processes."""
@@ -133,7 +114,7 @@ class CalibrationEngine:
         try:
             first = work.restore(stores)
             tokens = sum(sum(store.lengths) for store in stores.values())
-            quiet = self._options.quiet or self._world.rank > 0
+            quiet = self._job.quiet
             samples = sum(map(len, stores.values()))
             with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
                 for index in self.indices[first:]:
@@ -158,7 +139,7 @@ class CalibrationEngine:
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
         original = [stream for name, stream in streams.items() if name != MERGED]
         sites = LayerSites("", self._settings, self._world)
-        result = calibrate_head(self.shell, head, self._weights, original, sites, self.max_rank)
+        result = calibrate_head(self.layerwise, head, self._weights, original, sites, self.max_rank)
         if self._world.rank == 0:
             write_part(path, "", result)
         self._weights.release()
@@ -168,7 +149,7 @@ class CalibrationEngine:
         states = (stream.store.get(index) for index in range(len(stream)))
         samples = [item for item in stream.samples if isinstance(item, ReasoningTokens)]
         few = shortest(self._samples.reasoning.samples)
-        return likelihood(self.shell, samples, states, self._world, few)
+        return likelihood(self.layerwise, samples, states, self._world, few)
 
     def _streams(self, work: WorkDir) -> dict[str, Stream]:
         oblique = self._settings.projection == "oblique"
@@ -177,7 +158,7 @@ class CalibrationEngine:
         plans = [plan.part(self._world) for plan in self.plans]
         keep = self._options.keep_on_device
         folder = work.path / f"process-{self._world.rank}"
-        return build_streams(self.shell, plans, hidden, folder, keep_on_device=keep)
+        return build_streams(self.layerwise, plans, hidden, folder, keep_on_device=keep)
 
     def estimate(self) -> Estimate:
         """Memory, disk and operations of the whole run on one process."""
@@ -195,9 +176,9 @@ class CalibrationEngine:
         self, index: int, streams: Mapping[str, Stream], tick: Callable[[int], object]
     ) -> LayerResult:
         chunks, name = TokenChunks(), self._name(index)
-        with self.shell.layer(index) as layer, chunks.applied(layer):
+        with self.layerwise.layer(index) as layer, chunks.applied(layer):
             solver = LayerSites(name, self._settings, self._world)
-            model_type = self._trio.config.model_type
+            model_type = self._job.trio.config.model_type
             calibrator = LayerCalibrator(index, layer, solver, tick, chunks, model_type)
             sites = SiteMap()
             original = [stream for name, stream in streams.items() if name != MERGED]
@@ -218,10 +199,10 @@ class CalibrationEngine:
     def _task_vector(
         self, layer: str, weight: LinearWeight, expert: int | None
     ) -> Iterator[Tensor]:
-        return self._weights.task_vector(layer, weight, expert, self.shell.device)
+        return self._weights.task_vector(layer, weight, expert, self.layerwise.device)
 
     def _name(self, index: int) -> str:
-        return f"{self.shell.prefix}.{index}"
+        return f"{self.layerwise.prefix}.{index}"
 
     def _count(self, streams: Sequence[Stream]) -> None:
         for stream in streams:

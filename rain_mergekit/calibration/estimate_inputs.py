@@ -23,22 +23,22 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 
 
-def model_shape(shell: LayerwiseModel, vocabulary: int = 0) -> ModelShape:
+def model_shape(layerwise: LayerwiseModel, vocabulary: int = 0) -> ModelShape:
     """From the modules without weights and the file headers; no tensor is read.
 
     vocabulary: rows of the output head, if it is merged.
     """
-    layer = max(shell.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
-    sites = _sites(layer, _experts_share(shell))
-    checkpoint = shell.checkpoint
-    everything = sum(parameter.numel() for parameter in shell.model.parameters())
+    layer = max(layerwise.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
+    sites = _sites(layer, _experts_share(layerwise))
+    checkpoint = layerwise.checkpoint
+    everything = sum(parameter.numel() for parameter in layerwise.model.parameters())
     return ModelShape(
-        layers=len(shell.layers),
+        layers=len(layerwise.layers),
         layer_parameters=sum(parameter.numel() for parameter in layer.parameters()),
         largest_matrix=max(parameter.numel() for parameter in layer.parameters()),
-        hidden=shell.hidden_size,
+        hidden=layerwise.hidden_size,
         heads_width=max((site.width for name, site in sites if "attn" in name), default=0)
-        or shell.hidden_size,
+        or layerwise.hidden_size,
         ffn=max(site.width for _, site in sites),
         stored_itemsize=max(1, min(8, round(checkpoint.bytes / everything))),
         model_bytes=checkpoint.bytes,
@@ -83,9 +83,9 @@ def _straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
     return (*first, width, rows) if transposed else (*first, rows, width)
 
 
-def _experts_share(shell: LayerwiseModel) -> float:
+def _experts_share(layerwise: LayerwiseModel) -> float:
     """Which share of the tokens a routed expert gets if all get the same; 1 where unknown."""
-    config = text_config(shell.model.config)
+    config = text_config(layerwise.model.config)
     chosen, count = (
         next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
         for names in (_CHOSEN, _EXPERTS)

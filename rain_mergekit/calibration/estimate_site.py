@@ -1,6 +1,6 @@
 """The memory that one input site takes: its feature rows, then its solution.
 
-Each step of `solve.solve_site` is a sum of the arrays that it holds; bytes.
+Each step of `site_solver.solve_site` is the sum of the arrays that it holds, in bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the processes of one calibration exchange: feature rows, then the results of the sites.
 
-Right for one process alone too, where nothing is exchanged.
+With a single process nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CPU = torch.device("cpu")
 
 
 def collect_rows(world: World, collector: RowCollector, width: int, owner: int) -> None:
-    """Bring the rows of one group to their owner; the others' collectors become empty."""
+    """Send the rows of one group to the site's owner; the other collectors are emptied."""
     if world.size == 1:
         return
     block, count = collector.take(width, world.device)

@@ -1,4 +1,4 @@
-"""How the sites of a layer are fitted, and what is summed for it within the memory given."""
+"""How the sites of a layer are fitted, and the sums for it within the given memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _MATRICES = 3 * 8
 
 @dataclass(frozen=True)
 class FitRule:
-    """epsilon: ε of the ridge. share and max_rank: how the rank of each change is chosen.
+    """How each site of a layer is fitted.
 
-    token_weight: of one token, by group. budget: bytes that the sums of one site may take.
+    Attributes:
+        epsilon: the ridge penalty ε.
+        share: of the fitted energy that the low-rank change of a weight keeps.
+        max_rank: upper bound of its rank.
+        token_weight: weight of one token, by group.
+        budget: bytes that the sums of one site may take.
     """
 
     epsilon: float
@@ -34,7 +39,7 @@ def empty_sums(
     rule: FitRule,
     world: World,
 ) -> tuple[RidgeSums | RidgeRows, int]:
-    """Sums of d x d, or, where these are beyond the budget, rows: then every how many tokens.
+    """Sums (d, d), or single rows if the sums exceed the budget; and the step between used tokens.
 
     width: d, the inputs of the site. outputs: d_out by the weights' names. Several processes add
     up sums only.

@@ -25,7 +25,7 @@ TOKENS = "tokens"  # the key of the rows that are merged, where rows are tokens
 
 @dataclass(frozen=True)
 class LayerResultFile:
-    """One layer as read back: header entries, statistics, and which tensors lie in the file.
+    """One layer read back: header entries, statistics, and the keys of the tensors in the file.
 
     streams: of a layer of stream matching, its name and the errors by group of tokens.
     """

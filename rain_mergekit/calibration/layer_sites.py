@@ -11,7 +11,12 @@ from torch import Tensor
 
 from rain_mergekit.calibration.exchange import collect_rows, share_result
 from rain_mergekit.calibration.protected_positions import INSTRUCTION, READ, protected_groups
-from rain_mergekit.calibration.site_solver import SiteResult, solve_site, unconstrained
+from rain_mergekit.calibration.site_solver import (
+    SiteFeatures,
+    SiteResult,
+    solve_site,
+    unconstrained,
+)
 from rain_mergekit.capture.input_sites import LinearWeight, RowPicker, SiteMap, dotted
 from rain_mergekit.capture.streams import Stream
 from rain_mergekit.config.settings import RainSettings
@@ -52,7 +57,7 @@ class LayerSites:
         sample: int,
         start: Callable[[], int] = lambda: 0,
     ) -> RowPicker:
-        """Picks a sample's rows for each site into `collected`, by group of positions.
+        """A function that adds a sample's rows of each site to `collected`, by group of positions.
 
         start: the index in the whole text of the first token that passes at that moment.
         """
@@ -125,20 +130,13 @@ class LayerSites:
         read = [weighted_rows(collectors, [Group(name, 1.0)]) for name in READ]
         count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
         trim_heap()
-        return solve_site(
-            dotted(self.name, site),
-            rows,
-            count,
-            instruction,
-            deltas,
-            self.settings,
-            max_rank,
-            [rows for rows in read if rows is not None],
-        )
+        attended = [rows for rows in read if rows is not None]
+        features = SiteFeatures(rows, count, instruction, attended)
+        return solve_site(dotted(self.name, site), features, deltas, self.settings, max_rank)
 
 
 def _inside(index: Tensor, rows: int, tokens: Tensor | None) -> Tensor:
-    """The rows of the chunk at hand that belong to token indices, which count from its start."""
+    """The rows of the current chunk for the given token indices, counted from its start."""
     if tokens is not None:
         return torch.isin(tokens, index).nonzero().flatten()
     return index[(index >= 0) & (index < rows)]

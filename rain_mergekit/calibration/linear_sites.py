@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rain_mergekit.capture.input_sites import same_tensor
 from rain_mergekit.capture.linear_outputs import LinearOutput
 
-# Families call the map from features to experts so; it is no map of features to features.
+# Names of the map from features to experts, which is not fitted.
 _ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "classifier")
 
 

@@ -53,30 +53,30 @@ class HeadWeight:
 
 
 def find_head(
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     trio: Trio,
     tensors: TrioTensors,
     samples: Samples,
     settings: RainSettings,
 ) -> HeadWeight:
     """The head of the models; RainError if it cannot be merged in the way that is asked for."""
-    head, _ = output_head(shell.model)
-    own, embedding = f"{head}.weight", embedding_weight(shell.model)
-    tied = own in getattr(shell.model, "all_tied_weights_keys", ())
-    tied = tied or own not in shell.tensors.sources
+    head, _ = output_head(layerwise.model)
+    own, embedding = f"{head}.weight", embedding_weight(layerwise.model)
+    tied = own in getattr(layerwise.model, "all_tied_weights_keys", ())
+    tied = tied or own not in layerwise.tensors.sources
     if tied and settings.lm_head == "all":
         raise RainError(
-            f"{trio.reasoning.reference}: its output head is its embedding ({embedding}), which "
-            "cannot change for the one and stay for the other: set lm_head: unseen, or off"
+            f"{trio.reasoning.reference}: its output head and its embedding are one tensor "
+            f"({embedding}), which cannot change in one place alone: set lm_head: unseen, or off"
         )
     name = embedding if tied else own
-    more = (own,) if tied and own in shell.tensors.sources else ()
-    shape = _shape(name, shell.tensors, tensors)
+    more = (own,) if tied and own in layerwise.tensors.sources else ()
+    shape = _shape(name, layerwise.tensors, tensors)
     return HeadWeight(name, more, shape, _rows(trio, samples, settings, shape[0]))
 
 
 def _shape(name: str, reasoning: ModelTensors, tensors: TrioTensors) -> tuple[int, int]:
-    """Of the reasoning model's; the others may have more rows or fewer, of the same width."""
+    """The shape of the reasoning model's head; the others may have more or fewer rows."""
     found: dict[str, Tensor] = {}
     models = {"reasoning": reasoning, "instruct": tensors.instruct}
     for role, model in {**models, "pretrained": tensors.pretrained}.items():
@@ -117,9 +117,9 @@ def _rows(trio: Trio, samples: Samples, settings: RainSettings, count: int) -> T
 def shared_tokens(
     own: PreTrainedTokenizerBase, others: Sequence[PreTrainedTokenizerBase], count: int
 ) -> Tensor:
-    """Which of `count` rows belong to a token that has the same number in all of them; bool.
+    """Which of `count` rows belong to a token with the same number in all tokenizers; bool.
 
-    A row of padding is nobody's, and one number may be two different added tokens in two models.
+    False for rows of padding, and for numbers that are different added tokens in two models.
     """
     vocabularies = [other.get_vocab() for other in others]
     same = [
@@ -150,7 +150,7 @@ def _mask(chosen: Sequence[int], count: int) -> Tensor:
 
 
 def calibrate_head(
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     head: HeadWeight,
     trio: TrioTensors,
     streams: Sequence[Stream],
@@ -160,7 +160,7 @@ def calibrate_head(
     """The head's contribution to the calibration file, from what left the last layer."""
     sites, collected, device = head.sites, Collected(), solver.world.device
     (site,) = sites.owners
-    with arriving(shell) as arrive:
+    with arriving(layerwise) as arrive:
         for stream in streams:
             for sample in range(len(stream)):
                 rows = arrive(stream.store.get(sample).to(device))

@@ -49,7 +49,7 @@ class RunOptions:
 def max_rank(shape: ModelShape, settings: RainSettings) -> int:
     """The rank cap: as given, or what the size budget allows (at least MIN_RANK_CAP).
 
-    `rank_by: full` means what it says: only an explicit `max_rank` bounds it.
+    With `rank_by: full` only an explicit `max_rank` is a bound.
     """
     if settings.max_rank is not None:
         return settings.max_rank

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from rain_mergekit.calibration.assemble import untouched, write_file
+from rain_mergekit.calibration.assemble import assemble
 from rain_mergekit.calibration.engine import CalibrationEngine
 from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.header import Origin, RunRecord
+from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer_file import LayerResultFile, read_part
 from rain_mergekit.calibration.options import RunOptions
-from rain_mergekit.calibration.samples import Samples, load_samples, record
+from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_engine import StreamEngine
 from rain_mergekit.calibration.work_folder import WorkDir
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
@@ -26,7 +29,7 @@ from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
-from rain_mergekit.models.loading import Trio, open_trio
+from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.merge_names import lost_tensors, merge_names
 from rain_mergekit.system.atomic_file import destination
 from rain_mergekit.system.determinism import deterministic
@@ -77,47 +80,39 @@ def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
 
 def plan(config: RainConfig, options: RunOptions) -> Estimate:
     """What `calibrate` would need, from file headers and token counts; nothing is run."""
-    trio = open_trio(config, options.load)
-    samples = load_samples(config.settings, trio)
-    run = _engine(config)(config, options, trio, samples, World(torch.device("cpu")))
-    return run.estimate()
+    return _engine(CalibrationJob.of(config, options, World(torch.device("cpu")))).estimate()
 
 
 def _calibrate(
     config: RainConfig, options: RunOptions, world: World, start: float
 ) -> CalibrationSummary:
-    trio = open_trio(config, options.load)
-    samples = load_samples(config.settings, trio)
-    models = _model_records(trio)
-    run = _engine(config)(config, options, trio, samples, world)
+    job = CalibrationJob.of(config, options, world)
+    trio, samples, models = job.trio, job.samples, _model_records(job.trio)
+    run = _engine(job)
     require_found(trio.items())
     accept = config.settings.accept
-    names = merge_names(trio.config, run.shell.tensors)
-    advice = warnings_of(config, trio, lost_tensors(run.shell.tensors, names))
+    names = merge_names(trio.config, run.layerwise.tensors)
+    advice = warnings_of(config, trio, lost_tensors(run.layerwise.tensors, names))
     noted = check_trio(trio, models, run.tensors, samples.markers, accept)
-    job = run.identity(models)
-    with WorkDir(config.calibration, job, world, every=options.snapshot_seconds) as work:
+    identity = job.identity(models)
+    with WorkDir(config.calibration, identity, world, every=options.snapshot_seconds) as work:
         first, likely = run.walk(work)
         world.wait()
-        noted += check_thinking(likely, run.shell, trio, samples.reasoning.samples, accept)
+        noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
         parts = [read_part(work.part(index)) for index in range(run.parts)]
-        header = {
-            "models": models,
-            "data": record(samples),
-            "settings": config.settings.model_dump(mode="json"),
-            "run": {
-                "dtype": str(run.shell.dtype).removeprefix("torch."),
-                "device": job["device"],
-                "tokenizer": job["tokenizer"],
-                "likelihood": likely.rounded(),
-                **({"deterministic": True} if options.deterministic else {}),
-            },
-            "untouched": untouched(run.matrices, parts),
-            "warnings": [*noted, *advice],
-        }
+        record = RunRecord(
+            dtype=job.dtype,
+            device=identity["device"],
+            tokenizer=identity["tokenizer"],
+            likelihood=likely.rounded(),
+            deterministic=options.deterministic,
+        )
+        origin = Origin(models, identity["data"], config.settings, record)
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
-            warnings = write_file(config.calibration, header, parts, names, config.settings)
+            header, tensors = assemble(origin, parts, names, run.matrices, [*noted, *advice])
+            write_calibration(config.calibration, header.to_json(), tensors)
+            warnings = tuple(header.warnings)
     return CalibrationSummary(
         path=config.calibration,
         seconds=time.monotonic() - start,
@@ -131,8 +126,8 @@ def _calibrate(
     )
 
 
-def _engine(config: RainConfig) -> type[CalibrationEngine | StreamEngine]:
-    return StreamEngine if config.settings.fit == "streams" else CalibrationEngine
+def _engine(job: CalibrationJob) -> CalibrationEngine | StreamEngine:
+    return StreamEngine(job) if job.settings.fit == "streams" else CalibrationEngine(job)
 
 
 def _model_records(trio: Trio) -> dict[str, Any]:
@@ -161,7 +156,7 @@ def _mean_rank(parts: Sequence[LayerResultFile]) -> float:
 def _check_writable(path: Path) -> None:
     folder = destination(path).parent
     try:
-        if not path.is_symlink():  # where a link leads to, nobody has asked for a folder
+        if not path.is_symlink():  # no folder is created behind a link
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

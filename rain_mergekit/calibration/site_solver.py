@@ -44,30 +44,50 @@ class SiteResult:
         )
 
 
+@dataclass(frozen=True)
+class SiteFeatures:
+    """What reaches one site.
+
+    Attributes:
+        protected: weighted features (n, d) that the merge leaves as they are.
+        positions: how many tokens they are of.
+        instruction: features of the instruction set's responses (m, d); None for an orthogonal
+            projection.
+        attention_inputs: features (k, d) of which only the share `reading_share` of the response
+            is protected.
+    """
+
+    protected: Tensor | FeatureRows
+    positions: int
+    instruction: Tensor | FeatureRows | None = None
+    attention_inputs: Sequence[Tensor | FeatureRows] = ()
+
+
 def solve_site(
     name: str,
-    rows: Tensor | FeatureRows,
-    positions: int,
-    instruction_rows: Tensor | FeatureRows | None,
-    deltas: Iterable[Tensor],
+    features: SiteFeatures,
+    task_vectors: Iterable[Tensor],
     settings: RainSettings,
     max_rank: int,
-    attention_inputs: Sequence[Tensor | FeatureRows] = (),
 ) -> SiteResult:
-    """Choose the rank and compute U, V of one site.
+    """Choose the rank and compute U and V of one site.
 
-    rows: n x d weighted features; instruction_rows: m x d or None (orthogonal);
-    deltas: the task vectors (d_out x d) of the modules that share the site, or blocks of their
-    rows; gone through once, and once more for each of `attention_inputs`.
-    attention_inputs: features (n x d) of which only `reading_share` of the response is to be
-    protected.
-    Raises RainError naming the site if the basis would fill the whole space.
+    Args:
+        name: of the site, for messages.
+        features: what reaches it.
+        task_vectors: Δ (d_out, d) of the modules that share the site, or blocks of their rows;
+            gone through once, and once more for each of `attention_inputs`.
+        settings: how the rank is chosen, and which projection.
+        max_rank: the largest number of directions.
+
+    Raises:
+        RainError: the basis would fill the whole space; the message names the site.
     """
     try:
-        found = projection.spectrum(rows)
+        found = projection.spectrum(features.protected)
         trim_heap()
-        others = [FeatureRows.of(more).near_unit() for more in attention_inputs]
-        answers = projection.response_energies([found, *others], deltas)
+        others = [FeatureRows.of(more).near_unit() for more in features.attention_inputs]
+        answers = projection.response_energies([found, *others], task_vectors)
         energies = answers[0] * found.total
         trim_heap()
         order, wanted = _select(found.values, energies, settings)
@@ -79,10 +99,10 @@ def solve_site(
         room, capped = min(max_rank, found.width - 1), rank < wanted
         for more, answer in zip(others, answers[1:], strict=True):
             total, share = float(answer.sum()), settings.reading_share
-            basis, cut = projection.extended_basis(basis, more, total, deltas, share, room)
+            basis, cut = projection.extended_basis(basis, more, total, task_vectors, share, room)
             capped |= cut
             trim_heap()
-        factors = _factors(basis, instruction_rows, settings)
+        factors = _factors(basis, features.instruction, settings)
     except RainError as error:
         raise RainError(f"{name}: {error}") from None
     if settings.ridge > 0:
@@ -91,7 +111,7 @@ def solve_site(
         factors = projection.soften(factors, torch.cat([weights, whole]))
     return SiteResult(
         width=found.width,
-        positions=positions,
+        positions=features.positions,
         factors=factors,
         spectrum=found.values,
         energies=energies,

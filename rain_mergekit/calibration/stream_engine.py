@@ -8,21 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.fit_rule import FitRule
+from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
-    run_identity,
     stored_names,
 )
-from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
-from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
 from rain_mergekit.calibration.stream_layer import StreamLayer, StreamLayerResult
 from rain_mergekit.calibration.stream_layer_file import write_stream_layer
@@ -34,9 +31,7 @@ from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
-from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.models.loading import Trio, default_dtype, read_model_config
-from rain_mergekit.system.distributed import World
+from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
 
 LOG = logging.getLogger(__name__)
@@ -49,28 +44,23 @@ class StreamEngine:
     One layer of each model is in memory at a time.
     """
 
-    def __init__(
-        self, config: RainConfig, options: RunOptions, trio: Trio, samples: Samples, world: World
-    ) -> None:
-        self._settings, self._options, self._trio = config.settings, options, trio
-        self._samples, self._world = samples, world
-        dtype, device = (
-            options.dtype or default_dtype(trio.config, options.device),
-            str(world.device),
-        )
-        self.shell = LayerwiseModel(trio.reasoning, trio.config, dtype, device)
+    def __init__(self, job: CalibrationJob) -> None:
+        self._job, self._settings, self._options = job, job.settings, job.options
+        self._samples, self._world = job.samples, job.world
+        trio, dtype, device = job.trio, job.dtype, str(job.world.device)
+        self.layerwise = LayerwiseModel(trio.reasoning, trio.config, dtype, device)
         self.instruct = LayerwiseModel(
             trio.instruct, read_model_config(trio.instruct), dtype, device
         )
-        self.indices = range(len(self.shell.layers))
-        weights = TrioTensors(trio, self.shell.model, self.shell.tensors)
-        weights.check(layer_shapes(self.shell), self.matrices)
+        self.indices = range(len(self.layerwise.layers))
+        weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
+        weights.check(layer_shapes(self.layerwise), self.matrices)
         self._passes = Counter[str]()
 
     @cached_property
     def texts(self) -> StreamTexts:
         """All texts of all processes."""
-        return stream_texts(self._settings, self._trio, self._samples)
+        return stream_texts(self._settings, self._job.trio, self._samples)
 
     @cached_property
     def _rule(self) -> FitRule:
@@ -85,34 +75,22 @@ class StreamEngine:
 
     @cached_property
     def _shape(self) -> StreamShape:
-        return StreamShape.of(self.shell)
+        return StreamShape.of(self.layerwise)
 
     @property
     def matrices(self) -> list[str]:
         """All weights of the decoder layers that may multiply features."""
-        return matrix_names(self.shell)
+        return matrix_names(self.layerwise)
 
     @property
     def tensors(self) -> list[str]:
         """The names of all these in the reasoning model's checkpoint."""
-        return stored_names(self.shell, self.matrices)
+        return stored_names(self.layerwise, self.matrices)
 
     @property
     def parts(self) -> int:
         """How many parts the calibration file is made of: one a layer."""
         return len(self.indices)
-
-    def identity(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """What must be equal for an interrupted run to be continued."""
-        return run_identity(
-            self.shell,
-            self._trio,
-            self._samples,
-            self._settings,
-            self._options,
-            self._world,
-            models,
-        )
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by stream, over all processes."""
@@ -130,8 +108,7 @@ class StreamEngine:
         with self._streams(texts, folder) as streams:
             stores = {name: states.store for name, states in streams.items()}
             first = work.restore(stores)
-            quiet = self._options.quiet or self._world.rank > 0
-            needs = self._shape.needs(texts)
+            quiet, needs = self._job.quiet, self._shape.needs(texts)
             with Progress(
                 len(self.indices), needs.samples, needs.tokens, first=first, quiet=quiet
             ) as progress:
@@ -152,7 +129,7 @@ class StreamEngine:
         """Memory, disk and operations of the whole run on one process."""
         budget = self._options.activation_budget
         return estimate_streams(
-            self._shape, self.texts, self.shell.dtype, self._rule.max_rank, budget
+            self._shape, self.texts, self.layerwise.dtype, self._rule.max_rank, budget
         )
 
     def _layer(
@@ -163,10 +140,10 @@ class StreamEngine:
         folder: Path,
         tick: Callable[[int], object],
     ) -> StreamLayerResult:
-        targets = SiteTargets(folder, self._options.activation_budget // 2, self.shell.dtype)
+        targets = SiteTargets(folder, self._options.activation_budget // 2, self.layerwise.dtype)
         teachers = self._teachers(texts, streams)
         try:
-            with self.shell.layer(index) as layer:
+            with self.layerwise.layer(index) as layer:
                 name = self._name(index)
                 fit = StreamLayer(name, index, layer, texts.all, self._world, tick)
                 fit.teach(streams[REASONING], targets)
@@ -185,7 +162,7 @@ class StreamEngine:
         return result
 
     def _teachers(self, texts: StreamTexts, streams: Mapping[str, HiddenStates]) -> list[Teacher]:
-        """The instruct model at the answers; for the contrast, less what it does unasked."""
+        """The instruct model at the answers; for the contrast, minus itself uninstructed."""
         first = len(texts.reasoning)
         lessons = [
             Lesson(first + number, number, reading.answer)
@@ -203,7 +180,7 @@ class StreamEngine:
     def _streams(self, texts: StreamTexts, folder: Path) -> Iterator[dict[str, HiddenStates]]:
         """Embed all texts; half of the activation budget holds hidden states, the rest is on disk.
 
-        The merged stream begins as the reasoning model's: embeddings are not merged.
+        The merged stream starts as the reasoning model's, because embeddings are not merged.
         """
         own = [text.input_ids for text in texts.all]
         streams: dict[str, HiddenStates] = {}
@@ -219,7 +196,7 @@ class StreamEngine:
                     store = self._store(name, ids, budget, folder)
                     budget -= store.memory_bytes
                     streams[name] = HiddenStates(store, [()] * len(ids))
-            _embed(self.shell, own, [streams[REASONING], streams[MERGED]])
+            _embed(self.layerwise, own, [streams[REASONING], streams[MERGED]])
             for name, readings in ((INSTRUCT, texts.readings), (BARE, texts.bare)):
                 if readings:
                     _embed(self.instruct, [one.input_ids for one in readings], [streams[name]])
@@ -231,20 +208,20 @@ class StreamEngine:
     def _store(
         self, name: str, ids: Sequence[Sequence[int]], budget: int, folder: Path
     ) -> ActivationStore:
-        shell = self.shell
-        place = shell.device if self._options.keep_on_device else torch.device("cpu")
+        layerwise = self.layerwise
+        place = layerwise.device if self._options.keep_on_device else torch.device("cpu")
         lengths = [len(one) for one in ids]
         path = folder / f"{name}.activations"
-        return ActivationStore(lengths, shell.hidden_size, shell.dtype, budget, path, place)
+        return ActivationStore(lengths, layerwise.hidden_size, layerwise.dtype, budget, path, place)
 
     def _likelihood(self, states: HiddenStates) -> Likelihood:
         samples = self._world.part(self._samples.reasoning.samples)
         rows = (states.store.get(index) for index in range(len(samples)))
         few = shortest(self._samples.reasoning.samples)
-        return likelihood(self.shell, samples, rows, self._world, few)
+        return likelihood(self.layerwise, samples, rows, self._world, few)
 
     def _name(self, index: int) -> str:
-        return f"{self.shell.prefix}.{index}"
+        return f"{self.layerwise.prefix}.{index}"
 
     def _count(self, texts: StreamTexts, sites: int) -> None:
         self._passes[REASONING] += len(texts.all)
@@ -253,12 +230,12 @@ class StreamEngine:
 
 
 def _embed(
-    shell: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[HiddenStates]
+    layerwise: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[HiddenStates]
 ) -> None:
     """Embed each text once, for all streams that carry it; they share its layer calls."""
     # Longest first, so that shorter texts share the memory of its rotary tables.
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    recorded = shell.record([texts[index] for index in order])
+    recorded = layerwise.record([texts[index] for index in order])
     for index, (hidden, calls) in zip(order, recorded, strict=True):
         for stream in streams:
             stream.store.put(index, hidden)

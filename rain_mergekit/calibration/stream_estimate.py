@@ -40,16 +40,18 @@ class StreamShape:
     model_bytes: int
 
     @classmethod
-    def of(cls, shell: LayerwiseModel) -> StreamShape:
+    def of(cls, layerwise: LayerwiseModel) -> StreamShape:
         """From the modules without weights and the file headers; no tensor is read."""
-        layer = max(shell.layers, key=_size)
+        layer = max(layerwise.layers, key=_size)
         return cls(
-            layers=len(shell.layers),
+            layers=len(layerwise.layers),
             layer_parameters=_size(layer),
-            hidden=shell.hidden_size,
+            hidden=layerwise.hidden_size,
             matrices=_matrices(layer),
-            elements_per_rank=sum(sum(shape) for one in shell.layers for shape in _matrices(one)),
-            model_bytes=shell.checkpoint.bytes,
+            elements_per_rank=sum(
+                sum(shape) for one in layerwise.layers for shape in _matrices(one)
+            ),
+            model_bytes=layerwise.checkpoint.bytes,
         )
 
     def rank_within(self, settings: RainSettings) -> int:

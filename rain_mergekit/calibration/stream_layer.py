@@ -146,7 +146,7 @@ class StreamLayer:
     def _until(
         self, wanted: Sequence[str], states: HiddenStates, text: int
     ) -> dict[str, LinearOutput]:
-        """Run the merged layer as far as these maps need; nothing is stored."""
+        """Run the merged layer until these maps have run; nothing is stored."""
         hidden = states.store.get(text).to(self._device)
         trace = LinearOutputs(self.layer, hidden.shape[0], wanted)
         with trace, suppress(LayerCutShort):
@@ -202,7 +202,7 @@ class StreamLayer:
     def result(
         self, changes: Mapping[str, LowRankChange], errors: tuple[StreamErrors, StreamErrors]
     ) -> StreamLayerResult:
-        """What goes into the file."""
+        """What this layer contributes to the calibration file."""
         axes = {one: axis for s in self.sites.values() for one, axis in s.input_axes.items()}
         return StreamLayerResult(
             changes=changes,
@@ -225,7 +225,7 @@ class StreamLayer:
         return trace.outputs()
 
     def _by_site(self, found: Mapping[str, LinearOutput]) -> Iterator[tuple[str, Tensor]]:
-        """The outputs of each site's maps side by side; zeros for one that did not run."""
+        """The outputs of each site's maps, concatenated; zeros for a map that did not run."""
         for name, site in self.sites.items():
             self._unfit |= site.outputs.keys() - found.keys()
             there = [found[one] for one in site.outputs if one in found]

@@ -16,7 +16,6 @@ from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.system.distributed import World
 from rain_mergekit.text.answer_readings import AnswerReading, read_answers
-from rain_mergekit.text.calibration_sets import read_instruction
 from rain_mergekit.text.samples import InstructionSample
 from rain_mergekit.text.token_positions import InstructionTokens
 
@@ -62,7 +61,7 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     if samples.instruction is None or settings.instruction_data is None:
         raise RainError("fit: streams needs rain.instruction_data: its answers are what is fitted")
     used = {one.source: one for one in samples.instruction.samples}
-    raw = [one for one in read_instruction(settings.instruction_data) if one.source in used]
+    raw = [one for one in samples.instruction.read if isinstance(one, InstructionSample)]
     own, other = _tokenizers(trio)
     views = [_readings(raw, other, settings, samples, bare=False)]
     if settings.teacher == "contrast":
@@ -89,9 +88,9 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
 
 
 def _tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The reasoning model's, and the one with which the instruct model reads.
+    """The reasoning model's tokenizer, and the instruct model's.
 
-    An instruct model without a tokenizer or chat template of its own reads the reasoning model's.
+    An instruct model without a tokenizer or chat template of its own uses the reasoning model's.
     """
     own = load_tokenizer(trio.reasoning)
     if not has_tokenizer(trio.instruct.path):
@@ -120,7 +119,7 @@ def _problem(
     own: PreTrainedTokenizerBase,
     other: PreTrainedTokenizerBase,
 ) -> str | None:
-    """Why the two readings of an answer cannot be laid side by side; None if they can."""
+    """Why the two tokenisations of an answer do not match token by token; None if they do."""
     count = len(tokens.input_ids) - tokens.answer_start
     if count < 2:
         return "it has no answer after its thinking"

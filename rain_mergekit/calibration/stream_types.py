@@ -43,8 +43,7 @@ class Lesson:
 class Teacher:
     """A model that teaches answers: target = Σ share · its output, beside the reasoning model's.
 
-    share: of this model in the target at the answers; keeps: what is left there of the target so
-    far.
+    share: of this model in the target at the answers. keeps: the factor on the target so far.
     """
 
     states: HiddenStates
@@ -53,7 +52,7 @@ class Teacher:
     keeps: float
 
     def mix_into(self, target: Tensor, lesson: Lesson, rows: Tensor) -> None:
-        """Let this model teach the last tokens of `target`, in place, by its own `rows` there."""
+        """Mix this model's `rows` into the last tokens of `target`, in place."""
         answer = target[-lesson.tokens :]
         answer.mul_(self.keeps).add_(rows.to(target), alpha=self.share)
 
@@ -89,7 +88,7 @@ class SiteTargets:
         self._stores: dict[str, ActivationStore] = {}
 
     def open(self, sites: Mapping[str, LinearSite], lengths: Sequence[int]) -> None:
-        """Make room for so many texts; what finds none in the budget goes to disk."""
+        """Reserve room for texts of these lengths; beyond the budget they go to disk."""
         for number, (name, site) in enumerate(sites.items()):
             store = ActivationStore(
                 lengths,
@@ -110,7 +109,7 @@ class SiteTargets:
         return self._stores[site].get(text).to(device)
 
     def mix(self, site: str, lesson: Lesson, rows: Tensor, teacher: Teacher) -> None:
-        """Let another model teach the answer: `rows` (tokens, Σ d_out) are what it gives."""
+        """Mix another model's outputs `rows` (tokens, Σ d_out) into the target of an answer."""
         target = self._stores[site].get(lesson.text).clone()
         teacher.mix_into(target, lesson, rows)
         self._stores[site].put(lesson.text, target)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-# Held-out texts are always somewhat worse. So much worse tells of too few samples.
+# Held-out texts are always somewhat worse; a larger ratio means too few samples.
 _FACTOR, _MARGIN = 2.0, 0.05
 
 

@@ -32,8 +32,8 @@ class TrioTensors:
     ) -> Iterator[Tensor]:
         """Delta = theta_I - theta_B of one weight in blocks of rows (n, d_in), float32, in order.
 
-        Of all experts, or of one. The blocks are read when asked for. RainError if one is not
-        finite.
+        expert: only this expert; None: all. The blocks are read when they are needed. Raises
+        RainError for NaN or infinity.
         """
         name = f"{layer}.{weight.name}"
         tensors = [self.instruct.get(name), self.pretrained.get(name)]
@@ -44,7 +44,7 @@ class TrioTensors:
         matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
         for tuned, origin in matrices:
             yield from self._blocks(name, tuned, origin, device)
-        # Else all of a layer's weights that were looked at stay mapped, and so in memory.
+        # Otherwise all weights of the layer stay mapped in memory.
         for model in (self.instruct, self.pretrained):
             model.checkpoint.release()
 
@@ -66,7 +66,7 @@ class TrioTensors:
     ) -> Iterator[Tensor]:
         blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
         for tuned, origin in zip(*blocks, strict=True):
-            # Moved as stored: converted before, twice as many bytes would go to a GPU.
+            # Moved in the stored type, which takes half the bytes on the way to a GPU.
             delta = tuned.to(device).to(torch.float32, copy=True)
             delta -= origin.to(device).to(torch.float32)
             if not finite(delta):

@@ -66,12 +66,12 @@ def _text(
 
 
 def _lot(ids: Sequence[int]) -> int:
-    """A number drawn from the text itself: sets often list their kinds in rotation."""
+    """A hash of the text, because sets often list their kinds in rotation."""
     return crc32(" ".join(map(str, ids)).encode())
 
 
 def _of_reasoning(sample: ReasoningTokens) -> list[str]:
-    """What is in no other group counts as prompt: later questions, tool results, white space."""
+    """Everything in no other group counts as prompt: later questions, tool results, white space."""
     groups = [PROMPTS] * len(sample.input_ids)
     _mark(groups, sample.response_positions, RESPONSES)
     _mark(groups, sample.content_positions, THINKING)

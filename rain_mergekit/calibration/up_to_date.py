@@ -25,7 +25,7 @@ from rain_mergekit.system.json_samples import file_digest
 
 # Where the data lie does not matter; their digests are compared instead.
 _PATHS = ("reasoning_data", "instruction_data")
-# Settings that came later, and the value with which everything is as it was before.
+# Settings added later, with the value that gives the earlier behaviour.
 _AS_BEFORE = {"lm_head": "off"}
 
 
@@ -45,8 +45,8 @@ class Comparison:
 def compare(config: RainConfig, options: LoadOptions) -> Comparison:
     """Compare the calibration file with the configuration that names it.
 
-    Raises RainError for what a new calibration must not paper over: a foreign file, one of a newer
-    format, models in each other's roles.
+    Raises RainError where calibrating again would be wrong: somebody else's file, a newer format,
+    or swapped roles.
     """
     path = config.calibration
     protect_foreign(path)
@@ -91,7 +91,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _cut_metadata(path: Path) -> dict[str, Any]:
-    """What can be told of a file that ends in, or is broken within, its header."""
+    """What can be read of a file whose header is cut off or broken."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
@@ -107,7 +107,7 @@ def _version(metadata: Mapping[str, Any]) -> int:
 
 def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
     recorded = header.get("settings") or {}
-    # The paths are not compared; whatever stands there makes the rest readable.
+    # Paths are not compared; placeholders make the rest readable.
     completed = {"reasoning_data": "-", "instruction_data": "-", **recorded}
     try:
         made = RainSettings.model_validate(completed)
@@ -119,7 +119,7 @@ def _settings(header: Mapping[str, Any], wanted: RainSettings) -> Iterator[str]:
     for name, value in new.items():
         if name in _PATHS:
             continue
-        if recorded and name not in recorded:  # it was made before there was this setting
+        if recorded and name not in recorded:  # the file was written before this setting existed
             if _AS_BEFORE.get(name) == value:
                 continue
             yield (
@@ -170,7 +170,7 @@ def _models(
 
 
 def _adapters(header: Mapping[str, Any], config: RainConfig, options: LoadOptions) -> Iterator[str]:
-    """Adapters by their own files: of the merged model only a few rows are compared."""
+    """Compare adapters by their own files, because fingerprints sample only a few rows."""
     for role, model in config.models.items():
         record = header.get("models", {}).get(role)
         recorded = record.get("adapter") if isinstance(record, dict) else None
@@ -194,7 +194,7 @@ def _refuse_swapped(
     found: Mapping[str, Mapping[str, str]],
     config: RainConfig,
 ) -> None:
-    """The same three models in other roles are a slip, not a new merge."""
+    """Refuse the same three models in swapped roles: that is a mistake, not a new merge."""
     if any(digests is None for digests in made.values()):
         return
     same = [role for role in found if found[role] == made[role]]

@@ -25,14 +25,14 @@ from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.distributed import World
 
 LOG = logging.getLogger(__name__)
-# What a work folder may hold: anything else in it is not ours to delete.
+# Files of a work folder; anything else in it is never deleted.
 _OURS = re.compile(r"lock|(job|snapshot)\.json|(layer|hidden|process)-.*|\..*\.tmp", re.DOTALL)
 
 
 class WorkDir:
     """Locked for one process at a time; removed when the calibration file stands.
 
-    Leaving the context by an exception keeps the folder only if there is something to go on from.
+    After an exception the folder is kept only if a later run can continue from it.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class WorkDir:
             self._lock = None
 
     def _refuse_foreign(self) -> None:
-        """A folder that happens to have our name may hold somebody's files: leave it alone.
+        """Refuse a folder of this name that holds other files.
 
-        Nothing of ours is a link: what is written would replace the file to which one leads.
+        Links are refused too: writing would replace the files that they point to.
         """
         if not self.path.is_dir():
             return
@@ -153,7 +153,7 @@ class WorkDir:
                 item.unlink(missing_ok=True)
 
     def part(self, layer: int) -> Path:
-        """Where the results of one layer lie."""
+        """The path of one layer's results."""
         return self.path / f"layer-{layer:05d}.safetensors"
 
     def _snapshot(self, layer: int, name: str) -> Path:
@@ -166,7 +166,7 @@ class WorkDir:
             return None
 
     def _forget(self) -> None:
-        """What is left if this process is killed while it removes the rest is no run to go on."""
+        """Remove job.json first, so that a half-removed folder is not continued from."""
         with suppress(OSError):
             (self.path / "job.json").unlink()
 

@@ -1,7 +1,7 @@
 """The safetensors container, read with bounds checks, by key, and without mapping the file.
 
-A mapped file that shrinks kills the process; a short read is an error message. So the few lines
-that the container needs are here, and stock safetensors reads and writes the same files.
+A memory-mapped file that shrinks kills the process, whereas a short read is an error that can be
+reported. Stock safetensors reads and writes the same files.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Kind:
 def locate(name: str) -> tuple[int | None, str]:
     """Layer and kind of a site or tensor: `model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`.
 
-    The first whole-number part is the layer; later ones (experts) become `*`.
+    The first whole number in the name is the layer; later ones (experts) become `*`.
     """
     parts = name.split(".")
     places = [i for i, part in enumerate(parts) if re.fullmatch(r"[0-9]{1,6}", part)]
@@ -99,7 +99,7 @@ def module_order(module: str) -> tuple[int, str]:
 
 
 def place(site: Site) -> tuple[int, tuple[int, str]]:
-    """A sort key: by layer, then as a layer computes; what is in no layer comes last."""
+    """A sort key: by layer, then as computed; weights outside of layers come last."""
     return sys.maxsize if site.layer is None else site.layer, module_order(site.kind)
 
 

@@ -87,7 +87,7 @@ def summarise(file: CalibrationFile) -> FileSummary:
 
 
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that differ from today's defaults, and those that this version does not know."""
+    """The settings that differ from this version's defaults or are unknown to it."""
     fields = RainSettings.model_fields
     required = {name for name, field in fields.items() if field.is_required()}
     paths = {*required, "instruction_data"}  # shown with the data

@@ -63,7 +63,7 @@ def _spool(
 
 
 def _spool_one(spool: BinaryIO, key: str, source: Source) -> tuple[Entry, str]:
-    """A function of its own, so that nothing keeps the tensor when the next one is made."""
+    """Write one tensor; it is freed before the next one is made."""
     tensor = _obtain(key, source)
     if tensor.dtype not in NAMES:
         raise RainError(f"tensor {key!r}: a calibration file does not store {tensor.dtype}")
@@ -80,7 +80,7 @@ def _sha256(data: memoryview) -> str:
 def _obtain(key: str, source: Source) -> Tensor:
     try:
         return source if isinstance(source, Tensor) else source()
-    except OSError as error:  # its own place failed, not the file that is being written
+    except OSError as error:  # its source failed, not the file that is being written
         raise RainError(f"tensor {key!r} for the calibration file: {error}") from error
 
 
@@ -92,7 +92,7 @@ def _header_text(header: Mapping[str, Any]) -> str:
 
 
 def _placed(spooled: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Final places: wide types first, so that every tensor is aligned; then by key."""
+    """Where each tensor goes: wide types first, so that all are aligned; then by key."""
     order = sorted(spooled, key=lambda key: (-spooled[key].dtype.itemsize, key))
     entries, position = {}, 0
     for key in order:

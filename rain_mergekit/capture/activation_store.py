@@ -1,4 +1,4 @@
-"""Hidden states of all samples between two layers; beyond a memory budget they are on disk."""
+"""Hidden states of all samples between two layers, in memory up to a budget, else on disk."""
 
 from __future__ import annotations
 

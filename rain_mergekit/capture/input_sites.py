@@ -62,24 +62,24 @@ class SiteMap:
 
 
 def dotted(*parts: str) -> str:
-    """Names one inside the other; empty ones are left out."""
+    """The names joined by dots, without empty ones."""
     return ".".join(part for part in parts if part)
 
 
 def site_name(parameter: str) -> str:
-    """The site of a weight that is the first to see a tensor."""
+    """The name of a site: that of the first weight that receives the tensor."""
     return parameter.removesuffix(".weight")
 
 
 class _InputSiteFinder:
-    """Follows one pass of one sample and passes on the rows of every site."""
+    """Watches one pass of one sample and hands out the feature rows of every site."""
 
     def __init__(
         self, layer: nn.Module, sites: SiteMap, pick: RowPicker, length: Callable[[], int]
     ) -> None:
         self._layer, self._sites, self._pick, self._length = layer, sites, pick, length
         self._names = {id(module): name for name, module in layer.named_modules()}
-        self._seen: list[tuple[Tensor, str]] = []  # alive, so that addresses are not reused
+        self._seen: list[tuple[Tensor, str]] = []  # kept alive, so that addresses are not reused
 
     def product(self, name: str, inputs: Tensor, input_axis: int) -> None:
         """One weight multiplies `inputs` (..., d_in), or each expert its own (E, n, d_in)."""
@@ -88,7 +88,7 @@ class _InputSiteFinder:
             self._experts(name, inputs, input_axis)
             return
         width = int(weight.shape[input_axis])
-        # Anything but one row of features a token is not ours to project.
+        # Only products with one row of features a token are projected.
         if inputs.shape[-1] == width and inputs.numel() == width * self._length():
             self._linear(name, inputs.reshape(-1, width), input_axis)
 

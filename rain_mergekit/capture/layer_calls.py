@@ -23,11 +23,11 @@ class EndOfRecording(Exception):
 
 
 class TupleExpected(Exception):
-    """Raised by the second stub: this family's layers return a tuple, of which one is taken."""
+    """Raised by the second stub: layers of this family return a tuple."""
 
 
 class ForwardRecord:
-    """What the stubs of one pass write down."""
+    """What the stubs record in one pass."""
 
     def __init__(self, *, as_tuple: bool) -> None:
         self.hidden: Tensor | None = None
@@ -35,7 +35,7 @@ class ForwardRecord:
         self._as_tuple = as_tuple
 
     def add(self, hidden: Tensor, call: LayerCall) -> Any:
-        """The stub's result: its input, as if the layer did nothing."""
+        """Record a call; returns the stub's result: its input, unchanged."""
         if self.hidden is None:
             self.hidden = hidden
         elif hidden.shape != self.hidden.shape:
@@ -45,7 +45,7 @@ class ForwardRecord:
 
 
 class RecordingLayer(nn.Module):
-    """Stands for a layer that is not there: records its calls and passes hidden states on."""
+    """Replaces a layer: records its calls and returns the hidden states unchanged."""
 
     def __init__(self, layer: nn.Module, last: bool, notes: list[ForwardRecord]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Layer-by-layer forward passes through a model's own modules.
 
 The model is built on the meta device. Stubs in place of its decoder layers record what each layer
-is called with; every sample passes that shell once. Afterwards one real layer at a time is filled
-from the checkpoint, called with the recorded arguments, and emptied again.
+is called with; every sample passes the rest of the model once. Afterwards one real layer at a time
+is filled from the checkpoint, called with the recorded arguments, and emptied again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LayerwiseModel:
 
     @contextmanager
     def replaced(self, layers: nn.ModuleList) -> Iterator[None]:
-        """Other modules in the place of the decoder's layers."""
+        """Replace the decoder's layers inside the block."""
         setattr(self.decoder, self._list, layers)
         try:
             yield
@@ -76,9 +76,9 @@ class LayerwiseModel:
 
     @contextmanager
     def _surroundings(self, used: Tensor) -> Iterator[None]:
-        """All that the decoder has besides its layers, e.g. embeddings of tokens and positions.
+        """Fill everything besides the layers, e.g. embeddings of tokens and positions.
 
-        Of tables by token only the rows of the `used` tokens.
+        Of tables with a row for each token, only the rows of the `used` tokens.
         """
         decoder: Any = self.decoder
         vocabulary = decoder.get_input_embeddings().weight.shape[0]
@@ -137,7 +137,7 @@ class LayerwiseModel:
         read = read or self._read
         filled = {n: read(f"{prefix}.{n}", t.shape, t.dtype) for n, t in stored.items()}
         module.load_state_dict(filled, strict=False, assign=True)
-        filled.clear()  # what the module lets go of later must not live on here
+        filled.clear()  # must not keep alive what the module frees later
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ _SAME_VALUES = {
 
 
 class LayerCutShort(Exception):
-    """Raised inside a layer when all that was asked for has been seen."""
+    """Raised inside a layer when everything that was asked for has been recorded."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class LinearOutputs(WeightProductHook):
         return result
 
     def outputs(self) -> dict[str, LinearOutput]:
-        """What was recorded, in the order of the products; without what turned out unfit."""
+        """The recorded outputs in the order of the products, without unfit ones."""
         return {n: one for n, one in self.found.items() if n not in self.unfit and not one.altered}
 
     def _product(self, name: str, inputs: Tensor, input_axis: int) -> None:
@@ -166,7 +166,7 @@ class LinearOutputs(WeightProductHook):
 
 
 def _factor(func: Any, args: tuple[Any, ...]) -> float | None:
-    """By what the function multiplies; None if it is no step of a chain."""
+    """The number by which the function multiplies; None if it ends the chain."""
     if func in _SUMS or func in _IN_PLACE_SUMS:
         same = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
         return 1.0 if same else None

@@ -20,15 +20,15 @@ _HEAD_ROWS = 4096
 
 
 @contextmanager
-def finishing(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Give the map from rows (n, d) that left the last layer to next-token logits (n, vocabulary).
+def finishing(layerwise: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from rows (n, d) after the last layer to next-token logits (n, vocabulary).
 
-    The model's own code runs, with stubs for its layers that return the rows: whatever it does to
-    its logits is done here too.
+    The model's own code runs, with stubs for its layers that return the rows, so that scaling or
+    capping of logits is included.
     """
-    name, own = output_head(shell.model)
-    head = _BlockHead(shell, name, own)
-    with _ending(shell, name, head) as run:
+    name, own = output_head(layerwise.model)
+    head = _BlockHead(layerwise, name, own)
+    with _ending(layerwise, name, head) as run:
 
         def logits(rows: Tensor) -> Tensor:
             head.logits = None
@@ -43,14 +43,14 @@ def finishing(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 @contextmanager
-def arriving(shell: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Give the map from rows (n, d) that left the last layer to what the head receives (n, width).
+def arriving(layerwise: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from rows (n, d) after the last layer to what the head receives (n, width).
 
     The model's own code runs, up to its head.
     """
-    name, _ = output_head(shell.model)
-    arrival = _Arrival(shell)
-    with _ending(shell, name, arrival) as run:
+    name, _ = output_head(layerwise.model)
+    arrival = _Arrival(layerwise)
+    with _ending(layerwise, name, arrival) as run:
 
         def arrive(rows: Tensor) -> Tensor:
             with suppress(_Arrived):
@@ -66,22 +66,24 @@ def block_rows(vocabulary: int) -> int:
 
 
 @contextmanager
-def _ending(shell: LayerwiseModel, name: str, head: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
+def _ending(
+    layerwise: LayerwiseModel, name: str, head: nn.Module
+) -> Iterator[Callable[[Tensor], Any]]:
     """Run the model on rows that left its last layer, with another head in the place of its own."""
-    given = [_Given(layer, as_tuple=shell.as_tuple) for layer in shell.layers]
-    parent = shell.model.get_submodule(name.rpartition(".")[0])
+    given = [_Given(layer, as_tuple=layerwise.as_tuple) for layer in layerwise.layers]
+    parent = layerwise.model.get_submodule(name.rpartition(".")[0])
     place = name.rpartition(".")[2]
     own = getattr(parent, place)
     with ExitStack() as stack:
-        _fill_rest(shell, stack)
-        stack.enter_context(shell.replaced(nn.ModuleList(given)))
+        _fill_rest(layerwise, stack)
+        stack.enter_context(layerwise.replaced(nn.ModuleList(given)))
         setattr(parent, place, head)
         try:
             with torch.no_grad():
-                yield lambda rows: _run(shell, given, rows)
+                yield lambda rows: _run(layerwise, given, rows)
         finally:
             setattr(parent, place, own)
-            shell.tensors.release()
+            layerwise.tensors.release()
 
 
 class _Given(RecordingLayer):
@@ -97,11 +99,11 @@ class _Given(RecordingLayer):
 
 
 class _Head(nn.Module):
-    """Stands for the head; some models ask for the type of their head's weight."""
+    """Replaces the head; it has a weight because some models ask for its type."""
 
-    def __init__(self, shell: LayerwiseModel) -> None:
+    def __init__(self, layerwise: LayerwiseModel) -> None:
         super().__init__()
-        self.weight = torch.empty(0, dtype=shell.dtype, device=shell.device)
+        self.weight = torch.empty(0, dtype=layerwise.dtype, device=layerwise.device)
 
 
 class _Arrived(Exception):
@@ -111,8 +113,8 @@ class _Arrived(Exception):
 class _Arrival(_Head):
     """Keeps what the head would receive."""
 
-    def __init__(self, shell: LayerwiseModel) -> None:
-        super().__init__(shell)
+    def __init__(self, layerwise: LayerwiseModel) -> None:
+        super().__init__(layerwise)
         self.rows = torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -121,14 +123,14 @@ class _Arrival(_Head):
 
 
 class _BlockHead(_Head):
-    """The head, without ever holding it as a whole in the forward type."""
+    """The head, converted to the forward type block by block."""
 
-    def __init__(self, shell: LayerwiseModel, name: str, head: nn.Module) -> None:
-        super().__init__(shell)
-        self._read, self._numbers = shell.tensors.get, shell.numbers
-        self._dtype, self._device = shell.dtype, shell.device
-        names, own = shell.tensors.sources, f"{name}.weight"
-        self._weight = own if own in names else embedding_weight(shell.model)
+    def __init__(self, layerwise: LayerwiseModel, name: str, head: nn.Module) -> None:
+        super().__init__(layerwise)
+        self._read, self._numbers = layerwise.tensors.get, layerwise.numbers
+        self._dtype, self._device = layerwise.dtype, layerwise.device
+        names, own = layerwise.tensors.sources, f"{name}.weight"
+        self._weight = own if own in names else embedding_weight(layerwise.model)
         has_bias = getattr(head, "bias", None) is not None
         self._bias = f"{name}.bias" if has_bias and f"{name}.bias" in names else None
         self.logits: Tensor | None = None
@@ -150,16 +152,16 @@ class _BlockHead(_Head):
         return self._numbers(self._weight, block.to(self._device, self._dtype))
 
 
-def _run(shell: LayerwiseModel, given: list[_Given], rows: Tensor) -> Any:
+def _run(layerwise: LayerwiseModel, given: list[_Given], rows: Tensor) -> Any:
     for stub in given:
-        stub.rows = rows.to(shell.device, shell.dtype)
-    nothing = torch.zeros(1, *rows.shape, dtype=shell.dtype, device=shell.device)
-    return shell.model(inputs_embeds=nothing, use_cache=False)
+        stub.rows = rows.to(layerwise.device, layerwise.dtype)
+    nothing = torch.zeros(1, *rows.shape, dtype=layerwise.dtype, device=layerwise.device)
+    return layerwise.model(inputs_embeds=nothing, use_cache=False)
 
 
-def _fill_rest(shell: LayerwiseModel, stack: ExitStack) -> None:
+def _fill_rest(layerwise: LayerwiseModel, stack: ExitStack) -> None:
     """Everything of the decoder beside its layers and the embedding: the final norm, mostly."""
-    embedding = shell.decoder.get_input_embeddings()
-    for name, part in shell.decoder.named_children():
-        if part is not embedding and part is not shell.layers:
-            stack.enter_context(shell.filled(part, dotted(shell.home, name)))
+    embedding = layerwise.decoder.get_input_embeddings()
+    for name, part in layerwise.decoder.named_children():
+        if part is not embedding and part is not layerwise.layers:
+            stack.enter_context(layerwise.filled(part, dotted(layerwise.home, name)))

@@ -1,4 +1,4 @@
-"""Which weights of a layer multiply which features, observed where torch computes the product.
+"""Observe which weights of a layer multiply which features, where torch computes the product.
 
 No list of module classes: whatever calls `linear`, `addmm`, `matmul` or `bmm` with a weight of the
 layer is seen, be it nn.Linear, a transposed Conv1D, a router or a batch of experts.

@@ -38,7 +38,7 @@ REASONING = "reasoning"
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Which samples walk through the layers under one name, and which of their rows are used."""
+    """The samples of one stream, by name, and which of their rows are used."""
 
     name: str
     samples: TokenSamples
@@ -50,7 +50,7 @@ class StreamPlan:
 
 
 def build_streams(
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     plans: Sequence[StreamPlan],
     budget: int,
     folder: Path,
@@ -61,31 +61,31 @@ def build_streams(
     for plan in plans:
         store = ActivationStore(
             [len(sample.input_ids) for sample in plan.samples],
-            shell.hidden_size,
-            shell.dtype,
+            layerwise.hidden_size,
+            layerwise.dtype,
             budget,
             folder / f"{plan.name}.activations",
-            shell.device if keep_on_device else torch.device("cpu"),
+            layerwise.device if keep_on_device else torch.device("cpu"),
         )
         budget -= store.memory_bytes
         streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples)
     try:
-        _embed(shell, plans[0].samples, [streams[REASONING]])
+        _embed(layerwise, plans[0].samples, [streams[REASONING]])
         if len(plans) > 1:
-            _embed(shell, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
-    except BaseException:  # nobody else knows of their files yet
+            _embed(layerwise, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
+    except BaseException:  # no caller can close them yet
         for stream in streams.values():
             stream.store.close()
         raise
     return streams
 
 
-def _embed(shell: LayerwiseModel, samples: TokenSamples, streams: Sequence[Stream]) -> None:
+def _embed(layerwise: LayerwiseModel, samples: TokenSamples, streams: Sequence[Stream]) -> None:
     """Embed each sample once, for all streams that carry it; they share its layer calls."""
     # Longest first, so that shorter samples share the memory of its rotary tables.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
     calls: list[Sequence[LayerCall]] = [()] * len(samples)
-    recorded = shell.record([samples[index].input_ids for index in order])
+    recorded = layerwise.record([samples[index].input_ids for index in order])
     for index, (hidden, calls[index]) in zip(order, recorded, strict=True):
         for stream in streams:
             stream.store.put(index, hidden)

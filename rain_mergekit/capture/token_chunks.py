@@ -16,7 +16,7 @@ _TOKEN_WISE = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "
 
 
 class TokenChunks:
-    """Keeps a long text's MLP activations (several x T x d_ff) from being there all at once.
+    """Bounds the memory of a long text's MLP activations (several x T x d_ff).
 
     The size does not depend on a budget, so that a budget never changes a number. While a chunk
     runs, `start` is the index of its first token and `length` the number of its tokens; else they
@@ -29,7 +29,7 @@ class TokenChunks:
 
     @contextmanager
     def applied(self, layer: nn.Module) -> Iterator[None]:
-        """Inside, the token-wise submodules of the layer go through their input in chunks."""
+        """Inside the block, the layer's token-wise submodules process their input in chunks."""
         modules: list[Any] = [layer.get_submodule(name) for name in token_wise(layer)]
         for module in modules:
             module.forward = partial(self._run, module.forward)

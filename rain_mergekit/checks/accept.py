@@ -8,7 +8,7 @@ from rain_mergekit.errors import RainError
 
 
 def refuse_unless_accepted(check: str, problem: str, accept: Collection[str]) -> str:
-    """The problem as a warning where `check` is accepted; RainError with the way on elsewhere."""
+    """Return the problem as a warning if `check` is accepted; else raise RainError."""
     if check in accept:
         return f"{problem} (accepted)"
     raise RainError(

@@ -1,4 +1,4 @@
-"""What mergekit will look for in the checkpoints and not find, told before the calibration."""
+"""Tensors that mergekit will require and not find, reported before the calibration."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _SHOWN = 3
 def require_found(models: Mapping[str, Checkpoint]) -> None:
     """RainError if a model, by role, lacks a tensor that mergekit requires of it.
 
-    Only headers are read. mergekit looks for the names of its own table under every merge method,
-    and says so when the tensor has its turn in the merge.
+    Only headers are read. mergekit itself would report a missing tensor only in the middle of the
+    merge, under every merge method.
     """
     for role, checkpoint in models.items():
         model_config = read_model_config(checkpoint)
         architecture = arch_info_for_config(model_config) if model_config.architectures else None
         if architecture is None:
-            continue  # mergekit goes by the names that are there
+            continue  # mergekit uses the names in the checkpoint
         try:
             weights = architecture.all_weights(model_config)
         except (RuntimeError, AttributeError, TypeError):
-            continue  # said with its cause where the names are taken from the table
+            continue  # reported with its cause where the table is read
         absent = list(_absent(weights, checkpoint.names, model_config.model_type))
         if absent:
             more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
             raise RainError(
-                f"mergekit cannot merge the {role} model {checkpoint.reference}, by no method: it "
+                f"mergekit cannot merge the {role} model {checkpoint.reference} by any method: it "
                 f"looks for {', '.join(absent[:_SHOWN])}{more}, and the checkpoint has "
                 f"{_nearest(absent[0], checkpoint.names)} instead; save the model with the "
                 "transformers with which it was published, or use another mergekit"
@@ -58,7 +58,7 @@ def _absent(
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
-    """A name that ends alike, for people to compare."""
+    """A stored name with the same ending, for the message."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         end = ".".join(parts[-count:])

@@ -1,4 +1,4 @@
-"""Do the models' names say the opposite of their roles? A hint, as names prove nothing."""
+"""Warn if the models' names suggest that their roles are swapped; names prove nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def swapped_hint(instruct: ModelReference, pretrained: ModelReference) -> str | 
 
 
 def _mark(model: ModelReference) -> str | None:
-    """The word in the model's own name that says that it was tuned; folders above do not count."""
+    """The word in the model's name that marks a tuned model; parent folders do not count."""
     path = model.lora if model.lora is not None else model.model
     parts = str(path.path).rstrip("/").split("/")
     name = parts[-1]

@@ -1,4 +1,4 @@
-"""Is the task vector W_instruct - W_pretrained of a sensible size? A few sampled rows tell."""
+"""Check the size of the task vector W_instruct - W_pretrained on a few sampled rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LOG = logging.getLogger(__name__)
 # Unrelated models of equal norms differ by about sqrt(2) of it, so a ratio of 1 or more means that
 # the wrong pretrained model is configured.
 LARGEST = 1.0
-# Numbers that are rounded to bfloat16 move by less than this. Trained weights may do so too.
+# Rounding to bfloat16 changes a number by less than this; light training may, too.
 ROUNDING = 2.0**-8
-_CONTENT = ("index", "weights")  # a config may differ and the model be the same
+_CONTENT = ("index", "weights")  # configs may differ for the same model
 _TENSORS, _ROWS = 512, 4
 
 

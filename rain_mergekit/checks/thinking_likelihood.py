@@ -1,4 +1,4 @@
-"""Does the reasoning model think on its calibration set? Measured by the markers' likelihood.
+"""Check that the reasoning model thinks on its set, by the likelihood of the markers.
 
 Where the chat template opens the block there is no open marker to look at. There the thinking text
 is compared with what the instruct model makes of it.
@@ -55,13 +55,13 @@ class Likelihood:
         return self.close >= CLOSE_LIMIT and (self.open is None or self.open >= OPEN_LIMIT)
 
     def outdone_by(self, other: Likelihood) -> bool:
-        """Whether `other` belongs to a model that would rather write the set's thinking."""
+        """Whether the other model finds the set's thinking clearly more likely."""
         if self.thinking is None or other.thinking is None:
             return False
         return other.thinking > self.thinking + LEVEL
 
     def rounded(self) -> dict[str, float | None]:
-        """All to four digits: what a file records must not hang on the last bit of a sum."""
+        """Rounded to four digits: a file must not depend on the last bit of a sum."""
         return {name: _round(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def _round(value: float | None) -> float | None:
 
 
 def likelihood(
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     samples: Sequence[ReasoningTokens],
     states: Iterable[Tensor],
     world: World,
@@ -92,7 +92,7 @@ def likelihood(
         rows += [hidden[place - 1].cpu() for _, place in places]
         targets += [(kind, sample.input_ids[place]) for kind, place in places]
     totals = torch.zeros(len(_KINDS), 2, dtype=torch.float64)
-    for (kind, _), log in zip(targets, _log_likelihoods(shell, rows, targets), strict=True):
+    for (kind, _), log in zip(targets, _log_likelihoods(layerwise, rows, targets), strict=True):
         value = log if kind == _THINKING else math.exp(log)
         totals[kind] += torch.tensor([value, 1.0], dtype=torch.float64)
     found = {
@@ -103,7 +103,7 @@ def likelihood(
 
 
 def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]:
-    """What to look at: the kind, and the token's index. The first of all is predicted by nothing.
+    """Which tokens to look at, as (kind, index); never the first token, which nothing predicts.
 
     Of a block that the template opens, evenly chosen tokens of the text and the close marker.
     """
@@ -117,14 +117,14 @@ def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]
 
 
 def _log_likelihoods(
-    shell: LayerwiseModel, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
+    layerwise: LayerwiseModel, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
 ) -> list[float]:
     if not rows:
         return []
-    size = block_rows(vocabulary(shell))
+    size = block_rows(vocabulary(layerwise))
     wanted = torch.tensor([token for _, token in targets])
     found: list[float] = []
-    with finishing(shell) as logits:
+    with finishing(layerwise) as logits:
         for part, tokens in zip(
             torch.split(torch.stack(list(rows)), size), torch.split(wanted, size), strict=True
         ):
@@ -133,18 +133,18 @@ def _log_likelihoods(
     return found
 
 
-def vocabulary(shell: LayerwiseModel) -> int:
+def vocabulary(layerwise: LayerwiseModel) -> int:
     """How many tokens the model's head knows."""
-    return int(text_config(shell.model.config).vocab_size)
+    return int(text_config(layerwise.model.config).vocab_size)
 
 
 def shortest(samples: Sequence[ReasoningTokens]) -> list[ReasoningTokens]:
-    """The few on which other models of the trio are looked at."""
+    """The few shortest samples, on which the other two models are compared."""
     return sorted(samples, key=lambda sample: len(sample.input_ids))[:_FEW]
 
 
 def likelihood_of(
-    checkpoint: Checkpoint, shell: LayerwiseModel, samples: Sequence[ReasoningTokens]
+    checkpoint: Checkpoint, layerwise: LayerwiseModel, samples: Sequence[ReasoningTokens]
 ) -> Likelihood | None:
     """The same of another model of the trio, on the few shortest samples; a pass of its own.
 
@@ -152,7 +152,7 @@ def likelihood_of(
     """
     few = shortest(samples)
     other = LayerwiseModel(
-        checkpoint, read_model_config(checkpoint), shell.dtype, str(shell.device)
+        checkpoint, read_model_config(checkpoint), layerwise.dtype, str(layerwise.device)
     )
     if max(max(sample.input_ids) for sample in few) >= vocabulary(other):
         return None
@@ -162,4 +162,4 @@ def likelihood_of(
         with other.layer(index) as layer:
             for number, (_, calls) in enumerate(recorded):
                 states[number] = run_layer(layer, states[number], calls[index])
-    return likelihood(other, few, states, World(shell.device), few)
+    return likelihood(other, few, states, World(layerwise.device), few)

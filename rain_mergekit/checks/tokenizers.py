@@ -1,4 +1,4 @@
-"""Checks of the three tokenizers: the same tokens, and the thinking markers among them."""
+"""Check that the three tokenizers agree, in particular on the thinking markers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def disagreements(
 def _unknown(
     own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, marker: str, ids: Sequence[int]
 ) -> bool:
-    """Whether `marker` is one added token here and means nothing there, nor does its number."""
+    """Whether `marker` is one added token of `own` and unknown to `other`, like its number."""
     if len(ids) != 1 or marker not in own.get_added_vocab() or marker in other.get_vocab():
         return False
     texts = {number: text for text, number in other.get_vocab().items()}

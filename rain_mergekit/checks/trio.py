@@ -26,7 +26,7 @@ def check_trio(
     markers: Markers,
     accept: Collection[str],
 ) -> list[str]:
-    """What can be told before any layer is computed; returns what was accepted, as warnings."""
+    """All checks that need no layer; returns accepted problems as warnings."""
     checkpoints = trio.items()
     models = {role: str(checkpoint.reference) for role, checkpoint in checkpoints.items()}
     fingerprints = {role: record["fingerprint"] for role, record in records.items()}
@@ -39,25 +39,25 @@ def check_trio(
 
 def check_thinking(
     found: Likelihood,
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     trio: Trio,
     samples: Sequence[ReasoningTokens],
     accept: Collection[str],
 ) -> list[str]:
-    """Refuse a reasoning model that does not think on its set; says if one of the others does."""
+    """Refuse a reasoning model that does not think on its set; names another one that does."""
     LOG.info("the reasoning model %s", found)
     if found.thinks:
-        return list(_outdone(found, shell, trio, samples, accept)) if found.open is None else []
+        return list(_outdone(found, layerwise, trio, samples, accept)) if found.open is None else []
     problem = (
         f"{trio.reasoning.reference} does not think on the reasoning set (on average it {found})"
     )
     if "no_thinking" not in accept:
-        problem += _cause(shell, trio, samples)
+        problem += _cause(layerwise, trio, samples)
     return [refuse_unless_accepted("no_thinking", problem, accept)]
 
 
-def _cause(shell: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
-    for role, found in _others(shell, trio, samples):
+def _cause(layerwise: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]) -> str:
+    for role, found in _others(layerwise, trio, samples):
         if found.thinks:
             name = trio.items()[role].reference
             return f": the {role} model {name} does ({found}), so the two are swapped"
@@ -66,16 +66,17 @@ def _cause(shell: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]
 
 def _outdone(
     found: Likelihood,
-    shell: LayerwiseModel,
+    layerwise: LayerwiseModel,
     trio: Trio,
     samples: Sequence[ReasoningTokens],
     accept: Collection[str],
 ) -> Iterator[str]:
-    """The template opens the block, and whoever is asked closes it: the thinking itself tells.
+    """Where the template opens the block every model closes it, so compare the thinking itself.
 
-    A pretrained model that likes it better is a warning: it may, of a set that somebody else wrote.
+    A pretrained model that finds it more likely is only a warning: with a set from elsewhere that
+    can happen.
     """
-    for role, other in _others(shell, trio, samples):
+    for role, other in _others(layerwise, trio, samples):
         if not found.outdone_by(other):
             continue
         problem = (
@@ -92,15 +93,15 @@ def _outdone(
 
 
 def _others(
-    shell: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]
+    layerwise: LayerwiseModel, trio: Trio, samples: Sequence[ReasoningTokens]
 ) -> Iterator[tuple[str, Likelihood]]:
-    """What the other two models make of the few shortest samples, the instruct model first."""
+    """The likelihoods of the other two models on the few shortest samples, instruct model first."""
     for role in ("instruct", "pretrained"):
         checkpoint = trio.items()[role]
         if checkpoint.path == trio.reasoning.path:
             continue  # it stands for the pretrained one
         with naming_shortage(f"while the {role} model reads the reasoning set", CALIBRATION):
-            found = likelihood_of(checkpoint, shell, samples)
+            found = likelihood_of(checkpoint, layerwise, samples)
         LOG.info("the %s model %s", role, found)
         if found is not None:
             yield role, found

@@ -32,7 +32,7 @@ def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str
 
 
 def require_mergeable(config: RainConfig, options: LoadOptions) -> None:
-    """RainError if mergekit would stop at embeddings of different sizes, after the calibration."""
+    """Raise RainError now if mergekit would later refuse embeddings of different sizes."""
     if config.tokenizer:
         return
     models = {role: open_model(model, options) for role, model in config.models.items()}

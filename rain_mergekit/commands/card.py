@@ -1,4 +1,4 @@
-"""`mergekit-rain card`: what a reader of the model's page needs to know."""
+"""`mergekit-rain card`: the section of the model card about the merge."""
 
 from __future__ import annotations
 

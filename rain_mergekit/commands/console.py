@@ -22,24 +22,24 @@ class Console:
 
     @property
     def progress(self) -> bool:
-        """Whether progress bars make sense: somebody watches them."""
+        """Whether to show progress bars: only on a terminal."""
         return not self.quiet and sys.stderr.isatty()
 
     def print(self, text: str = "") -> None:
-        """A line of the result; what could steer a terminal is shown, not sent."""
+        """Print a line of the result, with control characters written out."""
         self.print_styled(clean_lines(text))
 
     def heading(self, text: str) -> None:
-        """A line that begins a part."""
+        """Print a heading."""
         self.print_styled(click.style(clean_lines(text), bold=True))
 
     def print_styled(self, text: str) -> None:
-        """A line with colours, of which the caller has cleaned the rest."""
+        """Print a line with colours; the caller has escaped everything else."""
         if not self.quiet:
             click.echo(text)
 
     def warn(self, text: str) -> None:
-        """A remark that must not be missed; each one once."""
+        """Print a warning; each one only once."""
         if text not in self._warned:
             self._warned.add(text)
             click.echo(click.style("Warning:", fg="yellow") + f" {clean_lines(text)}", err=True)

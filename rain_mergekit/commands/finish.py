@@ -1,4 +1,4 @@
-"""`mergekit-rain finish`: what stock mergekit leaves to be done."""
+"""`mergekit-rain finish`: complete a folder that stock mergekit wrote."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def inspect(calibration: str, *, as_json: bool) -> None:
 
 
 def _terminal() -> bool:
-    """Whether somebody looks at the output, and its encoding has the block characters."""
+    """Whether the output is a terminal whose encoding has the block characters."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     return sys.stdout.isatty() and encoding.startswith("utf")
 

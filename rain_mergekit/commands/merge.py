@@ -96,7 +96,7 @@ def merge(options: MergeCommandOptions) -> None:
                 added = merge_into(parsed, stage, merge_options, completion)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{config} is calibrated, but {out} was not written; the same command goes on"
+                f"{config} is calibrated, but {out} was not written; run the same command again"
             ) from None
         if merge_options.write_model_card:
             add_card(out, stage, console)
@@ -160,7 +160,7 @@ def bring_up_to_date(
     """
     found = compare(config, run.load)
     for text in found.unchecked:
-        console.warn(f"{text}; the calibration is taken as it is")
+        console.warn(f"{text}; the existing calibration is used")
     if found.current and not again:
         console.print(f"{config.calibration} is up to date: not calibrated again")
         return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rain_mergekit.report.merge_pictures import Merged
 
 
-_FEW = 8  # samples, where nobody has chosen any
+_FEW = 8  # samples, if the user has chosen none
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def report(options: ReportOptions) -> None:
     Needs matplotlib: pip install 'rain-mergekit[report]'.
     """
     if options.merged is None and (options.reasoning_data or options.against):
-        raise click.UsageError("--against and --reasoning-data are of use with --merged only")
+        raise click.UsageError("--against and --reasoning-data need --merged")
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
     from rain_mergekit.report.page_file import protect_foreign, write_page  # noqa: PLC0415
@@ -170,7 +170,7 @@ def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console:
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
     how = VerifyOptions(load, device, dtype, options.activation_budget)
     measured, _ = measure_on(reasoning, merged, texts, how, console, options.threads)
-    own = "" if options.reasoning_data else "the calibration's own texts: held-out ones say more"
+    own = "" if options.reasoning_data else "the calibration's own texts: held-out ones tell more"
     return Merged(folder, weights, measured, own, texts.window)
 
 

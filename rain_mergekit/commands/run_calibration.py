@@ -46,7 +46,7 @@ def run_calibration(
 
 
 def tell_roles(config: RainConfig, console: Console) -> None:
-    """What is subtracted from what; fitting the streams needs no pretrained model."""
+    """Print the roles of the models; `fit: streams` needs no pretrained model."""
     if config.settings.fit == "streams":
         return
     console.print(f"Δ = {config.instruct} − {config.pretrained}")  # noqa: RUF001 - a minus sign

@@ -44,7 +44,7 @@ _LAMBDA = "--lambda"
 
 class _Sweep(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Let one --lambda take several numbers, which click's options cannot."""
+        """Let one --lambda take several numbers (click's options take one)."""
         return super().parse_args(ctx, split_numbers(args, _LAMBDA))
 
 
@@ -163,7 +163,7 @@ def _meter(
 ) -> DivergenceMeter:
     settings = config.settings.model_dump(mode="json")
     if options.reasoning_data is None:
-        console.print("Measuring on samples of the calibration itself: held-out ones say more")
+        console.print("Measuring on samples of the calibration itself: held-out ones tell more")
     data = options.reasoning_data or config.settings.reasoning_data
     reasoning = open_model(config.reasoning, load)
     samples, _ = read_texts(reasoning, texts_from_settings(settings, data, options.samples))

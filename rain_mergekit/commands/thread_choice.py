@@ -1,4 +1,4 @@
-"""How many threads a command computes with: as told, else by the size of its model."""
+"""How many threads a command uses: the given number, or by the size of its model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def threads_for_model(model: Checkpoint, wanted: int | None = None) -> AbstractC
     """Inside the block torch has `wanted` threads; None: as many as suit the model."""
     try:
         size = getattr(text_config(read_model_config(model)), "hidden_size", None)
-    except RainError:  # whoever opens the model says what is wrong with it
+    except RainError:  # opening the model later reports the error
         size = None
     return nullcontext() if size is None else threads_for(int(size), wanted)

@@ -23,7 +23,7 @@ MEANING = {
 
 
 def drift_lines(found: Drift) -> Iterator[str]:
-    """KL divergence by place."""
+    """The KL divergence by place, as lines."""
     places = (
         ("L_think", found.think, "the markers and the tokens around them"),
         ("L_mid", found.content, "inside the thinking block"),
@@ -48,7 +48,7 @@ def layer_lines(layers: Sequence[LayerDrift], *, all_of_them: bool) -> Iterator[
 
 
 def rounding_lines(found: VerificationResult) -> Iterator[str]:
-    """What rounding the merged weights has to do with it."""
+    """How much of the drift comes from rounding the merged weights."""
     if found.unrounded is None:
         yield f"Rounding's part of the drift is not known: {found.unknown}"
         return

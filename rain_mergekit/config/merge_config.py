@@ -108,7 +108,7 @@ def read_config(path: str | Path) -> RainConfig:
 
 
 def parse_config(text: str, source: str) -> RainConfig:
-    """As `read_config`, of a text; messages call it by `source`."""
+    """The same for a text; `source` names it in messages."""
     recipe = parse_recipe(text, source)
     if recipe.slice_strengths:
         raise RainError(
@@ -212,7 +212,7 @@ def merge_configuration(data: Mapping[str, Any], source: str) -> MergeConfigurat
 def _roles(
     models: Sequence[InputModelDefinition], base: ModelReference, source: str, *, alone: bool
 ) -> dict[str, ModelReference]:
-    """The models by role. alone: the instruct model needs no pretrained one beside it.
+    """The models by role. alone: the instruct model may come without a pretrained one.
 
     The reasoning model stands for the pretrained one then.
     """

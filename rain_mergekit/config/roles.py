@@ -20,7 +20,7 @@ def assign_roles(
         models: the two models besides the base model.
         explicit: the configured role of each, or None.
         recorded: the model reference that the calibration recorded for each role. A model without
-            a role takes the one under which its name is recorded, or what the other one leaves.
+            a role takes the one under which its name is recorded, or else the remaining one.
 
     Raises:
         RainError: a role is missing, given twice, or contradicts the calibration.

@@ -17,7 +17,7 @@ from pydantic import (
 
 
 def _no_truth(value: object) -> object:
-    """pydantic takes `true` for 1, YAML takes `yes` and `on` for true: nobody means a number."""
+    """Refuse booleans as numbers: pydantic reads `true` as 1, and YAML reads `yes` as true."""
     if isinstance(value, bool):
         raise ValueError("Input should be a number")  # noqa: TRY004 - pydantic wants ValueError
     return value
@@ -32,7 +32,7 @@ Accepted = Literal["same_model", "large_task_vector", "other_tokens", "no_thinki
 
 
 def _yaml_off(value: object) -> object:
-    """YAML 1.1 reads a bare `off` as false; it means the word here."""
+    """The word `off`, which YAML 1.1 reads as false."""
     return "off" if value is False else value
 
 
@@ -58,7 +58,7 @@ class MarkerSettings(BaseModel):
 
 
 def _listed(value: object) -> object:
-    """One pair is a list of one."""
+    """A single pair as a list of one."""
     if value == []:
         raise ValueError("a pair of texts, or auto, is expected")
     return [value] if isinstance(value, Mapping) else value
@@ -70,7 +70,7 @@ def _own_arguments(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-# What the conversation itself decides; the rest is the template's own.
+# Arguments that the conversation determines; others are the template's own.
 _RESERVED = frozenset(
     {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
     | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}

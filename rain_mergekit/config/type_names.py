@@ -11,6 +11,6 @@ _OTHER = {
 
 
 def type_name(name: str) -> str:
-    """`bfloat16` for `torch.bfloat16` and `bf16`; a name that nobody knows stays as it is."""
+    """`bfloat16` for `torch.bfloat16` and `bf16`; an unknown name stays as it is."""
     plain = name.strip().lower().removeprefix("torch.").removeprefix("np.").removeprefix("numpy.")
     return _OTHER.get(plain, plain)

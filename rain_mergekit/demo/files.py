@@ -105,7 +105,7 @@ def claim(folder: Path) -> dict[str, str]:
 
 
 def _taken(folder: Path, texts: Mapping[str, str]) -> list[str]:
-    """Files that are the user's: all without a demo's report, changed ones with it."""
+    """Files that belong to the user: every file if no demo wrote here, else the changed ones."""
     if f'"created_by": "{AUTHOR}"' in _read(folder / REPORT):
         return [name for name in texts if _read(folder / name) not in ("", texts[name])]
     ours = (REPORT, CALIBRATION, HELD_OUT, *MERGES, *texts)

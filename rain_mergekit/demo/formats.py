@@ -83,5 +83,5 @@ FORMATS: dict[str, Format] = {
 
 
 def content(words: Words) -> set[str]:
-    """What an answer says once its dress is taken off."""
+    """The content of an answer without its format."""
     return {word.lower() for word in words} - DECORATION

@@ -60,7 +60,7 @@ def merge_all(folder: Path, console: Console, threads: int) -> None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Where rain is found by mergekit, and other libraries say only what is wrong."""
+    """Environment in which mergekit finds rain and other libraries print errors only."""
     kept = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     own = {"RAIN_MERGEKIT_AUTOLOAD": "1", "TRANSFORMERS_VERBOSITY": "error"}
     return {**kept, **own, "OMP_NUM_THREADS": str(threads)}

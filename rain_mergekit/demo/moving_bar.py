@@ -1,4 +1,4 @@
-"""A progress bar whose clock goes on while nothing is finished."""
+"""A progress bar whose elapsed time is updated between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMAT = "  {desc}{percentage:3.0f}%|{bar}| {elapsed}"
 
 @contextmanager
 def moving_bar(total: float, what: str, console: Console) -> Iterator[tqdm[Any]]:
-    """A bar of so many steps, drawn twice a second; nothing where nobody watches."""
+    """A bar of this many steps, redrawn twice a second; nothing if output is not a terminal."""
     quiet = not console.progress
     with tqdm(total=total, desc=what, bar_format=_FORMAT, leave=False, disable=quiet) as bar:
         if quiet:

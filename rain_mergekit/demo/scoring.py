@@ -1,4 +1,4 @@
-"""Judging the demo trio's answers by rule: right, constraint followed, thinking complete."""
+"""Score the demo trio's answers by rule: correct, constraint followed, thinking complete."""
 
 from __future__ import annotations
 

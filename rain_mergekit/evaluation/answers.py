@@ -1,4 +1,4 @@
-"""What a model does with prompts: whole thinking blocks, and instructions followed."""
+"""Counts over a model's answers: complete thinking blocks, and instructions followed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rain_mergekit.instructions.prompts import Asked
 from rain_mergekit.instructions.rules import follows
 from rain_mergekit.models.generation import Answer
 
-# More broken blocks than the reasoning model's own are held for damage from this chance on.
+# More broken blocks than the reasoning model's count as damage below this p-value.
 SIGNIFICANCE = 0.05
 
 

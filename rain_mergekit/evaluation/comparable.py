@@ -23,7 +23,7 @@ def check_same_tokens(reasoning: Checkpoint, merged: Checkpoint) -> None:
     if next(both) != next(both):
         raise RainError(
             f"the vocabularies differ ({sizes[0]} tokens in {reasoning.reference}, {sizes[1]} in "
-            f"{merged.reference}) and not in padding alone, so that the distributions of the next "
+            f"{merged.reference}) and not only in padding, so that the distributions of the next "
             "token cannot be compared"
         )
 

@@ -25,7 +25,7 @@ def _unwatched(_tokens: int) -> None:
 
 
 class DivergenceMeter:
-    """Measures models against a reference, which runs once; never is a whole model in memory.
+    """Measures models against a reference, which runs once; no whole model is ever in memory.
 
     The reference's hidden states stay until `close`: half of the budget in memory, the rest on
     disk. `tick` is told of the tokens that passed a layer. Raises RainError without samples.
@@ -42,7 +42,7 @@ class DivergenceMeter:
             raise RainError("no samples to compare the models on")
         self._checkpoint, self._samples, self._how = reference, samples, how
         self._folder = tempfile.mkdtemp(prefix="rain-divergence-")
-        # also where nobody closes the meter: it may live as long as the process
+        # closed at exit too: it may live as long as the process
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             self._reference = self._ran(reference, "reference", tick)
@@ -80,7 +80,7 @@ class DivergenceMeter:
         self.close()
 
     def _ran(self, checkpoint: Checkpoint, name: str, tick: Tick) -> StreamedModel:
-        """That model after all of its layers."""
+        """The model after running all of its layers."""
         side = StreamedModel.of(checkpoint, self._how)
         side.embed(self._samples, self._how.budget // 2, Path(self._folder, name))
         try:

@@ -34,7 +34,7 @@ Tick = Callable[[int], object]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How the layers are run; budget: bytes of hidden states in memory, of all models together."""
+    """How the layers are run; budget: bytes of hidden states in memory, for all models together."""
 
     load: LoadOptions
     device: str = "cpu"
@@ -72,12 +72,12 @@ LayerDrift = dict[str, SiteDrift]
 class StreamedModel:
     """One model and its hidden states; `edit` changes each layer's weights once it is filled."""
 
-    def __init__(self, shell: LayerwiseModel, edit: Edit | None = None) -> None:
-        self.shell, self._edit = shell, edit
+    def __init__(self, layerwise: LayerwiseModel, edit: Edit | None = None) -> None:
+        self.layerwise, self._edit = layerwise, edit
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, how: VerifyOptions) -> StreamedModel:
-        """That model; without a type given in float32 on the CPU, else in its own."""
+        """The model of a checkpoint; default type: float32 on the CPU, else its own."""
         config = read_model_config(checkpoint)
         dtype = how.dtype or default_dtype(config, how.device)
         return cls(LayerwiseModel(checkpoint, config, dtype, how.device))
@@ -85,45 +85,45 @@ class StreamedModel:
     def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
         """Embed the samples; `budget` bytes of hidden states stay in memory, the rest on disk."""
         plan = StreamPlan(REASONING, samples, [{}] * len(samples))
-        streams = build_streams(self.shell, [plan], budget, folder, keep_on_device=False)
+        streams = build_streams(self.layerwise, [plan], budget, folder, keep_on_device=False)
         self._stream = streams[REASONING]
 
     def run(self, tick: Tick) -> None:
         """All samples through all layers; `tick` is told of the tokens that passed a layer."""
         stream = self._stream
-        for index in range(len(self.shell.layers)):
+        for index in range(len(self.layerwise.layers)):
             with ExitStack() as stack:
                 self.fill(index, stack)
                 for number, sample in enumerate(stream.samples):
-                    hidden = stream.store.get(number).to(self.shell.device)
+                    hidden = stream.store.get(number).to(self.layerwise.device)
                     call = stream.calls[number][index]
                     stream.store.put(number, run_layer(self._layer, hidden, call))
                     tick(len(sample.input_ids))
 
     def fill(self, index: int, stack: ExitStack) -> None:
         """Load layer `index` until the stack is left."""
-        self._layer = stack.enter_context(self.shell.layer(index))
+        self._layer = stack.enter_context(self.layerwise.layer(index))
         self._index, self._sites = index, SiteMap()
         if self._edit is not None:
-            self._edit(self._layer, f"{self.shell.prefix}.{index}")
+            self._edit(self._layer, f"{self.layerwise.prefix}.{index}")
 
     def advance(self, sample: int, positions: Tensor) -> dict[str, Tensor]:
         """Run one sample through the layer: its features (n, d) at the positions, by site."""
         rows: dict[str, Tensor] = {}
 
         def pick(site: str, inputs: Tensor, tokens: Tensor | None) -> None:
-            if tokens is None:  # else routed to an expert, and in another model to another one
+            if tokens is None:  # experts' rows differ by routing
                 rows[site] = inputs[positions].float()
 
         store, call = self._stream.store, self._stream.calls[sample][self._index]
-        hidden = store.get(sample).to(self.shell.device)
+        hidden = store.get(sample).to(self.layerwise.device)
         with capture_inputs(self._layer, self._sites, pick, partial(len, hidden)):
             store.put(sample, run_layer(self._layer, hidden, call))
         return rows
 
     def final(self, sample: int) -> Tensor:
         """The hidden states (T, d) of one sample as they are now."""
-        return self._stream.store.get(sample).to(self.shell.device)
+        return self._stream.store.get(sample).to(self.layerwise.device)
 
     def close(self) -> None:
         """Free the hidden states."""
@@ -138,14 +138,14 @@ def feature_drift(
     sides: the reasoning model, the merged one, and the merged one before rounding, if known. They
     must have been embedded, and are at the end of their layers afterwards.
     """
-    shell = sides[0].shell
-    for index in range(len(shell.layers)):
+    layerwise = sides[0].layerwise
+    for index in range(len(layerwise.layers)):
         with ExitStack() as stack:
             for side in sides:
                 side.fill(index, stack)
             found: LayerDrift = {}
             for number, sample in enumerate(samples):
-                positions = torch.tensor(sample.think_positions, device=shell.device)
+                positions = torch.tensor(sample.think_positions, device=layerwise.device)
                 _add(found, [side.advance(number, positions) for side in sides])
                 tick(len(sample.input_ids))
         yield found
@@ -177,9 +177,9 @@ def divergences(reference: StreamedModel, model: StreamedModel, samples: int) ->
     The distribution at position t is that of token t + 1, over the tokens that both models have.
     Logits of a whole text never exist. Both models must have run all layers.
     """
-    tokens = common_tokens(reference.shell.model, model.shell.model)
+    tokens = common_tokens(reference.layerwise.model, model.layerwise.model)
     chunk = max(16, CHUNK_LOGITS // tokens)
-    with finishing(reference.shell) as wanted, finishing(model.shell) as found:
+    with finishing(reference.layerwise) as wanted, finishing(model.layerwise) as found:
         for number in range(samples):
             blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
             parts = [

@@ -58,14 +58,14 @@ def grouped(file: CalibrationFile) -> Groups:
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
-    """The end of each kind that tells it from the others: `up_proj`, or `experts.up_proj`."""
+    """A short unique name for each kind: `up_proj`, or `experts.up_proj`."""
     parts = {kind: [part for part in kind.split(".") if part != "*"] for kind in kinds}
     return {kind: _ending(kind, parts) for kind in parts}
 
 
 def _ending(kind: str, parts: dict[str, list[str]]) -> str:
     own = parts[kind]
-    # Experts are called so even where there is nothing to confuse them with.
+    # Experts keep `experts.` in their name even if `up_proj` alone is unique.
     least = 2 if "experts" in own[:-1] else 1
     for length in range(least, len(own) + 1):
         if sum(other[-length:] == own[-length:] for other in parts.values()) == 1:

@@ -1,4 +1,4 @@
-"""The task vectors of a calibration's three models: their size, and where they point.
+"""The task vectors of a calibration's three models: norms and principal directions.
 
 Read from the checkpoints one weight at a time, for the report.
 """
@@ -29,7 +29,7 @@ _NOISE = 1e-4  # of float32 differences of float16 weights
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much two principal subspaces share, 0 to 1; `chance`: what random ones would."""
+    """How much two principal subspaces share, 0 to 1; `chance`: the value for random subspaces."""
 
     left: float
     right: float
@@ -38,7 +38,7 @@ class Overlap:
 
     @classmethod
     def mean(cls, found: Sequence[Overlap]) -> Overlap:
-        """Of at least one."""
+        """The mean of at least one overlap."""
         return cls(*(fmean(getattr(one, item.name) for one in found) for item in fields(cls)))
 
 

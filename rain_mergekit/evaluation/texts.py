@@ -20,7 +20,7 @@ from rain_mergekit.text.marker_detection import find_markers
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.token_positions import ReasoningTokens
 
-# What parse_settings needs beside, so that no instruction set is asked for.
+# Settings with which `parse_settings` requires no instruction set.
 _NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
 
 

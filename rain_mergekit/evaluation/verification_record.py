@@ -1,4 +1,4 @@
-"""What `verify --card` has measured of a merged model, kept in its folder for the model card."""
+"""The measurement of `verify --card`, kept in the merged model's folder for the model card."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def load(folder: str | os.PathLike[str]) -> VerificationRecord | None:
         weights = content["weights"]
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    # Else it is of an earlier merge.
+    # Otherwise the record belongs to an earlier merge.
     return found if weights == fingerprint(os.fspath(folder))["weights"] else None

@@ -90,10 +90,10 @@ def measure_merge(
 def _unrounded(
     reasoning: Checkpoint, merged: Checkpoint, anchor: StreamedModel, how: VerifyOptions
 ) -> StreamedModel:
-    if anchor.shell.dtype != torch.float32:
-        raise RainError("it takes --dtype float32 to see it")
-    shell = LayerwiseModel(reasoning, read_model_config(reasoning), torch.float32, how.device)
-    return StreamedModel(shell, Unrounded(merged.path, shell, how.load).fill)
+    if anchor.layerwise.dtype != torch.float32:
+        raise RainError("it is only visible with --dtype float32")
+    layerwise = LayerwiseModel(reasoning, read_model_config(reasoning), torch.float32, how.device)
+    return StreamedModel(layerwise, Unrounded(merged.path, layerwise, how.load).fill)
 
 
 def answers_of(

@@ -39,7 +39,7 @@ def relative_weight_change(
 def _change(
     reasoning: CheckpointWeights, merged: CheckpointWeights, name: str, *, tokens: bool
 ) -> tuple[float, float]:
-    """||W_R||, and ||W* - W_R||; of tokens those that both have. In float32 block by block."""
+    """||W_R|| and ||W* - W_R||, in float32 by blocks; for token rows, only those that both have."""
     before, after = reasoning.get(name), merged.get(name)
     if tokens:
         before, after = (weight[: min(len(before), len(after))] for weight in (before, after))

@@ -1,4 +1,4 @@
-"""Rules for what IFEval's cannot say; `ARGUMENTS` lists what each needs to know."""
+"""Rules that IFEval lacks; `ARGUMENTS` lists the arguments of each."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Rule = Callable[[Kwargs, str], bool]
 
 
 def _sentences(kwargs: Kwargs, response: str) -> bool:
-    """The response has exactly ``sentences`` sentences, told by closing punctuation."""
+    """The response has exactly `sentences` sentences, told by closing punctuation."""
     pieces = re.split(r"(?<=[.!?])[\"'”)*]*\s+", response.strip())
     found = [piece for piece in pieces if any(ch.isalnum() for ch in piece)]
     return len(found) == int(kwargs["sentences"])
 
 
 def _exact_count(kwargs: Kwargs, response: str) -> bool:
-    """The keyword occurs exactly ``count`` times as a whole word, ignoring case."""
+    """The keyword occurs exactly `count` times as a whole word, ignoring case."""
     pattern = rf"(?<!\w){re.escape(kwargs['keyword'])}(?!\w)"
     return len(re.findall(pattern, response, re.IGNORECASE)) == int(kwargs["count"])
 
@@ -36,7 +36,7 @@ def _json(kwargs: Kwargs, response: str) -> bool:
 
 
 def _numbered(kwargs: Kwargs, response: str) -> bool:
-    """The response has lines numbered from one to ``items``, in order."""
+    """The response has lines numbered from one to `items`, in order."""
     found = [int(n) for n in re.findall(r"^(\d+)[.)] \S", response, re.MULTILINE)]
     return found == list(range(1, int(kwargs["items"]) + 1))
 
@@ -58,7 +58,7 @@ def _start(kwargs: Kwargs, response: str) -> bool:
 
 
 def _paragraphs(kwargs: Kwargs, response: str) -> bool:
-    """The response has exactly ``paragraphs`` paragraphs, parted by blank lines."""
+    """The response has exactly `paragraphs` paragraphs, parted by blank lines."""
     parts = re.split(r"\n\s*\n", response)
     return all(part.strip() for part in parts) and len(parts) == int(kwargs["paragraphs"])
 

@@ -1,7 +1,6 @@
 """Whether an answer follows the instructions of its prompt: IFEval's rules, and a few of our own.
 
-Ours say what IFEval's cannot: exact counts, given headings, keys and columns. No rule is there
-twice.
+Our own rules cover what IFEval lacks: exact counts, given headings, keys and columns.
 """
 
 from __future__ import annotations

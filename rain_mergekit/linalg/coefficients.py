@@ -34,7 +34,7 @@ class HeadAccumulator:
         self.samples += 1
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> HeadAccumulator:
-        """This one with its sums replaced by `total` of them, e.g. over several processes."""
+        """The same with its sums passed through `total`, e.g. summed over several processes."""
         count = torch.tensor([float(self.samples)], dtype=torch.float64)
         sums = total(torch.cat([self._alignment, self._leakage, count]))
         heads = self._alignment.numel()

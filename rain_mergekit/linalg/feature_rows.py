@@ -1,4 +1,4 @@
-"""Feature rows in the type they were seen in; computed with in float64, block by block."""
+"""Feature rows kept in their own type and used in float64, block by block."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FeatureRows:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the rows."""
         return self.blocks[0].device
 
     def scaled(self, factor: float) -> FeatureRows:
@@ -53,9 +53,9 @@ class FeatureRows:
         return FeatureRows(self.blocks, tuple(weight * factor for weight in self.weights))
 
     def near_unit(self) -> FeatureRows:
-        """X times the power of two, so exactly, that brings its energy to 1/4 to 1; zero stays.
+        """X times the power of two that brings its energy into [1/4, 1]; exact. Zero stays zero.
 
-        Products in float32 then have room above and below.
+        Products in float32 then neither overflow nor underflow.
         """
         energy = self.energy()
         if energy == 0.0 or not math.isfinite(energy):
@@ -63,7 +63,7 @@ class FeatureRows:
         return self.scaled(math.ldexp(1.0, -math.frexp(math.sqrt(energy))[1]))
 
     def dense(self) -> Tensor:
-        """X as one float64 matrix; for small ones."""
+        """X as one float64 matrix; for small X only."""
         return self._columns(slice(None))
 
     def energy(self) -> float:

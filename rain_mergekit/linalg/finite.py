@@ -9,7 +9,7 @@ from torch import Tensor
 def finite(tensor: Tensor) -> bool:
     """Whether no element of the tensor, of any shape and number type, is NaN or infinite.
 
-    Extremes carry NaN and infinity with them and need no temporary of the tensor's size.
+    Minimum and maximum propagate NaN and infinity, and need no temporary of the tensor's size.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return True

@@ -9,7 +9,7 @@ from rain_mergekit.linalg.factors import Factors
 
 # A block's two float32 temporaries stay in a core's second-level cache; a GPU wants few launches.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU = 2**17, 2**25
-MIN_BLOCK_ROWS = 128  # with fewer rows the products would do little else than read U and V
+MIN_BLOCK_ROWS = 128  # with fewer rows, reading U and V would take most of the time
 
 
 def changed_weight(
@@ -39,12 +39,9 @@ def changed_weight(
 
 
 def merged_weight(
-    reasoning: Tensor,
-    instruct: Tensor,
-    pretrained: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
     factors: Factors | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     strength: float,
     input_axis: int = -1,
 ) -> Tensor:
@@ -54,24 +51,22 @@ def merged_weight(
     features whatever the scales are. Blocks of output rows keep the temporaries in the cache.
 
     Args:
-        reasoning: W_R, (d_out, d_in); (d_in, d_out) with `input_axis` -2.
-        instruct: W_I, of the same shape, dtype and device.
-        pretrained: W_B, likewise.
+        weights: W_R, W_I and W_B of one shape, dtype and device: (d_out, d_in), or (d_in, d_out)
+            with `input_axis` -2.
         factors: U and V; None where nothing is projected.
-        rows: the scales S_row (d_out); None for ones.
-        cols: the scales S_col (d_in); None for ones.
+        scales: S_row (d_out) and S_col (d_in); None for ones.
         strength: λ.
         input_axis: the axis of the input features, -1 or -2.
 
     Returns:
-        A new tensor like `reasoning`; computed in float32, or in float64 for float64 weights.
+        A new tensor like W_R; computed in float32, or in float64 for float64 weights.
     """
-    dtype = torch.float64 if reasoning.dtype == torch.float64 else torch.float32
-    device = reasoning.device
-    result = torch.empty_like(reasoning, memory_format=torch.contiguous_format)
-    views = (result, reasoning, instruct, pretrained)
+    like, device = weights[0], weights[0].device
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    views = (result, *weights)
     out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
-    scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in (rows, cols))
+    scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in scales)
     factors = None if factors is None else factors.to(device, dtype)
     strength = _strength(strength, dtype)
     step = _block_rows(out)
@@ -91,7 +86,7 @@ def merged_weight(
 
 
 def _strength(value: float, dtype: torch.dtype) -> float:
-    """Out of the type's range it is infinite, and so is the result: torch refuses the number."""
+    """λ in the type of the computation: infinite if out of range (torch would raise an error)."""
     return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 

@@ -26,7 +26,7 @@ class Spectrum:
     values: k float64, eigenvalues mu_i > 0 (squared singular values of the weighted rows).
     total: trace of the second moment, the sum over all directions, kept or not.
 
-    Few of the directions are wanted in the end, so they are made on demand from the side that was
+    Only few of the directions are needed, so they are computed on demand from the side that was
     decomposed: `_left` holds eigenvectors of X X^T (n x k) with `_rows` X of unit energy, or, where
     `_rows` is None, those of X^T X (d x k), which are the directions themselves.
     """
@@ -44,7 +44,7 @@ class Spectrum:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the tensors."""
         return self.values.device
 
     @property
@@ -115,7 +115,7 @@ def response_energies(
     """sum_k ||Delta_k x||^2 for every x, over the modules k that share the site; float64.
 
     of: each is a spectrum, whose x are sigma_i u_i of unit energy, or feature rows. deltas: each
-    d_out x d; a matrix may also come as several blocks of its rows. They are gone through once.
+    d_out x d; a matrix may also come as several blocks of its rows. They are read once.
     """
     sums = [torch.zeros(item.count, dtype=STATISTICS_DTYPE, device=item.device) for item in of]
     for delta in deltas:
@@ -159,7 +159,7 @@ def extend_basis(
     share: float,
     max_rank: int,
 ) -> Tensor:
-    """As `extended_basis`, without saying whether `max_rank` left something out."""
+    """The basis of `extended_basis` alone."""
     return extended_basis(basis, rows, total_response, task_vectors, share, max_rank)[0]
 
 
@@ -210,7 +210,7 @@ def oblique_factors(
 
     basis: d x r orthonormal; instruction_rows: m x d with C_I = rows^T rows (already weighted);
     gamma = epsilon * tr(C_I) / d. Among all Delta' with Delta' U = 0 it changes least what Delta
-    does to the instruction features. Falls back to the orthogonal case when C_I is zero.
+    does to the instruction features. Equals the orthogonal projection when C_I is zero.
     """
     rows = FeatureRows.of(instruction_rows)
     basis = basis.to(STATISTICS_DTYPE)

@@ -41,7 +41,7 @@ class RidgeSums:
             self.flush()
 
     def flush(self) -> None:
-        """Bring the rows that still wait into the sums."""
+        """Add the rows that still wait to the sums."""
         if not self._rows:
             return
         roots = torch.cat([weights for _, weights, _ in self._rows]).sqrt()

@@ -48,7 +48,7 @@ class RowCollector:
         return FeatureRows(tuple(self._blocks), (1.0,))
 
     def _fold(self) -> None:
-        """Past 4 d rows, keep the triangular factor instead: d rows with the same second moment."""
+        """Beyond 4 d rows, keep a triangular factor instead: d rows with the same second moment."""
         width = self._blocks[0].shape[1]
         if sum(block.shape[0] for block in self._blocks) <= 4 * width:
             return

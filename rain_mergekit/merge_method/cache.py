@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[V]):
-    """The values used last; making one holds the lock, so that none is made twice."""
+    """The most recently used values; a lock ensures that none is computed twice."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -25,7 +25,7 @@ class Recent(Generic[V]):
         self._values: OrderedDict[Hashable, V] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value under the key, made now if it is not there."""
+        """The value of the key, computed if it is missing."""
         with self._lock:
             if key not in self._values:
                 self._values[key] = make()

@@ -52,7 +52,7 @@ def is_restored(there: AbstractSet[str], reasoning: ModelTensors, names: Names) 
 
 
 def _origins(reasoning: ModelTensors, names: Names) -> dict[str, str]:
-    """By the names that a result may have and the checkpoint has not, the model's of the tensor."""
+    """The model's name of each tensor whose name in the result is not in the checkpoint."""
     origin = {name: name for name in reasoning.sources}
     for name, source in reasoning.sources.items():
         targets = names(name)
@@ -63,7 +63,7 @@ def _origins(reasoning: ModelTensors, names: Names) -> dict[str, str]:
 
 
 def in_parts(reasoning: ModelTensors, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor of the model as the checkpoint has it: under its name there, or in its parts."""
+    """One tensor of the model as the checkpoint stores it: under its name there, or in parts."""
     source = reasoning.sources[name]
     if source.name is not None:
         return {source.name: tensor}
@@ -71,7 +71,7 @@ def in_parts(reasoning: ModelTensors, name: str, tensor: Tensor) -> dict[str, Te
 
 
 def _divided(reasoning: ModelTensors, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Undo a conversion, which moves numbers and changes none: by where it moves each number to."""
+    """Undo a conversion that only moves numbers, by tracking where each one goes."""
     parts = [part for part, _ in reasoning.sources[name].parts]
     shapes = reasoning.checkpoint.shapes(parts)
     sizes = [math.prod(shapes[part]) for part in parts]
@@ -85,7 +85,7 @@ def _divided(reasoning: ModelTensors, name: str, tensor: Tensor) -> Iterator[tup
     places = reasoning.assembled(name, lambda part: numbered[part]).flatten()
     if len(places) != total or tensor.numel() != total:
         raise RainError(
-            f"{name}: {len(parts)} tensors of the checkpoint make it up, and it cannot be divided "
+            f"{name}: {len(parts)} tensors of the checkpoint make it up, and it cannot be split "
             "into them again"
         )
     flat = torch.empty(total, dtype=tensor.dtype)

@@ -1,4 +1,4 @@
-"""Does a calibration belong to the models of this merge? Asked before any tensor is merged."""
+"""Check that a calibration belongs to the models of this merge, before any tensor is merged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rain_mergekit.errors import RainError
 
 _LISTED, _TOKENS = 20, 4096
 _LAYER = re.compile(r"\.\d+\.")
-_log = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 
 def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
@@ -69,14 +69,14 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
 
 
 def _compare_tokenizer(calibration: CalibrationFile, folder: str) -> None:
-    """A warning only: the weights are the calibrated ones, and a repaired file may be meant."""
+    """Only a warning: the weights are the same, and the tokenizer may have been repaired."""
     from rain_mergekit.models.tokenizer import tokenizer_digest  # noqa: PLC0415 - loads transformers
 
     recorded = (calibration.header.get("run") or {}).get("tokenizer")
     if recorded is not None and recorded != tokenizer_digest(folder):
-        _log.warning(
+        LOG.warning(
             "the tokenizer or the chat template of %s has changed since the calibration %s: what "
-            "is protected was found with the ones before",
+            "is protected was measured with the earlier ones",
             folder,
             calibration.path,
         )
@@ -95,7 +95,7 @@ def check_source(model: object, name: str, tensor: Tensor) -> None:
     if not torch.equal(row.to(tensor.dtype), tensor[:1].to("cpu")):
         raise RainError(
             f"{name} of the result is made from another tensor of {model}: the slices move layers, "
-            "and a calibration holds for layers in their own places; merge first, move then"
+            "and a calibration holds for layers in their own places; merge first, then move them"
         )
 
 
@@ -139,7 +139,7 @@ def _other_reasoning_model(
 
     record = calibration.models["reasoning"]
     if record.fingerprint is None:
-        _log.warning(
+        LOG.warning(
             "calibration file %s has no fingerprint: whether it was made for %s is not checked",
             calibration.path,
             model,
@@ -158,7 +158,7 @@ def _other_reasoning_model(
 def _check_others(
     calibration: CalibrationFile, models: Mapping[str, Any], indices: Mapping[str, Any]
 ) -> None:
-    """Other models than the recorded ones may be meant; not if nothing can come of them."""
+    """Models other than the recorded ones may be intended; refuse them only if they cannot work."""
     from rain_mergekit.checks.task_vector_size import check_task_vector  # noqa: PLC0415 - likewise
     from rain_mergekit.checks.tokenizers import check_tokenizers  # noqa: PLC0415 - likewise
     from rain_mergekit.models.fingerprint import fingerprint  # noqa: PLC0415 - loads transformers
@@ -168,7 +168,7 @@ def _check_others(
     other = [role for role in found if made[role] is not None and made[role] != found[role]]
     for role in other:
         recorded = calibration.models[role].reference
-        _log.warning("the calibration was made with another %s model: %s", role, recorded)
+        LOG.warning("the calibration was made with another %s model: %s", role, recorded)
     if other or None in made.values():
         names = {role: str(model) for role, model in models.items()}
         accepted = (calibration.header.get("settings") or {}).get("accept")
@@ -179,11 +179,11 @@ def _check_others(
         folders = {role: indices[role].base_path for role in ("reasoning", *other)}
         noted += check_tokenizers(folders, names, _markers(calibration), accept)
         for text in noted:
-            _log.warning("%s", text)
+            LOG.warning("%s", text)
 
 
 def _markers(calibration: CalibrationFile) -> list[str]:
-    """The texts around thinking that the file names; that part of a header is free in form."""
+    """The markers that the file records; that section of the header may have any form."""
     data = calibration.header.get("data")
     pairs = data.get("markers") if isinstance(data, Mapping) else None
     lists = [pair for pair in pairs if isinstance(pair, list)] if isinstance(pairs, list) else []
@@ -198,7 +198,7 @@ def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
 
 
 def _problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
-    """What of a model is not as the calibration has it: shapes, numbers, missing tensors."""
+    """How a model differs from the calibration: shapes, types, missing tensors."""
     from rain_mergekit.models.checkpoint import PLAIN_TYPES, header_entries  # noqa: PLC0415 - transformers
 
     if not index.is_safetensors:
@@ -255,7 +255,7 @@ def _layer(name: str) -> str | None:
 
 
 def _stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:
-    """Those of the names that mergekit finds under an alias, or puts together of others."""
+    """The names that mergekit finds under an alias, or assembles from other tensors."""
     from rain_mergekit.models.merge_names import listed_names  # noqa: PLC0415 - loads transformers
 
     config = AutoConfig.from_pretrained(index.base_path)

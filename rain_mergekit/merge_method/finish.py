@@ -1,6 +1,6 @@
-"""Makes a merged model's folder the reasoning model's folder with other weights.
+"""Make a merged model's folder equal to the reasoning model's, except for the weights.
 
-mergekit writes `config.json` in the dialect of the installed transformers, builds tokenizers anew
+mergekit writes `config.json` as the installed transformers does, rebuilds tokenizers
 and copies a list of known files. Everything beside the weights comes from the reasoning model's own
 folder here.
 """
@@ -31,7 +31,7 @@ from rain_mergekit.models.side_files import (
 class Finished:
     """config: whether it was written anew; files: the others that were put right.
 
-    warnings: what could not be.
+    warnings: what could not be restored.
     """
 
     config: bool
@@ -47,7 +47,7 @@ def finish_files(
     tokenizer: bool = True,
     own_template: bool = False,
 ) -> Finished:
-    """Put right what is beside the weights in `folder`; doing it again changes nothing.
+    """Restore all files besides the weights in `folder`; idempotent.
 
     Args:
         folder: the merged model's.

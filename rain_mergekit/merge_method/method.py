@@ -31,7 +31,7 @@ from rain_mergekit.merge_method.spec import (
 )
 
 _SLICE = re.compile(r"\.slices\[\d+\]$")
-# Threads of `--multi-gpu` make a GPU the default device, and parts of files would be read to it.
+# Under `--multi-gpu` a GPU is the default device; files must still be read to the CPU.
 _HOST = "cpu"
 _FETCH = ": that checkpoint is damaged, fetch it again"
 _FETCH_OR_LEAVE = f"{_FETCH}; or leave the tensor as it is, by a filter of `lambda` that gives it 0"
@@ -41,7 +41,7 @@ STRENGTH_OF_STREAMS = (
     "lambda 1: other strengths are often worse on both sides; set rain.teacher_strength and "
     "calibrate again instead"
 )
-_log = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 
 class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
@@ -150,7 +150,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             _require_finite(reasoning, name, f"the reasoning model {base.id}{_FETCH}")
             if parameters["lambda"] != 0:
                 _warn_of_unused(group, name)
-            return reasoning.clone()  # itself would keep its whole mapped shard in memory
+            return reasoning.clone()  # returning it would keep its whole mapped shard in memory
         tensors = {entry.id: entry.tensor for entry in group.entries}
         weights = reasoning, tensors[models["instruct"]], tensors[models["pretrained"]]
         shape = tuple(reasoning.shape)  # mergekit has made sure that all are alike
@@ -186,7 +186,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         device, axis = weights[0].device, plan.input_axis
         added = calibration.change(plan)
         if added is not None and strength != 1:
-            self._noted.get(calibration, lambda: _log.warning(STRENGTH_OF_STREAMS))
+            self._noted.get(calibration, lambda: LOG.warning(STRENGTH_OF_STREAMS))
         if added is not None and not plan.projected:
             return changed_weight(weights[0], added, strength, axis)
         if added is not None:  # both in float32, and one cast
@@ -197,20 +197,19 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
         if plan.tokens and rows is not None:
             rows = _of_length(rows, weights[0].shape[0])
+        scales = (rows, cols)
 
         def factors(site: str | None) -> Factors | None:
             return None if site is None else self._bases.get(calibration, site, device)
 
         if len(plan.shape) == 2 and not isinstance(plan.site, tuple):
             basis = factors(plan.site)
-            return merged_weight(*weights, basis, rows, cols, strength, plan.input_axis)
+            return merged_weight(weights, basis, scales, strength, plan.input_axis)
         sites = plan.site if isinstance(plan.site, tuple) else (plan.site,) * plan.shape[0]
         merged = torch.empty_like(weights[0])
         for expert, site in enumerate(sites):
-            w_r, w_i, w_b = (weight[expert] for weight in weights)
-            merged[expert] = merged_weight(
-                w_r, w_i, w_b, factors(site), rows, cols, strength, plan.input_axis
-            )
+            own = (weights[0][expert], weights[1][expert], weights[2][expert])
+            merged[expert] = merged_weight(own, factors(site), scales, strength, plan.input_axis)
         return merged
 
 
@@ -248,13 +247,13 @@ def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
 def _check_tokens(model: Hashable, name: str, tensor: Tensor, rows: Tensor | None) -> None:
     from rain_mergekit.merge_method.compatibility import check_tokens  # noqa: PLC0415 - see register
 
-    if rows is not None:  # else all are treated alike, in whatever order
+    if rows is not None:  # otherwise all are treated alike, in any order
         with torch.device(_HOST):
             check_tokens(model, name, tensor, rows)
 
 
 def _of_length(rows: Tensor, count: int) -> Tensor:
-    """The scales of so many tokens: padding may have gone, and new tokens are left alone."""
+    """Scales for this many tokens: padding may have been removed, and new tokens are unchanged."""
     return torch.cat([rows[:count], rows.new_zeros(max(0, count - len(rows)))])
 
 
@@ -264,10 +263,10 @@ def _require_finite(tensor: Tensor, name: str, who: str) -> None:
 
 
 def _warn_of_unused(group: TensorGroup, name: str) -> None:
-    """What the merge leaves out may be damaged: then the rest of that model may be, too."""
+    """Warn of NaN or infinity in tensors that the merge does not use: the file may be damaged."""
     for entry in group.non_base:
         if not finite(entry.tensor):
-            _log.warning(
+            LOG.warning(
                 "%s holds NaN or infinite values in %s; the result takes the base model's",
                 name,
                 entry.id,

@@ -28,7 +28,7 @@ from rain_mergekit.models.model_tensors import ModelTensors
 
 
 class Completion:
-    """What is missing of a merge, known before it begins; `write` adds it to the finished one.
+    """The tensors that mergekit will omit, known before the merge; `write` adds them afterwards.
 
     Weights that the calibration covers are merged like all others, the rest are the reasoning
     model's. Afterwards all tensors are called and divided as in its checkpoint. RainError if
@@ -49,7 +49,7 @@ class Completion:
         self._strength(config)
 
     def _strength(self, config: MergeRecipe) -> float:
-        """Lambda, where one of the missing tensors may be merged with it; else 0."""
+        """Lambda if one of the missing tensors is merged with it, else 0."""
         if not self._missing.keys() - self.reasoning.unknown:
             return 0.0
         try:
@@ -106,7 +106,7 @@ class Completion:
             replay.release()
 
     def _copied(self, parts: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """As they are in the reasoning model's checkpoint."""
+        """The tensors as they are in the reasoning model's checkpoint."""
         for part in parts:
             tensor = self.reasoning.checkpoint.get(part)
             if tensor.is_floating_point() and not finite(tensor):

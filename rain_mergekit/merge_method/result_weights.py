@@ -28,13 +28,13 @@ class Weights(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors in the file."""
+        """The names of all tensors in the file."""
 
     def get(self, name: str) -> Tensor:
-        """One of them, on the CPU."""
+        """One tensor, on the CPU."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them, which is not read."""
+        """The shape of one tensor, without reading it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Weights]:
-    """One of these files, in whichever format."""
+    """Open one weight file of either format."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             yield _Safetensors(file)
@@ -116,7 +116,7 @@ def add_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def replace_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file; under its name there is the old one or the new one, never a part of it."""
+    """Write one file atomically: its name always refers to a whole file, old or new."""
     unfinished = path.with_name(f"{_UNFINISHED}{path.suffix}")
     _save(unfinished, tensors)
     unfinished.replace(path)
@@ -139,7 +139,7 @@ def write_index(folder: Path) -> None:
 
 
 def _form(shards: Sequence[Path]) -> tuple[str, str]:
-    """What the names of the files begin and end with."""
+    """Prefix and suffix of the files' names."""
     form = _PATTERN.fullmatch(shards[0].name) if shards else None
     if form is None:
         raise RainError("the merged model's folder holds no weights")

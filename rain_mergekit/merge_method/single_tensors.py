@@ -73,7 +73,7 @@ class TensorMerger:
     def _of_tokens(
         self, name: str, plan: TensorPlan, dtype: torch.dtype | None, device: torch.device
     ) -> Tensor:
-        """In blocks of rows: of a weight of this size only the result is there as a whole."""
+        """Computed in blocks of rows, so that only the result is in memory as a whole."""
         weights = [self._tensors[role].of_tokens(name) for role in ROLES]
         count = min(len(weight) for weight in weights)
         own_site = isinstance(plan.site, str)
@@ -84,7 +84,9 @@ class TensorMerger:
             block = slice(start, min(count, start + TASK_ROWS))
             base, tuned, origin = (weight[block].to(device, dtype) for weight in weights)
             own = None if rows is None else rows[block]
-            result[block] = merged_weight(base, tuned, origin, factors, own, cols, self._strength)
+            result[block] = merged_weight(
+                (base, tuned, origin), factors, (own, cols), self._strength
+            )
         return result
 
     def _merged(
@@ -97,7 +99,7 @@ class TensorMerger:
         plan = self._calibration.tensors.get(key)
         if plan is None or not self._strength:
             return weights["reasoning"].to(device, dtype)
-        # mergekit converts what it reads, before anything is computed
+        # mergekit converts tensors before it computes
         base, instruct, pretrained = (weights[role].to(device, dtype) for role in ROLES)
         trio = base, instruct, pretrained
         return self._method.merged(self._calibration, plan, trio, self._strength)

@@ -42,7 +42,7 @@ def reported() -> Iterator[None]:
 
 
 class Planned(threading.local):
-    """What mergekit resolved for the tensor that it is planning, before it validates the inputs.
+    """The parameters that mergekit has resolved for the tensor that it is planning.
 
     mergekit shows a method its parameters one by one and its models separately; the two meet only
     when a tensor is merged. Collecting them lets a plan that cannot work fail while planning.
@@ -52,7 +52,7 @@ class Planned(threading.local):
     roles: tuple[str | None, ...] = ()
 
     def take(self) -> tuple[CalibrationFile | None, tuple[str | None, ...]]:
-        """Give what was collected and forget it."""
+        """Return what was collected, and clear it."""
         collected = (self.calibration, self.roles)
         self.calibration, self.roles = None, ()
         return collected
@@ -60,7 +60,7 @@ class Planned(threading.local):
 
 @dataclass(frozen=True)
 class _Checked(ParameterSpec):  # type: ignore[misc] # mergekit publishes no types
-    """A parameter that is never "required" for mergekit, whose message would be a traceback."""
+    """Optional for mergekit, whose own message for a missing parameter is a traceback."""
 
     check: Callable[[Any], Any] = str
 
@@ -95,7 +95,7 @@ def checked_parameter(
 
 
 _KNOWN = "calibration and lambda for all, and each model's role"
-# mergekit never asks a method for names that it has not: these would do nothing without a word.
+# mergekit silently ignores parameters that a method does not have.
 _MISTAKEN = (
     *("lamda", "lamba", "lambd", "lambada", "lamdba", "lmbda", "Lambda", "LAMBDA", "λ"),
     *("strength", "scale", "alpha", "weight", "density", "normalize", "rescale", "t"),
@@ -114,7 +114,7 @@ def mistaken_names(own: Sequence[str], known: str) -> tuple[ParameterSpec, ...]:
 
 
 def _refusal(name: str, known: str) -> Callable[[Any], None]:
-    """A check that refuses whatever is given under that name."""
+    """A check that refuses any value of that parameter."""
 
     def refuse(value: object) -> None:
         if value is not None:

@@ -1,4 +1,4 @@
-"""The reasoning model's tokenizer in a merged model's folder, as its own files have it.
+"""Restore the reasoning model's tokenizer files in a merged model's folder.
 
 Told to align vocabularies or to set a chat template, mergekit loads the tokenizer through
 transformers and saves it anew. transformers may take another class than the model's, which splits
@@ -37,7 +37,7 @@ class Restored:
 
 
 def restore(reasoning: Checkpoint, folder: Path, *, own_template: bool) -> Restored:
-    """Put the reasoning model's files in place of what mergekit has made of them in `folder`.
+    """Replace the tokenizer files that mergekit wrote in `folder` by the reasoning model's.
 
     The tokenizer's only where both have the same vocabulary: rows of the embeddings belong to it.
     own_template: the configuration sets another chat template, which stays. RainError if one of the
@@ -70,7 +70,7 @@ def _merged(reasoning: Checkpoint, folder: Path) -> PreTrainedTokenizerBase:
 def _differences(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, own_template: bool
 ) -> Iterator[str]:
-    """What the merged model's tokenizer does in another way, in words."""
+    """How the merged model's tokenizer differs, in words."""
     pieces = [t.convert_ids_to_tokens(t(_PROBE)["input_ids"]) for t in (ours, theirs)]
     if pieces[0] != pieces[1]:
         yield (

@@ -1,7 +1,7 @@
-"""Models given as base and adapter: mergekit merges them into a cache, which is kept true here.
+"""Models given as base and adapter: keep mergekit's cache of merged adapters up to date.
 
-mergekit takes a folder of the cache for the model for ever, whatever becomes of the adapter, and
-puts nothing but weights and a config into it.
+mergekit never renews a folder of that cache, even if the adapter has changed, and writes nothing
+but weights and a config into it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def merged_adapter(
     """
     adapter = _adapter_folder(reference)
     if not Path(adapter, CONFIG).is_file():
-        raise RainError(f"{reference}: what follows the + is no adapter: it has no {CONFIG}")
+        raise RainError(f"{reference}: what follows the + is not an adapter: it has no {CONFIG}")
     made_from = {"base": _base_digest(base), "adapter": _adapter_digest(adapter), "dtype": dtype}
     parts = reference.model, reference.lora  # the name is mergekit's, which must find it too
     folder = Path(cache, "_".join(part._unique_id() for part in parts))  # noqa: SLF001
@@ -77,7 +77,7 @@ def adapter_digest(folder: str | Path) -> str | None:
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether the folder holds an adapter and no model."""
-    # os.path says no where it may not look; what may not be read is told where it is opened
+    # False where permission is missing; opening the file reports that
     return os.path.isfile(Path(folder, CONFIG)) and not os.path.exists(Path(folder, "config.json"))
 
 
@@ -99,7 +99,7 @@ def _adapter_folder(reference: ModelReference) -> str:
 
 
 def _complete(folder: Path, base: str, adapter: str) -> None:
-    """What the merged model needs besides its weights."""
+    """Add what the merged model needs besides its weights."""
     written = read_config_file(folder)
     size = published_config(read_config_file(base), dtype=_type_of(written), vocabulary=None)
     write_config_file(folder, size)
@@ -124,7 +124,7 @@ def _record(folder: Path) -> object:
 
 
 def _base_digest(folder: str) -> str:
-    """Which base it is: its files by name, size and time of change, as weights are large."""
+    """Identifies the base by names, sizes and times of its files: weights are too large to hash."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
@@ -134,7 +134,7 @@ def _base_digest(folder: str) -> str:
 
 
 def _adapter_digest(folder: str) -> str:
-    """The content of all that is merged, and of the tokenizer that is taken over."""
+    """Digest of the adapter's weights, its config, and the tokenizer files taken from it."""
     digest = hashlib.sha256()
     for name in (CONFIG, *_WEIGHTS, *side_files(folder)):
         path = Path(folder, name)

@@ -115,16 +115,16 @@ def register() -> None:
     AttentionMaskInterface.register(DENSE, eager_mask)
 
 
-# As scores are masked: what states of recurrences look into is another, a mask of padding.
+# The mask of attention scores; recurrent layers use another one, of padding.
 _LOOKED_INTO = re.compile(
     r"_mask\.(dtype|masked_fill)\b|_mask\[:, 0|masked_fill\(\s*~?\s*(attention|causal)_mask"
 )
 
 
 def name_for(layers: nn.Module) -> str:
-    """Which of the two functions the layers need, by their own code.
+    """The name of the attention function that the layers need, found in their source code.
 
-    Code that picks keys by itself (an indexer) reads or changes the mask before attention does.
+    Layers that select keys themselves (an indexer) read the mask, so they get it as a tensor.
     """
     for kind in {type(module) for module in layers.modules()}:
         if kind.__module__.startswith("torch."):
@@ -138,7 +138,7 @@ def name_for(layers: nn.Module) -> str:
     return NAME
 
 
-def _mask(
+def _mask(  # noqa: PLR0917 - transformers' interface
     batch_size: int,
     kv_length: int,
     mask_function: Callable[..., Any],
@@ -157,7 +157,7 @@ def _mask(
     return BlockMask(mask_function, kv_length)
 
 
-def _attention(
+def _attention(  # noqa: PLR0913, PLR0917 - transformers' interface
     module: nn.Module,
     query: Tensor,
     key: Tensor,

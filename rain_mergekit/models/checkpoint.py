@@ -19,12 +19,12 @@ from rain_mergekit.models.source import local_folder
 from rain_mergekit.system.untrusted_input import first_line
 
 _READ = (".json", ".safetensors", ".bin")
-# What reading JSON that is not as it should be raises, and a shard that is none.
+# Errors of reading malformed JSON or a broken shard.
 _BROKEN = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
     SafetensorError,
 )
-# Other types hold codes that mean nothing without scales, which lie in tensors of their own.
+# Other types are quantised: their codes need scales from other tensors.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_SIZE = 1024
@@ -90,7 +90,7 @@ class Checkpoint:
         return tensor
 
     def release(self) -> None:
-        """Drop the open shard, so that its mapped pages can be freed."""
+        """Close the open shard, so that its mapped memory can be freed."""
         self._loader.flush()
 
 
@@ -100,7 +100,7 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     try:
         index = ShardedTensorIndex.from_disk(path)
         if not all(isinstance(shard.filename, str) for shard in index.shards):
-            raise TypeError("its index names something else than files")
+            raise TypeError("its index names something other than files")
     except _BROKEN as error:
         _require_permission(reference, [Path(path), *Path(path).glob("*.safetensors")])
         raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
@@ -127,12 +127,12 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
 
 
 def _require_files(path: str, reference: ModelReference) -> None:
-    """Refuse what is no file of a model; opening a named pipe or a device would block."""
+    """Refuse anything but regular files: opening a named pipe or a device would block."""
     here = list(Path(path).glob("*")) if os.path.isdir(path) else []
     odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
     if odd:
         raise RainError(
-            f"{reference}: cannot read the checkpoint: no regular file: {', '.join(sorted(odd))}"
+            f"{reference}: cannot read the checkpoint: not a regular file: {', '.join(sorted(odd))}"
         )
     if pointers := sorted(p.name for p in here if _is_pointer(p)):
         raise RainError(
@@ -141,13 +141,13 @@ def _require_files(path: str, reference: ModelReference) -> None:
         )
     if is_adapter(path):
         raise RainError(
-            f"{reference}: is an adapter and no model: write it after its base model, as "
+            f"{reference}: is an adapter, not a model: write it after its base model, as "
             f"{base_of(path)}+{reference}"
         )
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether the file stands for one that git-lfs keeps elsewhere."""
+    """Whether the file is a git-lfs pointer instead of the weights."""
     if path.suffix not in (*_READ, ".model") or not os.access(path, os.R_OK):
         return False
     if path.stat().st_size > _POINTER_SIZE:
@@ -178,7 +178,7 @@ def open_shard(folder: str, filename: str) -> Iterator[Any]:
     """One shard, opened by safetensors; RainError if it cannot be read."""
     path = os.path.join(folder, str(filename))
     if os.path.exists(path) and not os.path.isfile(path):
-        raise RainError(f"{path}: cannot read the checkpoint: no regular file")
+        raise RainError(f"{path}: cannot read the checkpoint: not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

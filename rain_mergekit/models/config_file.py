@@ -17,14 +17,14 @@ _SIZE_FIELD = "vocab_size"
 
 
 def read_config_file(folder: str | Path) -> dict[str, Any]:
-    """The fields in their order; RainError if there is no such file or it is no JSON object."""
+    """The fields in their order; RainError if there is no such file or it is not a JSON object."""
     path = Path(folder, NAME)
     try:
         found = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RainError(f"{path}: cannot be read as a model config: {first_line(error)}") from None
     if not isinstance(found, dict):
-        raise RainError(f"{path}: cannot be read as a model config: it is no JSON object")
+        raise RainError(f"{path}: cannot be read as a model config: it is not a JSON object")
     return found
 
 
@@ -47,7 +47,7 @@ def published_config(
 def _changed(
     part: Mapping[str, Any], dtype: str | None, vocabulary: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """One level of the config; parts for text and vision have such fields of their own."""
+    """The same for one level of the config; text and vision parts have such fields too."""
     result = dict(part)
     for key, value in part.items():
         if isinstance(value, dict) and key.endswith("_config"):

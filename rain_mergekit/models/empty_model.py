@@ -40,7 +40,7 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
                 return model
             return _build(config, dtype, trust_remote_code, {**ours, "attn_implementation": name})
     except (LookupError, ValueError, ArithmeticError, RuntimeError, TypeError):
-        pass  # of its own table of attention classes, in which our name is not, or told below
+        pass  # the family has a table of attention classes without ours; or reported below
     ours.pop("attn_implementation")
     try:
         return _build(config, dtype, trust_remote_code, ours)
@@ -61,7 +61,7 @@ def _build(config: Any, dtype: torch.dtype, trust: bool, ours: dict[str, str]) -
 
 
 def _auto_class(config: Any, *, trust: bool) -> Any:
-    """The class of models to build: of text alone, or with images where the checkpoint has them.
+    """The auto class to build with: text only, or image and text if the checkpoint has images.
 
     Some families have both for one config; `architectures` says which one the checkpoint is.
     """
@@ -97,7 +97,7 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the language model; itself if there is nothing else."""
+    """The part of a config for the language model; the config itself if it has no parts."""
     return config.get_text_config(decoder=True)
 
 

@@ -1,4 +1,4 @@
-"""The experts function that transformers calls during calibration, and the view into it.
+"""The experts function that transformers calls during calibration, and observing its calls.
 
 Registered by name (`ExpertsInterface`), like our attention function: the module's own gate,
 activation, biases and orientation are used, one expert after the other, so that the tokens routed

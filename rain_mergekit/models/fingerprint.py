@@ -27,7 +27,7 @@ def fingerprint(path: str) -> dict[str, str]:
     """Digests that tie a calibration to a model: config, tensor index, and sampled weights.
 
     Cheap at any size: one row out of the middle of each tensor (of evenly chosen ones past 2,048)
-    is hashed, so a model that was trained further has another fingerprint.
+    is hashed, so that further training changes the fingerprint.
     """
     index = open_index(path, ModelReference.model_validate({"model": {"path": path}}))
     listing, weights = hashlib.sha256(), hashlib.sha256()
@@ -73,6 +73,6 @@ def _config_digest(path: str) -> str:
     except (OSError, ValueError, RecursionError) as error:
         raise RainError(f"{file}: cannot be read as a model config: {first_line(error)}") from None
     if not isinstance(config, dict):
-        raise RainError(f"{file}: cannot be read as a model config: it is no JSON object")
+        raise RainError(f"{file}: cannot be read as a model config: it is not a JSON object")
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

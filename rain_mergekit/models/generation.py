@@ -63,7 +63,7 @@ class Continued(NamedTuple):
     tokens: int
 
 
-def generate(
+def generate(  # noqa: PLR0913 - all but three by name
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

@@ -1,7 +1,7 @@
 """How attention heads lie in the rows and columns of the modules around them.
 
-The only place that knows head layouts, and all of it is tables: by a module's own name inside the
-attention module, checked against its shape. Input sites need no table (see observe.py).
+The only place that knows head layouts. They are tables by a module's name inside the attention
+module, checked against its shape. Input sites need no table (see capture/input_sites.py).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _NAMES: Mapping[str, WeightKind] = {
 }
 # Latent attention's projections to the low rank.
 _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj")
-# What makes queries, keys and values, apart or as one.
+# Modules that compute queries, keys and values, separate or fused.
 _READING = frozenset(
     {"q_proj", "k_proj", "v_proj", *_SHARED, "q_b_proj", "kv_b_proj"}
     | {"qkv_proj", "c_attn", "query_key_value"}
 )
-# Where a family departs from that.
+# Exceptions by family.
 _FAMILIES: Mapping[str, Mapping[str, WeightKind]] = {"gpt_bigcode": {"c_attn": WeightKind.GROUPS}}
 
 
@@ -86,7 +86,7 @@ class HeadLayout:
     def kind(self, name: str, matrix: tuple[int, int]) -> WeightKind:
         """What rows and columns of a module (d_out, d_in) belong to, by name and shape.
 
-        A module whose shape does not fit the heads gets one value as a whole: coarse, not wrong.
+        A module whose shape does not fit the heads gets one value: coarse, not wrong.
         """
         parent, _, last = name.rpartition(".")
         if parent != self.module:
@@ -95,9 +95,9 @@ class HeadLayout:
         return kind if _FITS[kind](self, matrix) else WeightKind.LAYER
 
     def lacks_heads(self, name: str, matrix: tuple[int, int]) -> bool:
-        """Whether it lies in the attention module and takes one value all the same.
+        """Whether the module is part of the attention and still gets a single value.
 
-        The projections to a low rank that all heads share are meant to.
+        False for latent attention's low-rank projections, which all heads share.
         """
         parent, _, last = name.rpartition(".")
         inside = parent == self.module and last not in _SHARED

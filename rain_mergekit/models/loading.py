@@ -20,7 +20,7 @@ from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
 
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
     """The model of that reference, or in that folder; RainError if it cannot be found."""
-    if Path(name).is_dir():  # a folder's name may hold what has a meaning in a reference
+    if Path(name).is_dir():  # a folder's name may contain characters with a meaning in a reference
         return open_model(ModelReference.model_validate({"model": {"path": name}}), options)
     try:
         reference = ModelReference.parse(name)
@@ -143,7 +143,7 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 
 
 def _check_depth(checkpoint: Checkpoint) -> None:
-    """Layers without tensors would be built all the same, however many the config asks for."""
+    """Refuse a config with more layers than the checkpoint has tensors for."""
     try:
         config = json.loads(read_regular(Path(checkpoint.path, "config.json")))
     except (OSError, ValueError, RecursionError):

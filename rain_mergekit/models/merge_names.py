@@ -71,7 +71,7 @@ def _template(name: str) -> str:
 def _experts(
     source: Source, listed: Mapping[str, str], tensors: ModelTensors
 ) -> tuple[Target, ...]:
-    """The checkpoint's tensors that the model holds as one, an expert each."""
+    """The tensors of single experts in the checkpoint that the model holds as one tensor."""
     if any(part not in listed for part, _ in source.parts):
         return ()
     shapes = tensors.checkpoint.shapes(part for part, _ in source.parts)
@@ -96,7 +96,7 @@ def listed_names(config: Any) -> dict[str, str] | None:
     except (RuntimeError, AttributeError, TypeError) as error:
         line = str(error).strip().splitlines()[0]
         raise RainError(
-            f"mergekit cannot merge the architecture {config.model_type!r}, by no method: its "
+            f"mergekit cannot merge the architecture {config.model_type!r} by any method: its "
             f"table does not fit the config that transformers reads ({line:.100})"
         ) from None
     for weight in weights:

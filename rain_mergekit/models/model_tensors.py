@@ -54,14 +54,14 @@ class ModelTensors:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """The names of all weights, which a merge changes or copies; buffers may be counters."""
+        """The names of all weights; buffers are not among them."""
         return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
     @property
     def unknown(self) -> tuple[str, ...]:
         """Tensors of the checkpoint that are in no tensor of the model, by their own names.
 
-        Layers for predicting several tokens, or parts that the class does not have.
+        For example layers for multi-token prediction.
         """
         used = {part for source in self.sources.values() for part, _ in source.parts}
         return tuple(sorted(self.checkpoint.names - used, key=_natural))
@@ -75,9 +75,9 @@ class ModelTensors:
         return shapes | converted
 
     def coded(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the named tensors that are stored as something else than plain numbers: as what.
+        """Those of the named tensors that are quantised, with their stored type.
 
-        Weights of a quantised checkpoint are like that.
+        They cannot be merged.
         """
         parts = {part: n for n in names if n in self.sources for part, _ in self.sources[n].parts}
         types = self.checkpoint.types(parts)
@@ -123,13 +123,13 @@ class ModelTensors:
         tensors = {key: t[0] if isinstance(t, list) else t for key, t in found.items()}
         if name not in tensors or tuple(tensors[name].shape) != self._shapes[name]:
             raise RainError(
-                f"{self.checkpoint.reference}: {name} cannot be put together from "
+                f"{self.checkpoint.reference}: {name} cannot be assembled from "
                 f"{len(source.parts)} tensors of the checkpoint (the first: {source.parts[0][0]})"
             )
         return tensors
 
     def release(self) -> None:
-        """Close the open shard and let go of the last conversion."""
+        """Close the open shard and free the last conversion."""
         self._last = {}
         self.checkpoint.release()
 

@@ -41,7 +41,7 @@ def side_files(folder: str | Path) -> list[str]:
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Whether the file says how text becomes tokens, a chat template included."""
+    """Whether the file belongs to the tokenizer; chat templates do."""
     return (
         name in TOKENIZER
         or name in TEMPLATES

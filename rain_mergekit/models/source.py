@@ -56,7 +56,7 @@ def local_folder(
 
 
 def _downloaded(reference: ModelReference, cache_dir: str | None, *, trust: bool) -> str:
-    """As mergekit finds it; of the hub also templates, vocabularies and, where trusted, code."""
+    """The folder that mergekit finds, with templates, vocabularies and trusted code."""
     path = str(reference.local_path(cache_dir=cache_dir))
     if not os.path.exists(reference.model.path):
         snapshot_download(
@@ -69,7 +69,7 @@ def _downloaded(reference: ModelReference, cache_dir: str | None, *, trust: bool
 
 
 def _cause(path: str, error: BaseException) -> str:
-    """Why it was not found: the name, the network, or the hub's answer."""
+    """Why the model was not found: wrong name, no network, or the hub's answer."""
     if path.startswith(("/", "./", "../", "~")) or isinstance(error, HFValidationError):
         wrong = "; `~` is not expanded, write the whole path" if path.startswith("~") else ""
         return f"there is no such folder{wrong}"

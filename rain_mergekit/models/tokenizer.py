@@ -13,13 +13,13 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.system.untrusted_input import first_line, read_regular
 
-# Without any of them transformers makes an empty tokenizer up.
+# If none of these files is there, transformers invents an empty tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _TOKENIZER_PARTS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-# Classes that say nothing but "as tokenizer.json has it".
+# Generic classes, which do what tokenizer.json says.
 _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -29,7 +29,7 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def tokenizer_digest(folder: str) -> str:
-    """SHA-256 of the files that say how a conversation becomes tokens, the chat template too."""
+    """SHA-256 of the tokenizer's files, the chat template included."""
     digest = hashlib.sha256()
     for name in sorted({*_TOKENIZER_FILES, *_TOKENIZER_PARTS}):
         path = Path(folder, name)
@@ -55,7 +55,7 @@ def tokenizer_in(path: str, name: str, *, trust_remote_code: bool) -> PreTrained
         tokenizer = _tokenizer_class(path).from_pretrained(
             path, trust_remote_code=trust_remote_code
         )
-        tokenizer("a")  # some fields are looked at when it is used for the first time
+        tokenizer("a")  # some fields are only checked at first use
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing narrower
         raise RainError(f"{name}: cannot load its tokenizer: {first_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

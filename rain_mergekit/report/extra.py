@@ -1,4 +1,4 @@
-"""The report's extra dependency, asked for before anything is computed."""
+"""Check for the report's optional dependency before anything is computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rain_mergekit.errors import RainError
 
 
 def require_matplotlib() -> None:
-    """RainError says how to install it where it is missing."""
+    """Raise RainError with the command that installs matplotlib if it is missing."""
     try:
         import_module("matplotlib")
     except ImportError:

@@ -17,11 +17,11 @@ from rain_mergekit.report.spectra import Curve
 from rain_mergekit.report.svg import FAINT, INK, STYLE, inline
 
 SIZE = (4.6, 2.9)
-# Told apart on white and on black, and by people who see few colours (Okabe and Ito's, adapted).
+# Distinct on white and black, also with colour blindness (adapted from Okabe and Ito).
 COLOURS = ("#0b84c6", "#e08214", "#169c78", "#c2568f", "#8a7ae0", "#b0922c", "#6b8a99")
 _DEPTH = ("#e8a33d", "#d9644a", "#b04a86", "#6f56b8", "#3b7dd8")
 _FLOOR = 1e-6
-_LEAST = 1e-9  # nats; float32 distributions cannot tell less from nothing
+_LEAST = 1e-9  # nats; smaller divergences vanish in float32
 _NAME = 40
 
 

@@ -101,7 +101,7 @@ def _tags_node(block: str) -> Any:
 
 
 def _check(block: str, old: dict[str, Any], tags: Sequence[str]) -> None:
-    """What was added as text must be what was meant; YAML has many forms."""
+    """Parse the result and check that the added fields have the intended values."""
     had = _listed(old.get("tags"))
     wanted = [*had, *(tag for tag in tags if tag not in had)]
     try:

@@ -1,4 +1,4 @@
-"""matplotlib's SVG as a part of a page: no ids in common, and colours that follow the page."""
+"""Embed matplotlib's SVG in a page: unique ids, and colours that follow the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Drawn in these, and replaced by the page's own colours, which differ in light and dark.
+# Placeholder colours, replaced by the page's own, which differ in light and dark mode.
 INK, FAINT = "#010203", "#040506"
 _PAGE_COLOURS = {INK: "var(--ink)", FAINT: "var(--faint)"}
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"

@@ -18,7 +18,7 @@ _UNNAMED = getattr(os, "O_TMPFILE", 0)
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Give a new binary file that takes the place of `path` when the block ends without error.
+    """Open a new binary file that replaces `path` when the block ends without an error.
 
     Until then `path` is untouched. On Linux the new file has no name before it is whole, so not
     even `kill -9` leaves a part of one behind (between two system calls that replace an older
@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def refuse_foreign(path: str | Path, what: str, remedy: str, *, ours: bool) -> None:
-    """RainError if the path holds something else than `what`, unless it is `ours` or empty."""
+    """Raise RainError if `path` exists and is not `what`, unless it is `ours` or empty."""
     found = destination(path)
     if not ours and found.is_file() and found.stat().st_size:
         raise RainError(f"{path} exists and is not {what}: it will not be overwritten; {remedy}")
@@ -58,8 +58,8 @@ def refuse_foreign(path: str | Path, what: str, remedy: str, *, ours: bool) -> N
 def destination(path: str | os.PathLike[str]) -> Path:
     """Where `path` leads, links followed: a regular file, or a place where nothing is yet.
 
-    RainError for all else. A new file in the place of a device or a pipe would end that one for
-    every program of the machine, and whoever may replace it (root) would not even be warned.
+    Raises RainError for anything else. Replacing a device or a named pipe by a regular file would
+    break it for every program on the machine, and root would not even be warned.
     """
     name = shortened(repr(os.fspath(path)))
     try:
@@ -71,13 +71,13 @@ def destination(path: str | os.PathLike[str]) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise RainError(f"cannot write {name}: {reason}; choose another place") from None
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise RainError(f"cannot write {name}: it is {kind}; name a file")
     return target
 
 
 def _create(folder: Path, temporary: Path) -> BinaryIO:
-    """A file without a name where the system has them, else one with a temporary name."""
+    """Create a file without a name where the system can, else one with a temporary name."""
     if _UNNAMED and Path("/proc/self/fd").is_dir():
         with suppress(OSError):  # not on every file system; what is really wrong shows below
             return os.fdopen(os.open(folder, _UNNAMED | os.O_RDWR, 0o666), "w+b")
@@ -86,7 +86,7 @@ def _create(folder: Path, temporary: Path) -> BinaryIO:
 
 
 def _name(file: BinaryIO, target: Path, temporary: Path) -> None:
-    """Give the unnamed file its name, or the temporary one where something has that already.
+    """Give the unnamed file its name, or a temporary one if the name is taken.
 
     A folder descriptor makes Python follow the link in /proc.
     """

@@ -23,10 +23,10 @@ def ask() -> None:
 
 
 def mode() -> str:
-    """The mode of MKL's products that the environment asks for; empty: none."""
+    """The MKL mode that the environment sets; empty if none."""
     return os.environ.get(MKL, "").strip().upper()
 
 
 def strict() -> bool:
-    """Whether that mode is to give the same bits with any number of threads."""
+    """Whether that mode gives the same bits with any number of threads."""
     return "STRICT" in mode().split(",")

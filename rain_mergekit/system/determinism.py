@@ -1,4 +1,4 @@
-"""The same bits whatever the number of threads: all that may differ with it runs on one.
+"""The same bits for any number of threads: what could differ with it runs on one thread.
 
 Large products are nearly all of the work. MKL promises their bits in its strict mode, so they keep
 all threads; every other operation of torch is given one, be it known to depend on threads
@@ -39,7 +39,7 @@ _SHAPES = ((777, 64, 777), (64, 5003, 64), (1031, 515, 193))
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the block torch has one thread, and more for products alone."""
+    """Inside the block torch has one thread, except for matrix products."""
 
     def __init__(self, threads: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _large_product(func: Any, args: Sequence[Any]) -> bool:
-    """Whether it is worth more threads, and has the same bits with them."""
+    """Whether the product is large, and has the same bits on several threads."""
     if func is _ATTENTION:
         query, key = args[:2]
         return query.dtype in _EXACT and query.numel() * key.shape[-2] >= _LARGE
@@ -76,7 +76,7 @@ def _large_product(func: Any, args: Sequence[Any]) -> bool:
 
 @contextmanager
 def deterministic(device: torch.device, *, wanted: bool = True) -> Iterator[None]:
-    """Inside the block nothing depends on the number of threads that torch had before.
+    """Inside the block no result depends on the number of threads.
 
     On a GPU, torch is asked for its deterministic kernels; where it has none it warns. Does nothing
     unless `wanted`.
@@ -110,7 +110,7 @@ def _one_thread(threads: int) -> str | None:
 
 
 def _same_with(threads: int) -> bool:
-    """Whether products have the same bits on one thread and on `threads`: tried on a few."""
+    """Whether products have the same bits on one thread and on `threads`: a few are tried."""
     chance = torch.Generator().manual_seed(0)
     for dtype in _EXACT:
         for rows, inner, columns in _SHAPES:

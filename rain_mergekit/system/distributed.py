@@ -1,6 +1,6 @@
-"""Several processes on one calibration (torchrun): samples are split, statistics are brought back.
+"""Several processes share one calibration (torchrun): samples are split, statistics are summed.
 
-Every operation is also right for one process alone, where it does nothing.
+With a single process every operation does nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` of them; `device` is where its tensors live."""
+    """One process among `size`; `device` is where its tensors are."""
 
     device: torch.device
     rank: int = 0
@@ -36,16 +36,16 @@ class World:
         return index % self.size
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
     def agree(self, flag: bool) -> bool:
-        """What the first process says."""
+        """The value of the first process, on every process."""
         return self.broadcast(flag, 0)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Element by element over all processes."""
+        """The sum over all processes, element by element."""
         if self.size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
@@ -85,6 +85,6 @@ def join(device: str) -> World:
 
 
 def leave(world: World) -> None:
-    """End what `join` began."""
+    """Leave the process group that `join` entered."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()

@@ -15,13 +15,13 @@ _KINDS = {
 
 
 class Fields:
-    """Typed access to the fields of one JSON object; every complaint names place and field."""
+    """Typed access to the fields of one JSON object; every error names place and field."""
 
     def __init__(self, source: str, value: object, path: str = "") -> None:
         self.source, self.path = source, path
         if not isinstance(value, JsonObject):
             what = f"field '{path}'" if path else "a sample"
-            raise RainError(f"{source}: {what} must be a JSON object, found {kind(value)}.")
+            raise RainError(f"{source}: {what} must be a JSON object, found {kind(value)}")
         self._value = value
 
     @property
@@ -36,7 +36,7 @@ class Fields:
     def _get(self, name: str) -> tuple[str, object]:
         label = f"{self.path}.{name}" if self.path else name
         if name in self._value.repeated:
-            raise RainError(f"{self.source}: field '{label}' is given twice; keep one of them.")
+            raise RainError(f"{self.source}: field '{label}' is given twice; keep one of them")
         return label, self._value.get(name)
 
     def text(self, name: str) -> str | None:
@@ -45,11 +45,11 @@ class Fields:
         return None if value is None else text_of(self.source, label, value) or None
 
     def required(self, name: str, remedy: str = "every sample needs this text") -> str:
-        """The string; RainError with the remedy if there is none."""
+        """The string; if there is none, RainError with the remedy."""
         text = self.text(name)
         if text is None:
             label, _ = self._get(name)
-            raise RainError(f"{self.source}: field '{label}' is missing or blank: {remedy}.")
+            raise RainError(f"{self.source}: field '{label}' is missing or blank: {remedy}")
         return text
 
     def items(self, name: str, *, optional: bool = False) -> list[tuple[str, object]]:
@@ -59,7 +59,7 @@ class Fields:
             return []
         if not isinstance(value, list):
             found = "nothing" if value is None else kind(value)
-            raise RainError(f"{self.source}: field '{label}' must be a list, found {found}.")
+            raise RainError(f"{self.source}: field '{label}' must be a list, found {found}")
         return [(f"{label}[{index}]", item) for index, item in enumerate(value)]
 
     def spans(self, name: str, *, optional: bool = False) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Fields:
         for label, item in self.items(name, optional=optional):
             span = text_of(self.source, label, item)
             if not span:
-                raise RainError(f"{self.source}: field '{label}' is blank; remove that span.")
+                raise RainError(f"{self.source}: field '{label}' is blank; remove that span")
             spans.append(span)
         return tuple(spans)
 
@@ -81,19 +81,19 @@ def kind(value: object) -> str:
 def text_of(source: str, label: str, value: object) -> str:
     """The string as it is, or "" if it is only white space."""
     if not isinstance(value, str):
-        raise RainError(f"{source}: field '{label}' must be a string, found {kind(value)}.")
+        raise RainError(f"{source}: field '{label}' must be a string, found {kind(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as exc:  # "\ud800" is valid JSON, but no tokenizer takes it
         raise RainError(
             f"{source}: field '{label}' has half of a surrogate pair at character {exc.start}; "
-            "write the whole character."
+            "write the whole character"
         ) from exc
     return value if value.strip() else ""
 
 
 def require_texts(source: str, label: str, value: object) -> None:
-    """RainError for a text that no tokenizer takes, at any depth of a value that is passed on."""
+    """Raise RainError for a text that no tokenizer accepts, at any depth of the value."""
     if isinstance(value, str):
         text_of(source, label, value)
     elif isinstance(value, dict):

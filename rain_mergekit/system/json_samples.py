@@ -23,7 +23,7 @@ StrPath = str | os.PathLike[str]
 
 
 class JsonObject(dict[str, object]):
-    """A JSON object that knows which names it was given twice (a plain dict hides that)."""
+    """A JSON object that remembers which names occurred twice (a plain dict does not)."""
 
     def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
@@ -40,12 +40,12 @@ def read_samples(path: StrPath, parse: Callable[[str, object], S]) -> tuple[str,
     data = _read_bytes(path)
     samples = [parse(source, value) for source, value in _rows(str(path), _decode(path, data))]
     if not samples:
-        raise RainError(f"{path}: the file holds no samples.")
+        raise RainError(f"{path}: the file holds no samples")
     return hashlib.sha256(data).hexdigest(), samples
 
 
 def read_text(path: StrPath) -> str:
-    """The file's UTF-8 text, without a byte order mark; RainError if it has none."""
+    """The file's text without a byte order mark; RainError if it is not UTF-8."""
     return _decode(path, _read_bytes(path))
 
 
@@ -58,18 +58,18 @@ def file_digest(path: StrPath) -> str | None:
 
 
 def read_json(path: StrPath) -> object:
-    """One JSON value of any kind; RainError if it is none."""
+    """One JSON value of any kind; RainError if the text is not JSON."""
     return _parse_json(str(path), read_text(path), 1)
 
 
 def _read_bytes(path: StrPath) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise RainError(f"{path}: not a regular file; give a JSON or JSONL file.")
+            raise RainError(f"{path}: not a regular file; give a JSON or JSONL file")
         return read_regular(path, LIMIT)
     except (OSError, ValueError) as exc:  # ValueError: a null byte in the name
         reason = getattr(exc, "strerror", None) or str(exc)
-        raise RainError(f"{str(path)!r}: cannot read the calibration set: {reason}.") from exc
+        raise RainError(f"{str(path)!r}: cannot read the calibration set: {reason}") from exc
 
 
 def _decode(path: StrPath, data: bytes) -> str:
@@ -77,7 +77,7 @@ def _decode(path: StrPath, data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
-        raise RainError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8.") from exc
+        raise RainError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from exc
 
 
 def _rows(path: str, text: str) -> Iterator[tuple[str, object]]:
@@ -102,8 +102,8 @@ def _parse_json(path: str, text: str, line: int) -> object:
     except json.JSONDecodeError as exc:
         raise RainError(
             f"{path}:{line + exc.lineno - 1}: not valid JSON ({exc.msg}, column {exc.colno}); "
-            "expected one JSON list of samples, or one JSON object on each line."
+            "expected one JSON list of samples, or one JSON object on each line"
         ) from exc
     except RecursionError as exc:
-        raise RainError(f"{path}:{line}: the JSON is nested too deeply to be a sample.") from exc
+        raise RainError(f"{path}:{line}: the JSON is nested too deeply to be a sample") from exc
     return value

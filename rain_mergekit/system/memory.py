@@ -1,4 +1,4 @@
-"""Running out of memory becomes one message with a remedy; freed memory goes back."""
+"""Turn running out of memory into one message with a remedy; return freed memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def naming_shortage(where: str, remedy: str) -> Iterator[None]:
 
 
 def shortage(error: BaseException, where: str, remedy: str) -> str:
-    """The message; of the error's own text as much as one line holds."""
+    """The message: where, the error's own first line, and what to do."""
     detail = " ".join(str(error).split())[:200]
     return f"out of memory {where}{f' ({detail})' if detail else ''}: {remedy}"
 
@@ -70,7 +70,7 @@ def _trim() -> Any:
 
 
 def trim_heap() -> None:
-    """Return free pages of the heap.
+    """Return free pages of the heap to the system.
 
     glibc serves blocks up to 32 MiB from its heap, and the tensors of one phase leave holes that
     those of the next do not fit; without this, memory grows with the number of layers.

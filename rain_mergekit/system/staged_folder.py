@@ -21,13 +21,13 @@ _PREFIX = ".rain-"
 
 @contextmanager
 def staged_folder(path: str | Path) -> Iterator[Path]:
-    """Give an empty folder of the same name; its content moves to `path` when the block succeeds.
+    """Create an empty folder whose content moves to `path` when the block succeeds.
 
-    It lies inside `path`, so that both are one file system. Other files there stay, but weights of
-    an earlier merge that the new one does not replace go: mixed shards would be read as one model.
-    After a failure nothing is left, not even `path` if it was not there; what a killed process
-    left in `path` goes with the next one. Killed while files move, it leaves a folder without
-    config.json, which no program takes for a model.
+    The new folder lies inside `path`, on the same file system. Other files in `path` stay, but
+    weights of an earlier merge that the new one does not replace are removed: mixed shards would be
+    read as one model. After a failure nothing is left, not even `path` if it did not exist; what a
+    killed process left in `path` is removed by the next one. A process that is killed while files
+    move leaves a folder without config.json, which no program takes for a model.
 
     Raises:
         RainError: `path` cannot be written, found out before the block begins.
@@ -55,7 +55,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def output_folder(path: str | Path) -> Path:
-    """The path without links; RainError for one that no folder can have."""
+    """The path with links resolved; RainError if no folder can have it."""
     try:
         found = Path(path).expanduser().resolve()
         found.exists()
@@ -68,7 +68,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def _workspace(target: Path) -> tuple[Path, int]:
-    """A new folder and its lock; once more if another merge took it for a left-over one."""
+    """A new folder and its lock; tried again if another merge removed it as left over."""
     while True:
         work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
         with suppress(BlockingIOError, FileNotFoundError):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def clean(text: str) -> str:
-    """The text with every character that could steer a terminal made visible."""
+    """The text with every control character written out, so that it cannot affect a terminal."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def clean_lines(text: str) -> str:
-    """The same line by line: names from files and models stand in what is said."""
+    """The same for each line: messages contain names from files and models."""
     return "\n".join(map(clean, text.split("\n")))

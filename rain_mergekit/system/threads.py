@@ -1,4 +1,4 @@
-"""How many threads torch computes with: one where more would only wait for each other."""
+"""How many threads torch uses: one where more would only wait for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = 1024
 
 
 def wait_passively() -> None:
-    """Let threads that wait for each other sleep, not spin; the user's own choice stays.
+    """Let waiting threads sleep instead of spin, unless the user chose otherwise.
 
     The OpenMP of torch reads it when it is loaded: afterwards nothing is set.
     """
@@ -26,7 +26,7 @@ def wait_passively() -> None:
 
 @contextmanager
 def threads_for(hidden_size: int, wanted: int | None = None) -> Iterator[None]:
-    """Inside the block torch has `wanted` threads; None: one for a small model, else as before.
+    """Inside the block torch has `wanted` threads; None: one for small models, else unchanged.
 
     The number that the user gave in the environment is not changed.
     """

@@ -20,7 +20,7 @@ from rain_mergekit.errors import RainError
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none.
 
-    With the next one where it only announces that.
+    Followed by the second line where the first only introduces it.
     """
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
@@ -37,7 +37,7 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 def read_regular(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; links are followed.
 
-    Raises OSError for anything else: a device or a pipe would have no end.
+    Raises OSError for anything else: reading a device or a pipe would never end.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
@@ -51,8 +51,8 @@ def read_regular(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes
 def within(folder: str | os.PathLike[str], name: str) -> Path:
     """The path of a file that lies in the folder, or may be made there.
 
-    RainError where it is a link that leads outside: a folder that somebody else made must not name
-    what is read into it or overwritten, and a cache shares the files to which its links lead.
+    Raises RainError for a link that leads outside: a folder from somebody else must not decide
+    which other files are read or overwritten.
     """
     path = Path(folder, name)
     if not path.resolve().is_relative_to(Path(folder).resolve()):
@@ -63,8 +63,8 @@ def within(folder: str | os.PathLike[str], name: str) -> Path:
 def load_yaml(text: str) -> Any:
     """`yaml.safe_load`, but ValueError for lone surrogates, duplicate keys and alias bombs.
 
-    A few lines of aliases can stand for billions of values, which would fill the memory of whoever
-    looks at all of them, be it an error message. A lone surrogate cannot name a file or be printed.
+    A few lines of aliases can stand for billions of values, which would fill the memory as soon as
+    something visits them all, even an error message. A lone surrogate cannot be printed.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -94,7 +94,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def _require_once(keys: list[str]) -> None:
-    """PyYAML would take the last without a word; of `<<` there may be several."""
+    """Refuse duplicate keys (PyYAML silently takes the last one); `<<` may occur several times."""
     twice = [key for key, count in Counter(keys).items() if count > 1 and key != "<<"]
     if twice:
         raise ValueError(f"{shown(twice[0])} is given twice in one place; keep one of them")
@@ -107,9 +107,9 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def finite_number(value: object) -> float | None:
-    """The number that a configuration holds, also as a text; None for anything else.
+    """The finite number that a value is, or that its text spells; None for anything else.
 
-    YAML's `on` and `yes` are no numbers, and NaN is none by its name.
+    YAML's `on` and `yes` (true) are not numbers here, and neither is NaN.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def finite_number(value: object) -> float | None:
 
 
 def shown(value: object) -> str:
-    """Like repr, of a bounded length whatever the value is."""
+    """Like `repr`, but of bounded length."""
     try:
         return _REPR.repr(value)
     except ValueError:  # a number with more digits than Python writes

@@ -39,8 +39,14 @@ _DEFAULT_MARKERS = Markers()
 class DataSet(Generic[T]):
     """The usable part of a calibration set.
 
-    ``sha256`` is of the file's bytes; ``total`` counts the file's samples. ``skipped`` holds
-    (source, reason), for a whole sample or for one instruction of a sample that is still used.
+    Attributes:
+        path: the file.
+        sha256: of the file's bytes.
+        total: how many samples the file has.
+        samples: token positions of those that can be used.
+        skipped: (source, reason), for a whole sample or for one instruction of a sample that is
+            still used.
+        read: the samples that can be used as the file has them, in the order of `samples`.
     """
 
     path: str
@@ -48,10 +54,11 @@ class DataSet(Generic[T]):
     total: int
     samples: tuple[T, ...]
     skipped: tuple[tuple[str, str], ...]
+    read: tuple[ReasoningSample | InstructionSample, ...] = ()
 
 
 def read_reasoning(path: StrPath) -> list[ReasoningSample]:
-    """Read ``{prompt, output}`` or ``{prompt, reasoning, response}`` samples (JSON or JSONL).
+    """Read `{prompt, output}` or `{prompt, reasoning, response}` samples (JSON or JSONL).
 
     Raises RainError naming file, line and field.
     """
@@ -59,7 +66,7 @@ def read_reasoning(path: StrPath) -> list[ReasoningSample]:
 
 
 def read_instruction(path: StrPath) -> list[InstructionSample]:
-    """Read instruction samples with their ``related_prompt_list`` of spans (JSON or JSONL).
+    """Read instruction samples with their `related_prompt_list` of spans (JSON or JSONL).
 
     Raises RainError naming file, line and field.
     """
@@ -76,7 +83,7 @@ def load_reasoning(
     max_tokens: int | None = None,
     keep_response: bool = False,
 ) -> DataSet[ReasoningTokens]:
-    """Tokenise a reasoning set; ids end with the last close marker unless ``keep_response``.
+    """Tokenise a reasoning set; ids end with the last close marker unless `keep_response`.
 
     A sample that cannot be used is skipped with its reason. Raises RainError for a broken file,
     an unfit tokenizer, a template that refuses a sample, or if no sample is left.
@@ -118,7 +125,7 @@ def load_instruction(
 ) -> DataSet[InstructionTokens]:
     """Tokenise an instruction set and find the tokens of every instruction's spans.
 
-    Without ``spans_needed`` no span is looked for, so none can make a sample unusable.
+    Without `spans_needed` no span is looked for, so none can make a sample unusable.
 
     A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
     RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
@@ -146,21 +153,22 @@ def load_instruction(
 def _load(
     path: StrPath, parse: Callable[[str, object], S], convert: Callable[[S, list[str]], T]
 ) -> DataSet[T]:
-    """Convert every sample; ``convert`` may add reasons for parts that it left out."""
+    """Convert every sample; `convert` may add reasons for parts that it left out."""
     digest, samples = read_samples(path, parse)
-    used: list[T] = []
+    used: list[tuple[T, S]] = []
     skipped: list[tuple[str, str]] = []
     for sample in samples:
         notes: list[str] = []
         try:
-            used.append(convert(sample, notes))
+            used.append((convert(sample, notes), sample))
         except UnusableError as exc:
             notes = [str(exc)]
         skipped += [(sample.source, note) for note in notes]
     if not used:
         reasons = "; ".join(f"{source}: {reason}" for source, reason in skipped[:3])
-        raise RainError(f"{path}: none of its {len(samples)} samples can be used ({reasons}).")
-    return DataSet(str(path), digest, len(samples), tuple(used), tuple(skipped))
+        raise RainError(f"{path}: none of its {len(samples)} samples can be used ({reasons})")
+    tokens, read = zip(*used, strict=True)
+    return DataSet(str(path), digest, len(samples), tokens, tuple(skipped), read)
 
 
 def _encode(
@@ -208,6 +216,6 @@ def _check_length(length: int, max_tokens: int | None) -> None:
 
 def _check_options(window: int, max_tokens: int | None) -> None:
     if window < 0:
-        raise RainError(f"window must be 0 or more tokens, found {window}.")
+        raise RainError(f"window must be 0 or more tokens, found {window}")
     if max_tokens is not None and max_tokens < 1:
-        raise RainError(f"max_tokens must be 1 or more, found {max_tokens}.")
+        raise RainError(f"max_tokens must be 1 or more, found {max_tokens}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 _PROBE = "RAINPROMPTPROBE{}END"
-# A template is a program of the model's author: what it can raise, without the interpreter's own.
+# A template is a program by the model's author; these are the errors that it can raise.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -36,8 +36,8 @@ class ChatTemplate:
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise RainError(
-                f"The tokenizer {self.name} has no chat template; add the reasoning model's own "
-                "chat_template.jinja, calibration has to see what the model sees."
+                f"the tokenizer {self.name} has no chat template; add the reasoning model's own "
+                "chat_template.jinja, calibration has to see what the model sees"
             )
         self._tokenizer, self._options = tokenizer, dict(options)
         self._known: dict[tuple[str, ...], list[str] | None] = {}
@@ -57,7 +57,7 @@ class ChatTemplate:
                 f"{source}: the chat template of {self.name} refuses this sample: {exc}"
             ) from exc
         if not isinstance(text, str):
-            raise RainError(f"{source}: the chat template of {self.name} did not give one text.")
+            raise RainError(f"{source}: the chat template of {self.name} did not give one text")
         return text
 
     def locate(
@@ -65,7 +65,7 @@ class ChatTemplate:
     ) -> list[Span] | None:
         """The place in `text` of every message that the model did not write; None if unclear.
 
-        A search alone would mistake "user" for the role's name.
+        Searching for the texts alone would confuse a prompt "user" with the role's name.
         """
         wanted = [str(m["content"] or "") for m in messages if m["role"] != "assistant"]
         frames = self._frames(messages, tools)
@@ -82,7 +82,7 @@ class ChatTemplate:
         return self._known[roles]
 
     def _probe(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[str] | None:
-        """What the template and the model write before, between and after the other texts."""
+        """The parts that the template and the model write around the other texts."""
         asked = [
             m if m["role"] == "assistant" else {**m, "content": _PROBE.format(index)}
             for index, m in enumerate(messages)
@@ -90,7 +90,7 @@ class ChatTemplate:
         try:
             rest = self.render("probe", asked, tools)
         except RainError:
-            return None  # the first sample will say why
+            return None  # the first sample's error message explains it
         frames = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -101,7 +101,7 @@ class ChatTemplate:
 
 
 def _between(text: str, frames: Sequence[str], wanted: Sequence[str]) -> list[Span] | None:
-    """Where the wanted texts stand between the frames; the template may have stripped them."""
+    """Where the texts are between the frames; the template may have stripped white space."""
     places: list[Span] = []
     at = 0
     for frame, own, after in zip(frames, wanted, frames[1:], strict=False):
@@ -118,7 +118,7 @@ def _between(text: str, frames: Sequence[str], wanted: Sequence[str]) -> list[Sp
 
 
 def _unique(text: str, wanted: Sequence[str]) -> list[Span] | None:
-    """Where each of the wanted texts stands, if it is in the text once, and they are in order."""
+    """Where each text is, provided that each occurs once and in order."""
     places: list[Span] = []
     for own in wanted:
         kept = own if text.count(own) == 1 else own.strip()

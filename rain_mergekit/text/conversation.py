@@ -34,7 +34,7 @@ def parse_conversation(fields: Fields) -> Conversation:
         return Conversation(fields.required("prompt"))
     if fields.text("prompt") is not None:
         raise RainError(
-            f"{fields.source}: fields 'prompt' and 'messages' are both given; keep one of them."
+            f"{fields.source}: fields 'prompt' and 'messages' are both given; keep one of them"
         )
     items = [Fields(fields.source, v, label) for label, v in fields.items("messages")]
     messages = [_message(item) for item in items]
@@ -48,14 +48,14 @@ def parse_conversation(fields: Fields) -> Conversation:
     if not messages or messages[-1]["role"] in ("assistant", "system"):
         raise RainError(
             f"{fields.source}: field 'messages' must end with a user's or a tool's message, and "
-            "perhaps one of the assistant after it."
+            "perhaps one of the assistant after it"
         )
     prompt = str(messages[-1]["content"])
     return Conversation(prompt, tuple(messages), tuple(value for _, value in tools), answer)
 
 
 def _message(item: Fields) -> Message:
-    """The message as it is, for the chat template; only what is needed here is checked."""
+    """The message unchanged, for the chat template; only the fields used here are checked."""
     role = item.required("role", "user, assistant, system or tool")
     content = item.text("content")
     if content is None and role != "assistant":
@@ -69,7 +69,7 @@ def _answer(item: Fields) -> tuple[str | None, str | None, str | None]:
     if item.raw.get("tool_calls"):
         raise RainError(
             f"{item.source}: field '{item.path}.tool_calls': give the model's last turn as it "
-            "wrote it, calls and markers included, as the sample's 'output'."
+            "wrote it, calls and markers included, as the sample's 'output'"
         )
     thinking = next((text for name in _THINKING if (text := item.text(name))), None)
     content = item.required("content", "the model's last turn")

@@ -1,4 +1,4 @@
-"""Which markers does this model write? Asked of its outputs, its chat template, its tokenizer."""
+"""Find out which markers a model writes: from outputs, chat template and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def find_markers(
 ) -> Markers:
     """The known markers that the model of this tokenizer and this reasoning set writes.
 
-    The first that says something decides: the verbatim outputs of the set; the opening that the
-    chat template writes; what template and tokenizer know. Raises RainError if they say nothing,
-    or several things, and for a file that cannot be read.
+    Looked at in this order, the first that shows markers decides: the verbatim outputs of the set;
+    the opening that the chat template writes; what template and tokenizer contain. Raises
+    RainError if none shows any, or one shows several kinds, or the file cannot be read.
     """
     outputs = _outputs(path)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
@@ -72,7 +72,7 @@ def _outputs(path: StrPath) -> list[str]:
 
 
 def _written(outputs: Iterable[str], opened: Sequence[Markers]) -> list[Markers]:
-    """What the outputs begin their first blocks with, or close where the template opens."""
+    """The markers that open the outputs, or close them where the template opens the block."""
     seen: list[Markers] = []
     for text in outputs:
         places = {
@@ -89,16 +89,16 @@ def _written(outputs: Iterable[str], opened: Sequence[Markers]) -> list[Markers]
 
 
 def _opened(template: ChatTemplate) -> list[Markers]:
-    """What the template ends with, before the model goes on."""
+    """The open marker that the template writes before the model continues."""
     try:
         head = template.render("probe", [{"role": "user", "content": "?"}])
     except RainError:
-        return []  # the first sample will say why
+        return []  # the first sample's error message explains it
     return _distinct(markers for markers in KNOWN if markers.opening(head))
 
 
 def _supported(tokenizer: PreTrainedTokenizerBase) -> list[Markers]:
-    """What the tokenizer has tokens for, or the template's source speaks of."""
+    """The markers that have tokens in the tokenizer or occur in the template's source."""
     vocabulary, source = tokenizer.get_vocab(), str(tokenizer.chat_template)
 
     def known(markers: Markers) -> bool:

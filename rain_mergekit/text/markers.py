@@ -1,6 +1,6 @@
-"""The texts that open and close a model's thinking: the known ones, and where they stand in a text.
+"""The texts that open and close a model's thinking: the known pairs, and finding them in a text.
 
-Everything that reads or takes apart what a model wrote asks here.
+Everything that reads or splits a model's output uses this module.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Markers:
 
     def __post_init__(self) -> None:
         if not all(text.strip() for pair in self.pairs for text in pair):
-            raise RainError("The thinking markers must not be blank.")
+            raise RainError("the thinking markers must not be blank")
         for opening in self.opens:
             for closing in self.closes():
                 if opening in closing or closing in opening:
                     raise RainError(
-                        f"The thinking markers {opening!r} and {closing!r} contain one another; "
-                        "give two texts that can be told apart."
+                        f"the thinking markers {opening!r} and {closing!r} contain one another; "
+                        "give two texts that can be told apart"
                     )
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Markers:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What a tokenizer has to know: the format's tokens, or the markers themselves."""
+        """The texts that must be tokens: the format's own tokens, or the markers."""
         return self.tokens or tuple(dict.fromkeys(text for pair in self.pairs for text in pair))
 
     def closes(self, opening: str | None = None) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class Markers:
 
 
 def first(text: str, words: Iterable[str], start: int, stop: int) -> Span | None:
-    """The place in text[start:stop] of the word that comes first, the longest of those."""
+    """Where the first of the words is in text[start:stop]; the longest at that place."""
     places = [(at, -len(word)) for word in words if (at := text.find(word, start, stop)) >= 0]
     if not places:
         return None

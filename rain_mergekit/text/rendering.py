@@ -22,7 +22,7 @@ _ASKING = ("user", "system", "developer")
 
 
 class UnusableError(Exception):
-    """A sample, or one instruction of it, that has to be skipped; the text is the reason."""
+    """A sample, or one instruction of it, must be skipped; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Renderer:
         self._template = ChatTemplate(tokenizer, chat_template_kwargs or {})
         if not getattr(tokenizer, "is_fast", False):
             raise RainError(
-                f"The tokenizer {self._template.name} gives no character offsets; a fast tokenizer "
-                "(tokenizer.json) is needed."
+                f"the tokenizer {self._template.name} gives no character offsets; a fast tokenizer "
+                "(tokenizer.json) is needed"
             )
         self.markers = markers
 
     def render(self, sample: ReasoningSample | InstructionSample) -> Rendered:
-        """The rendered conversation, continued by ``output`` or by the assembled parts.
+        """The rendered conversation, continued by `output` or by the assembled parts.
 
         Raises RainError if the template refuses the sample, UnusableError if the prompt or a
         thinking block cannot be located without doubt.
@@ -116,14 +116,14 @@ class Renderer:
         return f"{start}{gap}{reasoning}{before_close}{closes[0]}{answer}"
 
     def _without_opening(self, output: str, opened: str) -> str:
-        """``output`` less the open marker that the template has already written."""
+        """`output` less the open marker that the template has already written."""
         if not opened or output.startswith(opened):
             return output[len(opened) :]
         bare, marker = output.lstrip(), self._marker(opened)
         return bare[len(marker) :] if bare.startswith(marker) else output
 
     def _last(self, head: str, opened: str, body: str) -> list[Block]:
-        """The blocks of what the model wrote last: at least one, and nothing wrong with them."""
+        """The blocks of the model's last turn; UnusableError if there is none or one is broken."""
         at = len(head) - len(opened)
         given = first(head, self.markers.opens, at, len(head)) if opened else None
         blocks, wrong = self.markers.scan(head + body, len(head), opened=given)
@@ -138,7 +138,7 @@ class Renderer:
     ) -> Iterator[Block]:
         """The blocks of the model's earlier turns that the template has kept.
 
-        What is wrong there, and empty blocks, the template wrote: neither is a reason to skip.
+        The template wrote them: broken or empty blocks there are no reason to skip the sample.
         """
         for _, start, stop in _turns(messages, places):
             for block in self.markers.scan(head, start, stop)[0]:

@@ -11,7 +11,7 @@ from rain_mergekit.text.conversation import Conversation, Message, parse_convers
 
 
 class _Asked:
-    """What both kinds of samples ask."""
+    """The request, which both kinds of samples have."""
 
     prompt: str
     messages: tuple[Message, ...]
@@ -24,10 +24,10 @@ class _Asked:
 
 @dataclass(frozen=True)
 class ReasoningSample(_Asked):
-    """One reasoning sample: verbatim ``output``, or ``reasoning`` and perhaps a ``response``.
+    """One reasoning sample: verbatim `output`, or `reasoning` and perhaps a `response`.
 
-    ``source`` is ``file:line`` (JSON lines) or ``file[index]`` (JSON list). ``messages`` is empty
-    where the sample has only a ``prompt``.
+    `source` is `file:line` (JSON lines) or `file[index]` (JSON list). `messages` is empty
+    where the sample has only a `prompt`.
     """
 
     source: str
@@ -51,7 +51,7 @@ class InstructionSpec:
 
 @dataclass(frozen=True)
 class InstructionSample(_Asked):
-    """One instruction sample: verbatim ``output``, or ``reasoning`` and ``response``."""
+    """One instruction sample: verbatim `output`, or `reasoning` and `response`."""
 
     source: str
     prompt: str
@@ -65,7 +65,7 @@ class InstructionSample(_Asked):
 
 
 def parse_reasoning(source: str, value: object) -> ReasoningSample:
-    """Check one JSON value as a reasoning sample; RainError names ``source`` and the field."""
+    """Check one JSON value as a reasoning sample; RainError names `source` and the field."""
     fields = Fields(source, value)
     asked = parse_conversation(fields)
     output, reasoning, response = _said(fields, asked)
@@ -77,7 +77,7 @@ def parse_reasoning(source: str, value: object) -> ReasoningSample:
 
 
 def parse_instruction(source: str, value: object) -> InstructionSample:
-    """Check one JSON value as an instruction sample; RainError names ``source`` and the field."""
+    """Check one JSON value as an instruction sample; RainError names `source` and the field."""
     fields = Fields(source, value)
     asked = parse_conversation(fields)
     output, reasoning, response = _said(fields, asked)
@@ -106,7 +106,7 @@ def _said(fields: Fields, asked: Conversation) -> tuple[str | None, str | None, 
     if any(part is not None for part in said):
         raise RainError(
             f"{fields.source}: the model's last turn is given twice, as the last of 'messages' and "
-            "beside them; keep one of them."
+            "beside them; keep one of them"
         )
     return asked.answer
 
@@ -117,7 +117,7 @@ def _reasoning(fields: Fields) -> str | None:
     if len(texts) > 1:
         raise RainError(
             f"{fields.source}: fields 'reasoning' and 'reason' both hold a text, and they differ; "
-            "keep one of them."
+            "keep one of them"
         )
     return texts.pop() if texts else None
 

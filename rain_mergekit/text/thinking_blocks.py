@@ -1,4 +1,4 @@
-"""A generated text taken apart: the thinking blocks and the response after the last."""
+"""Split a generated text into thinking blocks and the response after the last one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rain_mergekit.text.markers import Markers, first
 
 @dataclass(frozen=True)
 class Thought:
-    """One output. Where an opened block was never closed there is no response.
+    """The parts of one output; no response if a block was never closed.
 
-    ``thinking`` joins the blocks of an output with several.
+    `thinking` joins the blocks of an output with several.
     """
 
     opened: bool
@@ -21,7 +21,7 @@ class Thought:
 
     @property
     def complete(self) -> bool:
-        """A block that was opened, holds something, and was closed."""
+        """Whether a block was opened, is not empty, and was closed."""
         return self.opened and self.closed and bool(self.thinking)
 
 

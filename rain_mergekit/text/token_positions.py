@@ -23,11 +23,11 @@ _MAX_LOST = 0.05
 class ReasoningTokens:
     """Token ids of one reasoning sample and sorted positions in them.
 
-    ``think_positions`` is Ω_think; ``content_positions`` is the rest of the thinking blocks;
-    ``response_positions`` is what the model wrote outside of its blocks: the last response, if it
-    was kept, and earlier answers; ``prompt_positions`` is everything else. ``open_starts`` (of the
-    blocks that the model opens itself) and ``close_starts`` are the markers' first tokens;
-    ``open_ends`` (of all blocks) are the first tokens after the open markers.
+    `think_positions` is Ω_think; `content_positions` is the rest of the thinking blocks;
+    `response_positions` is what the model wrote outside of its blocks: the last response, if it
+    was kept, and earlier answers; `prompt_positions` is everything else. `open_starts` (of the
+    blocks that the model opens itself) and `close_starts` are the markers' first tokens;
+    `open_ends` (of all blocks) are the first tokens after the open markers.
     """
 
     source: str
@@ -55,8 +55,8 @@ class SpanPositions:
 class InstructionTokens:
     """Token ids of one instruction sample and sorted positions in them.
 
-    ``think_positions`` is Ω_think; ``thinking_positions`` is everything between the markers of a
-    block; ``answer_start`` is the token that predicts the answer's first token.
+    `think_positions` is Ω_think; `thinking_positions` is everything between the markers of a
+    block; `answer_start` is the token that predicts the answer's first token.
     """
 
     source: str
@@ -70,14 +70,14 @@ class InstructionTokens:
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """One thinking block: its markers' token ranges, and how many tokens before it decide on it."""
+    """One thinking block: token ranges of its markers, and how many tokens before it count."""
 
     open: range
     close: range
     lead: int
 
     def think(self, window: int) -> Iterator[int]:
-        """Both markers, ``window`` tokens after the first and before the second, and the lead.
+        """Both markers, `window` tokens after the first and before the second, and the lead.
 
         The windows stay inside the block.
         """
@@ -101,7 +101,7 @@ class Encoded:
         return self.blocks[-1].close.stop
 
     def think(self, window: int) -> tuple[int, ...]:
-        """Ω_think: the markers of every block with ``window`` tokens inside of each.
+        """Ω_think: the markers of every block with `window` tokens inside of each.
 
         If the template does not open a block itself, the token before its open marker belongs to
         it too: it decides that thinking starts.
@@ -135,12 +135,12 @@ class Encoded:
         return len(self.input_ids)
 
     def in_prompt(self, spans: Iterable[str]) -> tuple[int, ...]:
-        """Tokens of every occurrence of ``spans`` in the texts of users and system."""
+        """Tokens of every occurrence of `spans` in the texts of users and system."""
         before = range(self.blocks[-1].open.start)
         return self._positions(spans, self.rendered.prompt, before, "prompt")
 
     def in_response(self, spans: Iterable[str]) -> tuple[int, ...]:
-        """Tokens of every occurrence of ``spans`` after the last close marker."""
+        """Tokens of every occurrence of `spans` after the last close marker."""
         place = (self.rendered.blocks[-1].close[1], len(self.rendered.text))
         return self._positions(spans, [place], range(self.end, len(self.offsets)), "response")
 
@@ -218,7 +218,7 @@ def _marker(
 
 
 def _cover(covered: bytearray, text: str, span: str, place: tuple[int, int]) -> bool:
-    """Mark the characters of every occurrence (they may overlap); False if there is none."""
+    """Mark the characters of every occurrence; False if there is none."""
     done = at = text.find(span, *place)
     while at >= 0:
         end = at + len(span)
@@ -230,7 +230,7 @@ def _cover(covered: bytearray, text: str, span: str, place: tuple[int, int]) -> 
 def _overlapping(
     covered: bytearray, offsets: tuple[tuple[int, int], ...], tokens: range
 ) -> tuple[int, ...]:
-    """Those of ``tokens`` that hold a marked character (a token of no width holds none).
+    """Those of `tokens` that contain a marked character.
 
     A character that is several tokens (bytes) has its offsets on all of them, so all are found.
     """

@@ -50,7 +50,9 @@ def change(tiny: Tiny, name: str) -> Tensor:
     assert isinstance(plan.site, str)
     factors = file.factors(plan.site)
     rows, cols = file.scale(plan.rows), file.scale(plan.cols)
-    return merged_weight(torch.zeros_like(parts[0]), *parts, factors, rows, cols, 1.0)
+    return merged_weight(
+        (torch.zeros_like(parts[0]), parts[0], parts[1]), factors, (rows, cols), 1.0
+    )
 
 
 def projected(layers: int = 2) -> list[tuple[str, str]]:

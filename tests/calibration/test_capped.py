@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import Tiny
 
-from rain_mergekit.calibration.site_solver import solve_site
+from rain_mergekit.calibration.site_solver import SiteFeatures, solve_site
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.settings import RainSettings
 
@@ -22,7 +22,7 @@ def test_rank_cap_that_cuts_what_attention_reads_is_said(most: int, capped: bool
     basis = torch.linalg.qr(torch.randn(16, 8, dtype=torch.float64))[0]
     rows, read = basis[:, :2].mT.float(), basis.mT.float()
     delta = torch.eye(16)
-    found = solve_site("site", rows, 2, None, [delta], settings, most, [read])
+    found = solve_site("site", SiteFeatures(rows, 2, None, [read]), [delta], settings, most)
     assert found.capped is capped
     assert found.rank == (3 if capped else 8)
 

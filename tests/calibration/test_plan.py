@@ -149,12 +149,12 @@ def test_the_planned_sites_are_those_that_are_found(tmp_path: Path, family: str)
     known = family in FAMILIES
     tiny = Tiny.make(tmp_path, family) if known else make(tmp_path, family)
     trio = open_trio(tiny.config(), LoadOptions())
-    shell = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
-    planned = model_shape(shell).sites
+    layerwise = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
+    planned = model_shape(layerwise).sites
     assert any(site.reads for site in planned)
     tiny.calibrate()
     file = CalibrationFile.open(tiny.path)
-    layer = f"{decoder_layers(shell.model, trio.config)[1]}.0."
+    layer = f"{decoder_layers(layerwise.model, trio.config)[1]}.0."
     found = [site.width for name, site in file.sites.items() if name.startswith(layer)]
     assert sorted(site.width for site in planned) == sorted(found)
     weights = [plan for name, plan in file.tensors.items() if name.startswith(layer)]

@@ -71,7 +71,7 @@ def test_it_merges_to_the_same_numbers(version: int) -> None:
     plan = file.tensors[f"{SITE}.weight"]
     factors, rows = file.factors(str(plan.site)), file.scale(plan.rows)
     zero = torch.zeros(3, 4)
-    merged = merged_weight(zero, delta, zero, factors, rows, file.scale(plan.cols), 2.0)
+    merged = merged_weight((zero, delta, zero), factors, (rows, file.scale(plan.cols)), 2.0)
     row = torch.tensor([0.0, 3.0, 6.0, 8.0])
     assert torch.equal(merged, torch.stack([row, 2 * row, row / 2]))
     other = file.tensors[OUTPUT]

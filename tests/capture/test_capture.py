@@ -25,7 +25,7 @@ from rain_mergekit.models.loading import LoadOptions, open_trio
 SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 
 
-def shell(tiny: Tiny, dtype: torch.dtype = torch.float32) -> LayerwiseModel:
+def layerwise(tiny: Tiny, dtype: torch.dtype = torch.float32) -> LayerwiseModel:
     trio = open_trio(tiny.config(), LoadOptions())
     return LayerwiseModel(trio.reasoning, trio.config, dtype, "cpu")
 
@@ -75,7 +75,7 @@ def test_hidden_states_equal_the_whole_model_bit_for_bit(
     changes = {"sliding_window": 9} if family == "mistral" else {}
     tiny = Tiny.make(tmp_path, family, dtype, shard=shard, **changes)
     assert (len(list((tmp_path / "reasoning").glob("*.safetensors"))) > 1) == (shard is not None)
-    streamed = shell(tiny, dtype)
+    streamed = layerwise(tiny, dtype)
     model = tiny.model(dtype=dtype, attn_implementation="sdpa")
     for ids, (hidden, calls) in zip(SAMPLES, list(streamed.record(SAMPLES)), strict=True):
         with layer_outputs(model) as expected, torch.no_grad():
@@ -100,7 +100,7 @@ def check_equal(found: Tensor, expected: Tensor, config: Any) -> None:
 
 
 def test_only_the_layer_at_hand_holds_weights(tmp_path: Path) -> None:
-    streamed = shell(Tiny.make(tmp_path, "qwen2"))
+    streamed = layerwise(Tiny.make(tmp_path, "qwen2"))
     list(streamed.record(SAMPLES))
 
     def filled() -> set[str]:
@@ -114,14 +114,14 @@ def test_only_the_layer_at_hand_holds_weights(tmp_path: Path) -> None:
 
 
 def test_a_failure_inside_a_layer_empties_it_again(tmp_path: Path) -> None:
-    streamed = shell(Tiny.make(tmp_path, "llama"))
+    streamed = layerwise(Tiny.make(tmp_path, "llama"))
     with pytest.raises(KeyError), streamed.layer(0):
         raise KeyError
     assert all(value.is_meta for value in streamed.model.parameters())
 
 
 def test_shorter_samples_share_the_longest_ones_tables(tmp_path: Path) -> None:
-    streamed = shell(Tiny.make(tmp_path, "qwen2"))
+    streamed = layerwise(Tiny.make(tmp_path, "qwen2"))
     tables = [calls[0].kwargs["position_embeddings"][0] for _, calls in streamed.record(SAMPLES)]
     assert tables[1].untyped_storage().data_ptr() == tables[0].untyped_storage().data_ptr()
     assert tables[1].shape[1] == len(SAMPLES[1])
@@ -131,7 +131,7 @@ def test_sites_are_found_on_the_first_pass_and_rows_are_what_the_modules_receive
     tmp_path: Path,
 ) -> None:
     tiny = Tiny.make(tmp_path, "qwen3")
-    streamed = shell(tiny)
+    streamed = layerwise(tiny)
     recorded = list(streamed.record(SAMPLES))
     for index in range(2):
         sites = SiteMap()

@@ -476,12 +476,14 @@ def test_what_models_do_to_their_logits_is_done(
     with torch.no_grad():
         expected = whole(torch.arange(20)[None]).logits[0]
     checkpoint = Checkpoint(ModelReference.model_validate(str(tmp_path)))
-    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(tmp_path), torch.float32, "cpu")
-    with finishing(shell) as logits:
+    layerwise = LayerwiseModel(
+        checkpoint, AutoConfig.from_pretrained(tmp_path), torch.float32, "cpu"
+    )
+    with finishing(layerwise) as logits:
         found = logits(states[0][0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert all(parameter.is_meta for parameter in shell.model.parameters())
-    assert shell.decoder.layers is shell.layers
+    assert all(parameter.is_meta for parameter in layerwise.model.parameters())
+    assert layerwise.decoder.layers is layerwise.layers
 
 
 @pytest.mark.parametrize(

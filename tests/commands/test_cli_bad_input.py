@@ -301,7 +301,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any] | str, str]] = {
     "class": ("tokenizer_config.json", {"tokenizer_class": 3}, "cannot load its tokenizer"),
     "length": ("tokenizer_config.json", {"model_max_length": "x"}, "cannot load its tokenizer"),
     "index list": ("model.safetensors.index.json", "[]", "cannot read the checkpoint"),
-    "shards": ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "something else than"),
+    "shards": ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "something other than"),
 }
 
 
@@ -326,7 +326,7 @@ def test_a_pipe_among_the_files_of_a_model(place: Workplace, name: str) -> None:
     path.unlink()
     os.mkfifo(path)
     message = refused(place.folder, "calibrate", place.yaml)
-    assert f"{place.model('instruct')}: cannot read the checkpoint: no regular file: {name}" in (
+    assert f"{place.model('instruct')}: cannot read the checkpoint: not a regular file: {name}" in (
         message
     )
 
@@ -402,7 +402,7 @@ def test_what_is_no_file_is_not_replaced(
     }
     message = refused(place.folder, command, *arguments[command])
     assert str(goal) in message
-    assert "it is no regular file" in message
+    assert "it is not a regular file" in message
     assert goal.lstat() == before
 
 

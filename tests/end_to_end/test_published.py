@@ -181,7 +181,7 @@ def test_what_mergekit_will_not_find_is_said_before_the_calibration(tmp_path: Pa
     tiny.config()
     message = refused(tmp_path, "calibrate", tiny.path.with_suffix(".yml"))
     assert "mergekit cannot merge the reasoning model" in message
-    assert "by no method: it looks for" in message
+    assert "by any method: it looks for" in message
 
 
 @pytest.mark.parametrize(

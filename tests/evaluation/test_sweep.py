@@ -94,7 +94,7 @@ def test_table_only(place: Workplace) -> None:
     out = place.folder / "table"
     said = succeed("sweep", place.yaml, "--lambda", 1, "-o", out, "--table-only", "--samples", 1)
     assert "up to date" in said
-    assert "held-out ones say more" in said
+    assert "held-out ones tell more" in said
     assert [path.name for path in out.iterdir()] == ["sweep.json"]
 
 
@@ -203,7 +203,7 @@ def test_report_takes_the_texts_of_the_calibration(
 
     found = drawn("--samples", 2)
     assert "<p>2 samples (" in found
-    assert "own texts: held-out ones say more)" in found
+    assert "own texts: held-out ones tell more)" in found
     assert "not shown: switched off by --no-drift" in drawn("--no-drift")
     data, text = place.folder / "reasoning.jsonl", (place.folder / "reasoning.jsonl").read_text()
     data.write_text(text + "\n")

@@ -228,13 +228,13 @@ def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) 
     )
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
-    shell = LayerwiseModel(checkpoint(tmp_path), config, torch.float32, "cpu")
-    for _ in range(2):  # it leaves the shell as it was
-        with finishing(shell) as logits:
+    layerwise = LayerwiseModel(checkpoint(tmp_path), config, torch.float32, "cpu")
+    for _ in range(2):  # it leaves the model as it was
+        with finishing(layerwise) as logits:
             parts = [logits(part) for part in last[0].reshape(20, 32).split(7)]
             assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
-        assert all(parameter.is_meta for parameter in shell.model.parameters())
-        assert len(list(shell.record([[1, 2, 3]]))) == 1
+        assert all(parameter.is_meta for parameter in layerwise.model.parameters())
+        assert len(list(layerwise.record([[1, 2, 3]]))) == 1
 
 
 # Rounding

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rain_mergekit.linalg.feature_rows
-from rain_mergekit.calibration.site_solver import solve_site, unconstrained
+from rain_mergekit.calibration.site_solver import SiteFeatures, solve_site, unconstrained
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg import projection
@@ -150,7 +150,7 @@ def test_an_energy_cap_leaves_exactly_what_the_dropped_directions_explain(
 ) -> None:
     rows, delta = normal(9, 14, seed=seed), normal(6, 14, seed=seed + 1)
     chosen = options(rank_by=rule, rank_share=share)
-    result = solve_site("site", rows, 9, None, [delta], chosen, 100)
+    result = solve_site("site", SiteFeatures(rows, 9), [delta], chosen, 100)
     _, sigma, right = np.linalg.svd(rows.numpy(), full_matrices=False)
     answers = sigma**2 * np.square(delta.numpy() @ right.T).sum(0)
     energy = sigma**2 if rule == "energy" else answers
@@ -171,7 +171,7 @@ def test_other_rank_rules_count_directions() -> None:
     delta = normal(3, 5)
 
     def rank(cap: int = 100, **changes: object) -> int:
-        return solve_site("s", rows, 4, None, [delta], options(**changes), cap).rank
+        return solve_site("s", SiteFeatures(rows, 4), [delta], options(**changes), cap).rank
 
     assert rank(rank_by="full") == 4
     assert rank(rank_by="count", rank_count=3) == 3
@@ -185,11 +185,11 @@ def test_other_rank_rules_count_directions() -> None:
 
 def test_the_cap_is_reported_and_a_basis_of_the_whole_space_is_refused() -> None:
     rows, delta = normal(12, 6), normal(3, 6)
-    capped = solve_site("s", rows, 12, None, [delta], options(rank_by="full"), 4)
+    capped = solve_site("s", SiteFeatures(rows, 12), [delta], options(rank_by="full"), 4)
     assert capped.capped
     assert capped.rank == 4
     with pytest.raises(RainError, match=r"here\.q: the protected basis fills all 6 directions"):
-        solve_site("here.q", rows, 12, None, [delta], options(rank_by="full"), 96)
+        solve_site("here.q", SiteFeatures(rows, 12), [delta], options(rank_by="full"), 96)
 
 
 def test_response_energy_ignores_planted_outliers_and_raw_energy_does_not() -> None:
@@ -208,7 +208,7 @@ def test_response_energy_ignores_planted_outliers_and_raw_energy_does_not() -> N
 
     def left(rule: str) -> tuple[float, int]:
         chosen = options(rank_by=rule, rank_share=0.99)
-        result = solve_site("s", rows, count, None, [delta], chosen, 100)
+        result = solve_site("s", SiteFeatures(rows, count), [delta], chosen, 100)
         return residual(rows[others], result.factors, delta), result.rank
 
     raw, raw_rank = left("energy")
@@ -294,7 +294,9 @@ def test_stored_in_float32_the_oblique_projection_stays_exact_in_bad_geometry() 
 def test_a_soft_projection_damps_by_relative_energy() -> None:
     rows, delta = normal(4, 9), normal(5, 9)
     found = projection.spectrum(rows)
-    result = solve_site("s", rows, 4, None, [delta], options(rank_by="full", ridge=0.3), 100)
+    result = solve_site(
+        "s", SiteFeatures(rows, 4), [delta], options(rank_by="full", ridge=0.3), 100
+    )
     damping = found.values / (found.values + 0.3 * found.values[0])
     soft = found.vectors @ torch.diag(damping) @ found.vectors.mT
     torch.testing.assert_close(result.factors.u @ result.factors.v.mT, soft)
@@ -414,13 +416,10 @@ def test_covered_of_any_rank_and_scale(
     delta = normal(5, width, seed=seed + 2)
     result = solve_site(
         "site",
-        normal(1, width, seed=seed + 3),
-        1,
-        None,
+        SiteFeatures(normal(1, width, seed=seed + 3), 1, None, [rows * scale]),
         [delta * strength],
         options(rank_by="count", rank_count=1, reading_share=share),
         width,
-        [rows * scale],
     )
     u = result.factors.u
     torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[1], dtype=torch.float64))
@@ -462,7 +461,7 @@ def test_the_extremes_of_half_precision_are_covered(dtype: torch.dtype) -> None:
     rows[0, 1] = rows[1, 2] = torch.finfo(dtype).max
     chosen = options(rank_by="count", rank_count=1, reading_share=0.9)
     other = torch.eye(6)[:1]
-    result = solve_site("site", other, 1, None, [torch.eye(6) * 9], chosen, 5, [rows])
+    result = solve_site("site", SiteFeatures(other, 1, None, [rows]), [torch.eye(6) * 9], chosen, 5)
     space = result.factors.u @ result.factors.u.mT
     torch.testing.assert_close(space, torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])).double())
 
@@ -477,9 +476,9 @@ def test_the_task_vectors_are_read_once_and_once_more_for_each_group_that_is_rea
 
     rows, deltas = normal(9, 12, seed=2), Reads()
     groups = [normal(30, 12, seed=seed) for seed in (3, 4)]
-    solve_site("site", rows, 9, None, deltas, options(), 6)
+    solve_site("site", SiteFeatures(rows, 9), deltas, options(), 6)
     assert deltas.count == 1
-    solve_site("site", rows, 9, None, deltas, options(), 6, groups)
+    solve_site("site", SiteFeatures(rows, 9, None, groups), deltas, options(), 6)
     assert deltas.count == 1 + 3
 
 

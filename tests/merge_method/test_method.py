@@ -662,7 +662,7 @@ def test_row_blocks_do_not_show(axis: int) -> None:
     base, tuned, origin = (torch.randn(shape) for _ in range(3))
     u = torch.linalg.qr(torch.randn(d_in, 2))[0]
     rows, cols = torch.rand(d_out), torch.rand(d_in)
-    found = merged_weight(base, tuned, origin, Factors(u, u), rows, cols, 0.3, axis)
+    found = merged_weight((base, tuned, origin), Factors(u, u), (rows, cols), 0.3, axis)
     first, second, third = (
         w.double() if axis == -1 else w.double().T for w in (base, tuned, origin)
     )

@@ -19,9 +19,9 @@ from rain_mergekit.models.merge_names import listed_names, lost_tensors, lost_wa
 def _lost(family: str, folder: Path) -> tuple[str, ...]:
     AutoModelForCausalLM.from_config(model_config(family)).save_pretrained(folder)
     checkpoint = Checkpoint(ModelReference.model_validate(str(folder)))
-    shell = LayerwiseModel(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
-    names = merge_names(checkpoint.reference.config(), shell.tensors)
-    return lost_tensors(shell.tensors, names)
+    layerwise = LayerwiseModel(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
+    names = merge_names(checkpoint.reference.config(), layerwise.tensors)
+    return lost_tensors(layerwise.tensors, names)
 
 
 def test_models_that_mergekit_knows_in_full_lose_nothing(tmp_path: Path) -> None:
@@ -42,5 +42,5 @@ def test_an_architecture_that_mergekit_itself_cannot_read_is_named() -> None:
     """transformers 5 keeps the number of layers where mergekit's table does not look for it."""
     config = AutoConfig.for_model("qwen2_vl")
     config.architectures = ["Qwen2VLForConditionalGeneration"]
-    with pytest.raises(RainError, match="cannot merge the architecture 'qwen2_vl', by no method"):
+    with pytest.raises(RainError, match="cannot merge the architecture 'qwen2_vl' by any method"):
         listed_names(config)

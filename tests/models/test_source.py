@@ -64,7 +64,7 @@ def test_pointer_of_git_lfs_is_named(place: Workplace) -> None:
 def test_adapter_alone_is_named(place: Workplace) -> None:
     folder = add_adapter(place, "pretrained")
     message = refused(place.folder, "calibrate", with_instruct(place, str(folder)))
-    assert "is an adapter and no model: write it after its base model" in message
+    assert "is an adapter, not a model: write it after its base model" in message
     assert f"as {place.model('pretrained')}+{folder}" in message
 
 
