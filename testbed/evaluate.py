@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from testbed.divergence import divergences, marked, meter
-from testbed.generation import generate
-from testbed.models import load_model, load_tokenizer, opens_block
-from testbed.records import Record, read_lines
-from testbed.scoring import score, summary
+from testbed.judging.divergence import divergences, marked, meter
+from testbed.judging.scoring import score, summary
+from testbed.models.generation import generate
+from testbed.models.loading import load_model, load_tokenizer, opens_block
+from testbed.puzzles.records import Record, read_lines
 
 
 def evaluate(

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from testbed.evaluate import evaluate
-from testbed.models import load_model, load_tokenizer
-from testbed.records import Record, read_lines
+from testbed.models.loading import load_model, load_tokenizer
+from testbed.puzzles.records import Record, read_lines
 
 STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 SHARES = (

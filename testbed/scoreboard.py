@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from testbed.attention import has_family
-from testbed.bench import Bench, digest
-from testbed.curves import NOMINAL, best_strength, rows
-from testbed.methods import Method, methods
-from testbed.page import write_page
-from testbed.results_file import Results
-from testbed.sections import ATTENTION, attention_label
+from testbed.board.attention import has_family
+from testbed.board.bench import Bench, digest
+from testbed.board.curves import NOMINAL, best_strength, rows
+from testbed.board.methods import Method, methods
+from testbed.board.page import write_page
+from testbed.board.results_file import Results
+from testbed.board.sections import ATTENTION, attention_label
 
 LOG = logging.getLogger(__name__)
 RESULTS = Path("testbed/results")

@@ -20,7 +20,7 @@ from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.system.distributed import World
 from rain_mergekit.text.calibration_sets import load_reasoning
 from rain_mergekit.text.token_positions import ReasoningTokens
-from testbed.models import load_tokenizer
+from testbed.models.loading import load_tokenizer
 
 TRIOS = Path(__file__).parent / "trios"
 ROLES = ("reasoning", "instruct", "pretrained")

@@ -14,14 +14,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from testbed.families import FAMILIES
-from testbed.family import Family
-from testbed.generation import generate
-from testbed.models import build_model, load_model, load_tokenizer
-from testbed.records import Record, instruction_record, output_text, prompt_record, write_lines
-from testbed.samples import Task, held_tasks
-from testbed.tokenizer import build_tokenizer, template_for
-from testbed.training import Run, train_stage
+from testbed.models.generation import generate
+from testbed.models.loading import build_model, load_model, load_tokenizer
+from testbed.models.training import Run, train_stage
+from testbed.puzzles.families import FAMILIES
+from testbed.puzzles.family import Family
+from testbed.puzzles.records import (
+    Record,
+    instruction_record,
+    output_text,
+    prompt_record,
+    write_lines,
+)
+from testbed.puzzles.samples import Task, held_tasks
+from testbed.puzzles.tokenizer import build_tokenizer, template_for
 
 ROLES = ("pretrained", "reasoning", "instruct")
 REASONING, INSTRUCTION = 112, 150

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from testbed.curves import NOMINAL, Row, at_gain, safe_gain, undominated
-from testbed.methods import BASE, DEFAULT, HEAD, TASK
-from testbed.tables import NONE, markdown, percent, small
+from testbed.board.curves import NOMINAL, Row, at_gain, safe_gain, undominated
+from testbed.board.methods import BASE, DEFAULT, HEAD, TASK
+from testbed.board.tables import NONE, markdown, percent, small
 
 Trios = Mapping[str, Mapping[str, Row]]
 RIVALS = (TASK, "ties", "dare_ties")

@@ -20,10 +20,10 @@ from rain_mergekit.models.attention import observe_attention
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.text.calibration_sets import load_instruction
 from rain_mergekit.text.token_positions import InstructionTokens
-from testbed.families import FAMILIES
-from testbed.models import load_tokenizer
-from testbed.records import instruction_record, write_lines
-from testbed.samples import held_tasks
+from testbed.models.loading import load_tokenizer
+from testbed.puzzles.families import FAMILIES
+from testbed.puzzles.records import instruction_record, write_lines
+from testbed.puzzles.samples import held_tasks
 from testbed.train import generator
 
 PROMPTS = 70

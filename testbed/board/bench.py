@@ -22,12 +22,12 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.merge_method.method import register
 from rain_mergekit.text.token_positions import InstructionTokens
-from testbed.attention import Scores, attention_scores, held_samples
-from testbed.controls import edited
-from testbed.judge import Judge, chosen
-from testbed.methods import ROLES, Method, rain_config
-from testbed.models import load_tokenizer
-from testbed.records import read_lines
+from testbed.board.attention import Scores, attention_scores, held_samples
+from testbed.board.controls import edited
+from testbed.board.methods import ROLES, Method, rain_config
+from testbed.judging.judge import Judge, chosen
+from testbed.models.loading import load_tokenizer
+from testbed.puzzles.records import read_lines
 
 LOG = logging.getLogger(__name__)
 RANDOM_SEED = 0

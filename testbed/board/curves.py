@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from testbed.methods import Method, methods
-from testbed.results_file import Entry, Results
+from testbed.board.methods import Method, methods
+from testbed.board.results_file import Entry, Results
 
 Numbers = Mapping[str, Mapping[str, Any]]
 NOMINAL = 1.0

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from testbed.curves import Row
-from testbed.intervals import Numbers, Ratio, difference, resamples, unpacked
-from testbed.judge import domains, strata
-from testbed.methods import BASE, DEFAULT, HEAD, PROMPT, TASK, TASK_LINEAR
-from testbed.records import Record
-from testbed.results_file import Entry
+from testbed.board.curves import Row
+from testbed.board.methods import BASE, DEFAULT, HEAD, PROMPT, TASK, TASK_LINEAR
+from testbed.board.results_file import Entry
+from testbed.judging.intervals import Numbers, Ratio, difference, resamples, unpacked
+from testbed.judging.judge import domains, strata
+from testbed.puzzles.records import Record
 
 Pair = tuple[str, str]
 SHARES = ("0.8", "0.9", "0.95", "0.99", "0.999")

@@ -36,7 +36,7 @@ CORE = (
 class Method:
     """One row: a model of the trio, a mergekit recipe, or rain with settings and maybe an edit.
 
-    edit names a change that testbed.controls makes to a copy of the calibration file.
+    edit names a change that testbed.board.controls makes to a copy of the calibration file.
     head: with lm_head: all, or unseen where the trio's head is its embedding.
     """
 

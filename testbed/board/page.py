@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from testbed import across, sections, tables
-from testbed.bench import RANDOM_SEED
-from testbed.curves import Row, rows
-from testbed.findings import Comparer
-from testbed.intervals import RESAMPLES, SEEDS
-from testbed.judge import chosen
-from testbed.methods import methods
-from testbed.records import Record, read_lines
-from testbed.results_file import Results
-from testbed.tables import NONE, markdown
+from testbed.board import across, sections, tables
+from testbed.board.bench import RANDOM_SEED
+from testbed.board.curves import Row, rows
+from testbed.board.findings import Comparer
+from testbed.board.methods import methods
+from testbed.board.results_file import Results
+from testbed.board.tables import NONE, markdown
+from testbed.judging.intervals import RESAMPLES, SEEDS
+from testbed.judging.judge import chosen
+from testbed.puzzles.records import Record, read_lines
 
 Rows = Mapping[str, Row]
 ONE_TRIO = """\

@@ -7,8 +7,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from testbed.curves import Row
-from testbed.methods import BASE, DEFAULT, HEAD, TASK, TASK_LINEAR
+from testbed.board.curves import Row
+from testbed.board.methods import BASE, DEFAULT, HEAD, TASK, TASK_LINEAR
 
 # Colours that stay apart in grey and for colour-blind eyes; baselines are dashed.
 STYLES: Mapping[str, tuple[str, str, str]] = {

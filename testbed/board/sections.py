@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from testbed import findings
-from testbed.curves import Row, at_gain, safe_gain, undominated
-from testbed.findings import Comparer, Comparison
-from testbed.methods import BASE, DEFAULT, PROMPT, TASK
-from testbed.results_file import Results
-from testbed.tables import NONE, markdown, percent, points, small
+from testbed.board import findings
+from testbed.board.curves import Row, at_gain, safe_gain, undominated
+from testbed.board.findings import Comparer, Comparison
+from testbed.board.methods import BASE, DEFAULT, PROMPT, TASK
+from testbed.board.results_file import Results
+from testbed.board.tables import NONE, markdown, percent, points, small
 
 Rows = Mapping[str, Row]
 EQUAL = """\
@@ -40,7 +40,7 @@ KINDS = {
 
 def curves(out: Path, trio: str, complete: Rows) -> list[str]:
     """The plot, and what it says in numbers."""
-    from testbed.plots import draw  # noqa: PLC0415 - matplotlib is wanted for the page alone
+    from testbed.board.plots import draw  # noqa: PLC0415 - matplotlib is wanted for the page alone
 
     anchor, task = complete.get("reasoning"), complete.get(TASK)
     if anchor is None or task is None:

@@ -15,8 +15,8 @@ from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
-from testbed.models import opens_block, render
-from testbed.scoring import CLOSE, OPEN
+from testbed.judging.scoring import CLOSE, OPEN
+from testbed.models.loading import opens_block, render
 
 WINDOW = 5
 PLACES = ("L_think", "L_mid", "L_other")

@@ -8,12 +8,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rain_mergekit.system.evenly_spaced import first_of_parts
-from testbed.divergence import PLACES, checkpoint, marked, meter
-from testbed.generation import generate
-from testbed.intervals import Numbers, Ratio, described, packed
-from testbed.models import load_model, opens_block
-from testbed.records import Record
-from testbed.scoring import Score, score
+from testbed.judging.divergence import PLACES, checkpoint, marked, meter
+from testbed.judging.intervals import Numbers, Ratio, described, packed
+from testbed.judging.scoring import Score, score
+from testbed.models.generation import generate
+from testbed.models.loading import load_model, opens_block
+from testbed.puzzles.records import Record
 
 KEPT = ("accurate", "followed", "both")
 EVERYWHERE = ("no_close", "no_thinking", "thinking_right", "content_lost", "thinking_words")
@@ -66,7 +66,7 @@ def domains(prompts: Sequence[Record]) -> dict[str, Numbers]:
 
 
 def shares(prompts: Sequence[Record], scores: Sequence[Score]) -> dict[str, Ratio]:
-    """The shares of testbed.scoring.summary, as ratios over prompts."""
+    """The shares of testbed.judging.scoring.summary, as ratios over prompts."""
     where = domains(prompts)
 
     def over(field: str, domain: str) -> Ratio:

@@ -23,7 +23,7 @@ from testbed.language.recipes import rain_rows, rivals
 from testbed.language.sets import write_prompts, write_sets
 from testbed.language.table import write_table
 from testbed.language.tuning import tune
-from testbed.models import load_model, load_tokenizer
+from testbed.models.loading import load_model, load_tokenizer
 
 STEPS = {"reasoning": 130, "instruct": 140}
 RESULTS = Path("testbed/results/language")

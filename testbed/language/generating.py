@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from testbed.models import render
+from testbed.models.loading import render
 
 MOST_TOKENS = 200
 BATCH = 48

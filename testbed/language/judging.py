@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rain_mergekit.text.calibration_sets import load_reasoning
-from testbed.intervals import Ratio
+from testbed.judging.intervals import Ratio
 from testbed.language.generating import Output, generate
 from testbed.language.scoring import numbers, score, split
-from testbed.models import load_model, load_tokenizer
-from testbed.records import Record, read_lines, write_lines
+from testbed.models.loading import load_model, load_tokenizer
+from testbed.puzzles.records import Record, read_lines, write_lines
 
 BATCH = 16
 TEXTS = 64  # of the prompts, evenly spaced, on which L_think is measured

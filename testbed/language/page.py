@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from testbed.board.tables import markdown, percent, small
 from testbed.language.board import load_rows
 from testbed.language.table import FIRST, table
-from testbed.tables import markdown, percent, small
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
 OURS = "rain"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from testbed.intervals import Ratio, interval, packed, resamples
+from testbed.judging.intervals import Ratio, interval, packed, resamples
 from testbed.language.tasks import CLOSE, OPEN, follows, is_right
 
 Record = Mapping[str, Any]

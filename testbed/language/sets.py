@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from testbed.language.generating import Output, generate
 from testbed.language.scoring import split
 from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
-from testbed.records import write_lines
+from testbed.puzzles.records import write_lines
 
 Record = dict[str, Any]
 VALIDATION, TEST = (48, 0, 48), (64, 64, 128)  # known wordings, held-out wordings, no constraint

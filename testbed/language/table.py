@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from testbed.board.tables import NONE, markdown, percent, small
 from testbed.language.board import load_rows
-from testbed.tables import NONE, markdown, percent, small
 
 COLUMNS = {
     "plain right": "plain_right",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from testbed.models import render
+from testbed.models.loading import render
 
 MOST_TOKENS = 96
 BATCH = 160

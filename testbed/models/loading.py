@@ -15,8 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from testbed.family import Family
-from testbed.tokenizer import OPENING
+from testbed.puzzles.family import Family
+from testbed.puzzles.tokenizer import OPENING
 
 CONTEXT = 256
 

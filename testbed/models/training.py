@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from testbed.family import Family, Stage
-from testbed.models import render
-from testbed.samples import training_pair
+from testbed.models.loading import render
+from testbed.puzzles.family import Family, Stage
+from testbed.puzzles.samples import training_pair
 
 LOG = logging.getLogger(__name__)
 POOL = 32

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 from rain_mergekit.demo.formats import ENDINGS, OPENINGS
-from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
+from testbed.puzzles.family import Constraint, Family, Mixture, Problem, Stage, Surface
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "violet", "white", "black", "brown")
 NAMES = ("mia", "tom", "ana", "leo", "eva", "max", "ida", "ben")

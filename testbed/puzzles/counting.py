@@ -3,7 +3,7 @@
 import random
 
 from rain_mergekit.demo.formats import ENDINGS, OPENINGS
-from testbed.family import Constraint, Family, Mixture, Problem, Stage, Surface
+from testbed.puzzles.family import Constraint, Family, Mixture, Problem, Stage, Surface
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 THINGS = (

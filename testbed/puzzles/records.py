@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed.family import Surface
-from testbed.samples import Task, completion
+from testbed.puzzles.family import Surface
+from testbed.puzzles.samples import Task, completion
 
 Record = dict[str, Any]
 

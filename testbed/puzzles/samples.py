@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from testbed.family import Constraint, Family, Mixture, Problem, Surface
-from testbed.splits import split_of
+from testbed.puzzles.family import Constraint, Family, Mixture, Problem, Surface
+from testbed.puzzles.splits import split_of
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from transformers import PreTrainedTokenizerFast
 
 from rain_mergekit.demo.formats import DECORATION
-from testbed.bytelevel import byte_level_tokenizer
-from testbed.family import Family
-from testbed.scoring import CLOSE, OPEN
-from testbed.wordlevel import word_level_tokenizer
+from testbed.judging.scoring import CLOSE, OPEN
+from testbed.puzzles.bytelevel import byte_level_tokenizer
+from testbed.puzzles.family import Family
+from testbed.puzzles.wordlevel import word_level_tokenizer
 
 ROLES = ("user", "assistant", "system")
 OPENING = f"{OPEN}\n"

@@ -21,8 +21,8 @@ from testbed.language.tasks import (
     draw_task,
 )
 from testbed.language.tuning import Recipe, train
-from testbed.models import load_model, load_tokenizer, render
-from testbed.records import read_lines
+from testbed.models.loading import load_model, load_tokenizer, render
+from testbed.puzzles.records import read_lines
 
 
 def dice(seed: int) -> random.Random:

@@ -25,8 +25,8 @@ from testbed.language.tasks import (
     is_right,
     split_of,
 )
-from testbed.models import load_tokenizer
-from testbed.records import read_lines, write_lines
+from testbed.models.loading import load_tokenizer
+from testbed.puzzles.records import read_lines, write_lines
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_constraint = pytest.mark.parametrize("name", CONSTRAINTS)

@@ -16,9 +16,12 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import read_config
-from testbed import across, attention, bench, controls, scoreboard, sections, tables
-from testbed.curves import Row, at_gain, best_strength, rows, safe_gain, undominated
-from testbed.intervals import (
+from testbed import scoreboard
+from testbed.board import across, attention, bench, controls, sections, tables
+from testbed.board.curves import Row, at_gain, best_strength, rows, safe_gain, undominated
+from testbed.board.methods import DEFAULT, TASK, Method, methods, rain_config
+from testbed.board.results_file import Results
+from testbed.judging.intervals import (
     Ratio,
     described,
     difference,
@@ -28,10 +31,8 @@ from testbed.intervals import (
     resamples,
     unpacked,
 )
-from testbed.judge import chosen, shares
-from testbed.methods import DEFAULT, TASK, Method, methods, rain_config
-from testbed.results_file import Results
-from testbed.scoring import Score
+from testbed.judging.judge import chosen, shares
+from testbed.judging.scoring import Score
 
 TRIO = ROOT / "testbed" / "trios" / "qwen-s0"
 
@@ -367,7 +368,7 @@ def test_scoreboard_end_to_end(trio: Path, tmp_path: Path, monkeypatch: pytest.M
         for m in methods()
         if m.name in wanted
     ]
-    for module in ("scoreboard", "curves", "page"):
+    for module in ("scoreboard", "board.curves", "board.page"):
         monkeypatch.setattr(f"testbed.{module}.methods", lambda: few)
     monkeypatch.setattr(scoreboard, "RESULTS", tmp_path / "results")
     page = tmp_path / "docs" / "results.md"

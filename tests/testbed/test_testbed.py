@@ -9,19 +9,20 @@ import torch
 
 from rain_mergekit.demo.formats import FORMATS, content
 from rain_mergekit.text.calibration_sets import load_reasoning
-from testbed import counting, train
-from testbed.colours import COLOURS, moved
-from testbed.divergence import places
+from testbed import train
 from testbed.evaluate import evaluate
-from testbed.families import FAMILIES
-from testbed.family import Family
-from testbed.models import build_model, load_tokenizer, render
-from testbed.records import instruction_record, output_text, prompt_record, read_lines
-from testbed.samples import completion, dress, held_tasks, training_pair
-from testbed.scoring import parse, score, summary
-from testbed.splits import split_of
+from testbed.judging.divergence import places
+from testbed.judging.scoring import parse, score, summary
+from testbed.models.loading import build_model, load_tokenizer, render
+from testbed.puzzles import counting
+from testbed.puzzles.colours import COLOURS, moved
+from testbed.puzzles.families import FAMILIES
+from testbed.puzzles.family import Family
+from testbed.puzzles.records import instruction_record, output_text, prompt_record, read_lines
+from testbed.puzzles.samples import completion, dress, held_tasks, training_pair
+from testbed.puzzles.splits import split_of
+from testbed.puzzles.tokenizer import build_tokenizer, template_for
 from testbed.thinking import TRIOS, seen
-from testbed.tokenizer import build_tokenizer, template_for
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 every_format = pytest.mark.parametrize("name", FORMATS)

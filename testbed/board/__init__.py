@@ -1,0 +1,1 @@
+"""The scoreboard: methods, controls, measured rows, tables and pages."""

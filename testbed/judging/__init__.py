@@ -1,0 +1,1 @@
+"""Scores, divergence and intervals of what a model answers."""

@@ -1,0 +1,1 @@
+"""Tiny models: building, loading, training, greedy answers."""

@@ -1,0 +1,1 @@
+"""The tasks of the trios: problems, answer formats, samples, splits, tokenizers."""
