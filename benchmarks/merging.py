@@ -155,6 +155,13 @@ def _forked(home: Path, name: str, command: Any) -> Cost:
     return cost
 
 
+def forked_merge(home: Path, name: str) -> Cost:
+    """Merge `home`/`name`.yml in a copy of this process."""
+    from mergekit.scripts.run_yaml import main as command  # noqa: PLC0415 - only this process
+
+    return _forked(home, name, command)
+
+
 def main(home: Path, repeats: int) -> None:
     """Print the medians of forked merges; `home` holds a trio and a calibration."""
     from mergekit.scripts.run_yaml import main as command  # noqa: PLC0415 - only this process

@@ -146,7 +146,7 @@ def _expert(entry: Mapping[str, Any], target: Target, sources: Sources) -> dict[
         vector, rows = sources[rows], f"{rows}.{target.shape[0]}"
         assert isinstance(vector, Tensor)  # noqa: S101 - scales are computed, not read back
         sources[rows] = vector[: target.shape[0]].clone()
-    own = site if isinstance(site, str) else site[target.expert or 0]
+    own = site[target.expert or 0] if isinstance(site, list) else site
     return {**entry, "site": own, "shape": list(target.shape), "rows": rows}
 
 

@@ -30,7 +30,8 @@ from rain_mergekit.calibration.layer_sites import LayerSites
 from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
 from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
-from rain_mergekit.calibration.protected_positions import MERGED, plan_streams
+from rain_mergekit.calibration.protected_positions import MERGED
+from rain_mergekit.calibration.site_rule import rule_of
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
@@ -51,7 +52,8 @@ class CalibrationEngine:
     def __init__(self, job: CalibrationJob) -> None:
         self._job, self._settings, self._options = job, job.settings, job.options
         self._samples, self._world = job.samples, job.world
-        samples, world, trio = job.samples, job.world, job.trio
+        samples, world, trio = job.samples, job.world, job.walked
+        self._rule = rule_of(job.method, job.settings)
         self.layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(world.device))
         self.indices = range(len(self.layerwise.layers))
         self._weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
@@ -82,7 +84,7 @@ class CalibrationEngine:
     @cached_property
     def plans(self) -> list[StreamPlan]:
         """All samples of all streams."""
-        return plan_streams(self._samples, self._settings)
+        return self._rule.plan(self._samples, self._settings)
 
     @cached_property
     def needs(self) -> tuple[ModelShape, Workload]:
@@ -138,7 +140,7 @@ class CalibrationEngine:
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
         original = [stream for name, stream in streams.items() if name != MERGED]
-        sites = LayerSites("", self._settings, self._world)
+        sites = LayerSites("", self._settings, self._world, self._rule)
         result = calibrate_head(self.layerwise, head, self._weights, original, sites, self.max_rank)
         if self._world.rank == 0:
             write_part(path, "", result)
@@ -177,7 +179,7 @@ class CalibrationEngine:
     ) -> LayerResult:
         chunks, name = TokenChunks(), self._name(index)
         with self.layerwise.layer(index) as layer, chunks.applied(layer):
-            solver = LayerSites(name, self._settings, self._world)
+            solver = LayerSites(name, self._settings, self._world, self._rule)
             model_type = self._job.trio.config.model_type
             calibrator = LayerCalibrator(index, layer, solver, tick, chunks, model_type)
             sites = SiteMap()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import rain_mergekit
+from rain_mergekit.config.methods import RAIN
 from rain_mergekit.config.settings import RainSettings
 
 
@@ -46,12 +47,14 @@ class Origin:
     """What the file was made from.
 
     Attributes:
+        method: the merge method that the file is for.
         models: reference, revision and fingerprint of each model, by role.
         data: path, digest and counts of both sets, and the markers.
         settings: the `rain:` section, with all defaults.
         run: how the calibration ran.
     """
 
+    method: str
     models: Mapping[str, Any]
     data: Mapping[str, Any]
     settings: RainSettings
@@ -84,6 +87,7 @@ class CalibrationHeader:
         """The header as JSON has it."""
         header = {
             "created_by": f"rain_mergekit {rain_mergekit.__version__}",
+            **({} if self.origin.method == RAIN else {"kind": self.origin.method}),
             "models": self.origin.models,
             "data": self.origin.data,
             "settings": self.origin.settings.model_dump(mode="json"),

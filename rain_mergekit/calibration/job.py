@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ import rain_mergekit
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.methods import AIM
 from rain_mergekit.config.settings import RainSettings
-from rain_mergekit.models.loading import Trio, default_dtype, open_trio
+from rain_mergekit.models.loading import Trio, default_dtype, open_trio, read_model_config
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
@@ -24,6 +25,7 @@ class CalibrationJob:
     """One calibration.
 
     Attributes:
+        method: the merge method that will apply the file.
         settings: the YAML's `rain:` section.
         options: device, dtype and memory.
         trio: the three models, of which only headers and tokenizers have been read.
@@ -31,6 +33,7 @@ class CalibrationJob:
         world: the processes that share the work.
     """
 
+    method: str
     settings: RainSettings
     options: RunOptions
     trio: Trio
@@ -41,7 +44,20 @@ class CalibrationJob:
     def of(cls, config: RainConfig, options: RunOptions, world: World) -> CalibrationJob:
         """Open the models and tokenise the sets; RainError names what cannot be used."""
         trio = open_trio(config, options.load)
-        return cls(config.settings, options, trio, load_samples(config.settings, trio), world)
+        samples = load_samples(config.settings, trio)
+        return cls(config.method, config.settings, options, trio, samples, world)
+
+    @property
+    def walked(self) -> Trio:
+        """The three models as the engine takes them: the texts pass the first.
+
+        For AIM that is the pretrained model; the texts stay the reasoning model's.
+        """
+        if self.method != AIM:
+            return self.trio
+        found = self.trio
+        config = read_model_config(found.pretrained)
+        return replace(found, reasoning=found.pretrained, pretrained=found.reasoning, config=config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +73,7 @@ class CalibrationJob:
         """What must be equal for an interrupted run to be continued; models: their records."""
         identity = {
             "version": rain_mergekit.__version__,
+            "method": self.method,
             "models": models,
             "tokenizer": tokenizer_digest(self.trio.reasoning.path),
             "data": record(self.samples),

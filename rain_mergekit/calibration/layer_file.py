@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rain_mergekit.calibration.aim_site import channel_scale, taken_back
 from rain_mergekit.calibration.layer import LayerResult
 from rain_mergekit.calibration.site_solver import SiteResult
 from rain_mergekit.capture.input_sites import LinearWeight, dotted
@@ -55,8 +56,20 @@ def write_part(path: Path, name: str, result: LayerResult) -> None:
     sites = {
         dotted(name, site): _site(dotted(name, site), solved, stored)
         for site, solved in result.solved.items()
+        if solved.channels is None
     }
     tensors = {dotted(name, w.name): _tensor(name, w) for w in result.sites.weights.values()}
+    for weight in result.sites.weights.values():
+        solved = [result.solved[site] for site in weight.sites]
+        if solved[0].channels is not None:
+            key = f"channels.{dotted(name, weight.sites[0])}"
+            scale = stored[key] = channel_scale(solved).to(STORED_DTYPE)
+            tensors[dotted(name, weight.name)] |= {
+                "site": None,
+                "cols": key,
+                "tokens_seen": sum(one.positions for one in solved),
+                "taken_back": taken_back(scale),
+            }
     if result.tokens is not None:
         stored[TOKENS] = result.tokens.to("cpu", STORED_DTYPE)
         for entry in tensors.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, starmap
 
@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.calibration.exchange import collect_rows, share_result
-from rain_mergekit.calibration.protected_positions import INSTRUCTION, READ, protected_groups
-from rain_mergekit.calibration.site_solver import (
-    SiteFeatures,
-    SiteResult,
-    solve_site,
-    unconstrained,
-)
+from rain_mergekit.calibration.protected_positions import READ
+from rain_mergekit.calibration.site_rule import SiteRule
+from rain_mergekit.calibration.site_solver import SiteResult
 from rain_mergekit.capture.input_sites import LinearWeight, RowPicker, SiteMap, dotted
 from rain_mergekit.capture.streams import Stream
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.row_collector import Group, RowCollector, weighted_rows
+from rain_mergekit.linalg.row_collector import RowCollector
 from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import trim_heap
@@ -49,6 +45,7 @@ class LayerSites:
     name: str
     settings: RainSettings
     world: World
+    rule: SiteRule
 
     def picker(
         self,
@@ -61,7 +58,7 @@ class LayerSites:
 
         start: the index in the whole text of the first token that passes at that moment.
         """
-        source = stream.samples[sample].source
+        source, collector = stream.samples[sample].source, self.rule.collector
         groups = {
             group: torch.tensor(list(positions), dtype=torch.long, device=self.world.device)
             for group, positions in stream.positions[sample].items()
@@ -79,7 +76,7 @@ class LayerSites:
                         "contain NaN or Inf: the reasoning model overflows there; try "
                         "--dtype float32, or remove the sample"
                     )
-                collected.setdefault(site, {}).setdefault(group, RowCollector()).add(rows)
+                collected.setdefault(site, {}).setdefault(group, collector()).add(rows)
 
         return pick
 
@@ -97,7 +94,9 @@ class LayerSites:
             rows = self._collect(width, collected.pop(site, {}), self.world.owner(index))
             deltas = _TaskVectors(task_vector, sites.members(site))
             mine = self.world.owner(index) == self.world.rank
-            solved[site] = self._solve_site(site, width, rows, deltas, max_rank) if mine else None
+            whole = dotted(self.name, site)
+            solve = self.rule.solve
+            solved[site] = solve(whole, width, rows, deltas, max_rank) if mine else None
             del rows
             trim_heap()
         return {
@@ -109,30 +108,11 @@ class LayerSites:
         self, width: int, collectors: dict[str, RowCollector], owner: int
     ) -> dict[str, RowCollector]:
         """All processes' rows of a site at its owner; they agree on the order of the groups."""
-        names = [*(group.name for group in protected_groups(self.settings)), *READ, INSTRUCTION]
-        everywhere = {name: collectors.get(name, RowCollector()) for name in names}
+        empty = self.rule.collector
+        everywhere = {name: collectors.get(name, empty()) for name in self.rule.groups}
         for collector in everywhere.values():
             collect_rows(self.world, collector, width, owner)
         return everywhere
-
-    def _solve_site(
-        self,
-        site: str,
-        width: int,
-        collectors: Mapping[str, RowCollector],
-        deltas: Iterable[Tensor],
-        max_rank: int,
-    ) -> SiteResult:
-        rows = weighted_rows(collectors, protected_groups(self.settings))
-        if rows is None:  # experts to which no protected token was routed
-            return unconstrained(width)
-        instruction = weighted_rows(collectors, [Group(INSTRUCTION, 1.0)])
-        read = [weighted_rows(collectors, [Group(name, 1.0)]) for name in READ]
-        count = sum(c.count for name, c in collectors.items() if name not in (*READ, INSTRUCTION))
-        trim_heap()
-        attended = [rows for rows in read if rows is not None]
-        features = SiteFeatures(rows, count, instruction, attended)
-        return solve_site(dotted(self.name, site), features, deltas, self.settings, max_rank)
 
 
 def _inside(index: Tensor, rows: int, tokens: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.methods import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
@@ -98,7 +99,8 @@ def _calibrate(
     with WorkDir(config.calibration, identity, world, every=options.snapshot_seconds) as work:
         first, likely = run.walk(work)
         world.wait()
-        noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
+        if config.method != AIM:  # it is the reasoning model that ran
+            noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
         parts = [read_part(work.part(index)) for index in range(run.parts)]
         record = RunRecord(
             dtype=job.dtype,
@@ -107,7 +109,7 @@ def _calibrate(
             likelihood=likely.rounded(),
             deterministic=options.deterministic,
         )
-        origin = Origin(models, identity["data"], config.settings, record)
+        origin = Origin(config.method, models, identity["data"], config.settings, record)
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
             header, tensors = assemble(origin, parts, names, run.matrices, [*noted, *advice])

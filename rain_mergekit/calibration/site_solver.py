@@ -18,7 +18,10 @@ from rain_mergekit.system.memory import trim_heap
 
 @dataclass(frozen=True)
 class SiteResult:
-    """What the calibration file records of one site (width d, rank r)."""
+    """What the calibration file records of one site (width d, rank r).
+
+    channels: for AIM instead of all that, the mean absolute value of each channel (d).
+    """
 
     width: int
     positions: int
@@ -28,6 +31,7 @@ class SiteResult:
     kept_energy: float
     kept_response_energy: float
     capped: bool
+    channels: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -41,6 +45,7 @@ class SiteResult:
             factors=self.factors.to(device),
             spectrum=self.spectrum.to(device),
             energies=self.energies.to(device),
+            channels=None if self.channels is None else self.channels.to(device),
         )
 
 

@@ -14,6 +14,7 @@ from rain_mergekit.calibration_file.container import LENGTH_BYTES, MAX_HEADER
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import FORMAT, VERSION, ModelRecord
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.setting_types import RegMeanSettings
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
@@ -26,7 +27,7 @@ from rain_mergekit.system.json_samples import file_digest
 # Where the data lie does not matter; their digests are compared instead.
 _PATHS = ("reasoning_data", "instruction_data")
 # Settings added later, with the value that gives the earlier behaviour.
-_AS_BEFORE = {"lm_head": "off"}
+_AS_BEFORE = {"lm_head": "off", "regmean": RegMeanSettings().model_dump(mode="json")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
         models += _adapters(file.header, config, options)
         models += _tokenizer(file.header, config, options)
         settings = list(_settings(file.header, config.settings))
-        return Comparison((*settings, *data, *models), tuple(unchecked))
+        kind = [] if file.kind == config.method else [f"it is for merge_method: {file.kind}"]
+        return Comparison((*kind, *settings, *data, *models), tuple(unchecked))
     finally:
         file.close()
 

@@ -10,9 +10,12 @@ from rain_mergekit.calibration_file.container import Entry
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
-VERSION = 2
-# The oldest version that can say what a file says: 2 added the factors A and B of a weight.
-_ADDED = 2
+VERSION = 3
+# The oldest version that can say what a file says: 2 added the factors A and B of a weight, 3 the
+# merge method that the file is for.
+_ADDED, _KIND = 2, 3
+RAIN, AIM = "rain", "aim"
+KINDS = (RAIN, "regmean", AIM)
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -72,6 +75,7 @@ class TensorPlan:
 class Plans:
     """The parsed header."""
 
+    kind: str
     models: Mapping[str, ModelRecord]
     sites: Mapping[str, SitePlan]
     tensors: Mapping[str, TensorPlan]
@@ -80,6 +84,8 @@ class Plans:
 
 def version_of(header: Mapping[str, Any]) -> int:
     """The format version that a file with this header needs."""
+    if header.get("kind", RAIN) != RAIN:
+        return _KIND
     entries = header.get("tensors")
     tensors = entries.values() if isinstance(entries, dict) else ()
     return _ADDED if any(isinstance(t, dict) and t.get("a") for t in tensors) else 1
@@ -92,11 +98,14 @@ def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Pla
     if set(digests) != set(entries):
         odd = sorted(set(digests) ^ set(entries))
         raise RainError(f"tensor_sha256 and the stored tensors differ: {odd[:3]!r}")
+    kind = root.optional_text("kind") or RAIN
+    if kind not in KINDS:
+        root.fail("kind", f"one of {', '.join(KINDS)}", kind)
     models = {role: _model(root.table("models").table(role)) for role in ROLES}
     sites = {name: _site(fields) for name, fields in root.table("sites").tables()}
     tensors = {name: _tensor(fields, sites) for name, fields in root.table("tensors").tables()}
     _check_remarks(root)
-    return Plans(models, sites, tensors, {key: digests.text(key) for key in digests})
+    return Plans(kind, models, sites, tensors, {key: digests.text(key) for key in digests})
 
 
 class _Fields:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class FileSummary:
     """
 
     path: str
+    kind: str
     bytes: int
     created_by: str
     models: Mapping[str, str]
@@ -62,6 +63,7 @@ class FileSummary:
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...]
     matching: Matching | None = None
+    taken_back: tuple[float, ...] = ()
 
 
 def summarise(file: CalibrationFile) -> FileSummary:
@@ -71,6 +73,7 @@ def summarise(file: CalibrationFile) -> FileSummary:
     settings = header.get("settings") or {}
     return FileSummary(
         path=file.path,
+        kind=file.kind,
         bytes=os.path.getsize(file.path),
         created_by=_text(header.get("created_by") or "an unnamed program"),
         models={role: _model(record) for role, record in file.models.items()},
@@ -83,7 +86,16 @@ def summarise(file: CalibrationFile) -> FileSummary:
         layers=tuple(_layers(file)),
         warnings=tuple(dict.fromkeys(header.get("warnings") or ())),
         matching=matching(file),
+        taken_back=tuple(_taken_back(header["tensors"])),
     )
+
+
+def _taken_back(tensors: Mapping[str, Any]) -> Iterator[float]:
+    """Of a file for AIM, for each weight."""
+    for entry in tensors.values():
+        share = _number(entry.get("taken_back"))
+        if share is not None:
+            yield share
 
 
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

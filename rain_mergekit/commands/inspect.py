@@ -59,7 +59,8 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     from rain_mergekit.commands.console import counted, size  # noqa: PLC0415
 
     about = f"{size(summary.bytes)}, {counted(summary.tensors, 'weight')} to merge"
-    lines = [_head(summary.path), f"  {about}; written by {clean(summary.created_by)}"]
+    lines = [_head(summary.path), f"  for merge_method: {summary.kind}"]
+    lines += [f"  {about}; written by {clean(summary.created_by)}"]
     lines += [_head("Models"), *_table(list(summary.models.items()))]
     if summary.data:
         lines += [
@@ -70,7 +71,11 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     lines += [_head("Settings that differ from the defaults")]
     nothing = "  none" if summary.settings else "  not recorded"
     lines += _table(changed) if changed else [nothing]
-    if summary.matching is not None:
+    if summary.taken_back:
+        low, high = min(summary.taken_back), max(summary.taken_back)
+        lines += [_head("Channels: share of an even change taken back at omega 0.4")]
+        lines += [f"  {low:.3f} to {high:.3f} over {len(summary.taken_back)} weights"]
+    elif summary.matching is not None:
         lines += _matching(summary.matching)
     else:
         lines += [_head("Protection: mean over layers (lowest-highest rank, lowest share)")]

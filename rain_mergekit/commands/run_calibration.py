@@ -17,6 +17,7 @@ from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.commands.console import Console, counted, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.config.methods import AIM
 from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.text.calibration_sets import DataSet
 
@@ -47,7 +48,7 @@ def run_calibration(
 
 def tell_roles(config: RainConfig, console: Console) -> None:
     """Print the roles of the models; `fit: streams` needs no pretrained model."""
-    if config.settings.fit == "streams":
+    if config.settings.fit == "streams" or config.method == AIM:
         return
     console.print(f"Δ = {config.instruct} − {config.pretrained}")  # noqa: RUF001 - a minus sign
     hint = swapped_hint(config.instruct, config.pretrained)
@@ -64,7 +65,9 @@ def report(summary: CalibrationSummary, console: Console) -> None:
     if summary.first_layer:
         layers += f" (continued after {summary.first_layer})"
     console.print(f"  {layers}, {size(summary.bytes)}, {duration(summary.seconds)}")
-    if found is None:
+    if file.kind == AIM:
+        console.print(f"  {_channels(file.header['tensors'])}")
+    elif found is None:
         console.print(f"  {_protection(file.header['sites'], summary.mean_rank)}")
     else:
         console.print(f"  {_matching(found)}")
@@ -106,6 +109,16 @@ def _matching(found: Matching) -> str:
     )
     kind = "held-out texts" if last.held_out else "the texts"
     return f"{text}; distance from the teachers on {kind}: {errors}"
+
+
+def _channels(tensors: dict[str, dict[str, Any]]) -> str:
+    """How much AIM will take back; next to nothing where a few channels are far above the rest."""
+    shares = [entry.get("taken_back", 0.0) for entry in tensors.values()]
+    text = f"channels of {counted(len(tensors), 'weight')}"
+    if not shares:
+        return text
+    low, high = min(shares), max(shares)
+    return f"{text}: at omega 0.4 {low:.1%} to {high:.1%} of an even change is taken back"
 
 
 def _protection(sites: dict[str, dict[str, Any]], mean_rank: float) -> str:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rain_mergekit.config.listed_models import listed_models
 from rain_mergekit.config.merge_parameters import TYPE_FIELDS, check_merge
+from rain_mergekit.config.methods import AIM, CALIBRATED, REGMEAN, aim_models, check_settings
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name
@@ -58,6 +59,11 @@ class MergeRecipe:
             "instruct": self.instruct,
             "pretrained": self.pretrained,
         }
+
+    @property
+    def method(self) -> str:
+        """The merge method, one of those that apply a calibration file."""
+        return str(self.merge.merge_method)
 
     @property
     def main(self) -> ModelReference:
@@ -116,6 +122,7 @@ def parse_config(text: str, source: str) -> RainConfig:
             "the configuration's own parameters, where it may be a gradient over the layers"
         )
     settings = parse_settings(recipe.content.get("rain"), source)
+    check_settings(recipe.method, settings, source)
     return RainConfig(
         **{f.name: getattr(recipe, f.name) for f in fields(recipe)}, settings=settings
     )
@@ -134,8 +141,11 @@ def parse_recipe(text: str, source: str) -> MergeRecipe:
     """As `read_recipe`, of a text; messages call it by `source`."""
     data = parse_yaml(text, source)
     merge = merge_configuration(data, source)
-    if merge.merge_method != "rain":
-        raise RainError(f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain'")
+    if merge.merge_method not in CALIBRATED:
+        raise RainError(
+            f"{source}: merge_method is {shown(merge.merge_method)}, expected 'rain' or another "
+            f"that applies a calibration ({', '.join(CALIBRATED)})"
+        )
     if merge.base_model is None:
         raise RainError(f"{source}: base_model is missing: name the reasoning model there")
     listed = listed_models(merge, source)
@@ -146,16 +156,18 @@ def parse_recipe(text: str, source: str) -> MergeRecipe:
         for model in listed.models
         if model.model != merge.base_model or "role" in (model.parameters or {})
     ]
-    section = data.get("rain")
-    # without a section the fit is not known, and the merge has been made
-    alone = section is None or (isinstance(section, Mapping) and section.get("fit") == "streams")
-    roles = _roles(others, merge.base_model, source, alone=alone)
+    if merge.merge_method == AIM:
+        roles = aim_models(others, merge.base_model, source)
+    else:
+        alone = _may_be_alone(merge.merge_method, data.get("rain"))
+        own = _roles(others, merge.base_model, source, alone=alone)
+        roles = {"reasoning": merge.base_model, **own}
     return MergeRecipe(
         path=source,
         text=text,
         content=data,
         merge=merge,
-        reasoning=merge.base_model,
+        reasoning=roles["reasoning"],
         instruct=roles["instruct"],
         pretrained=roles["pretrained"],
         calibration=_calibration_path(merge, source),
@@ -163,6 +175,15 @@ def parse_recipe(text: str, source: str) -> MergeRecipe:
         layers=listed.layers,
         slice_strengths=listed.strengths,
     )
+
+
+def _may_be_alone(method: str, section: object) -> bool:
+    """Whether the instruct model may be listed without a pretrained one.
+
+    Without a section the fit is not known, and the merge has been made.
+    """
+    streams = isinstance(section, Mapping) and section.get("fit") == "streams"
+    return section is None or method == REGMEAN or streams
 
 
 def read_text(path: str | Path) -> str:

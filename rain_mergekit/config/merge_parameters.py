@@ -10,18 +10,19 @@ from mergekit.common import dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from rain_mergekit.config.listed_models import ListedModels
+from rain_mergekit.config.methods import PARAMETERS
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import finite_number, shown
 
-_GLOBAL, _OF_A_MODEL = ("calibration", "lambda"), ("role",)
 TYPE_FIELDS = ("dtype", "out_dtype")
 
 
 def check_merge(merge: MergeConfiguration, listed: ListedModels, source: str) -> None:
     """Validate lambda, the types and the parameter names: mergekit would fail during the merge."""
-    _require_known(merge.parameters, _GLOBAL, f"{source}: parameters")
+    of_all, of_each = PARAMETERS[merge.merge_method]
+    _require_known(merge.parameters, of_all, f"{source}: parameters")
     for item in listed.models:
-        _require_known(item.parameters, _OF_A_MODEL, f"{source}: {item.model}: parameters")
+        _require_known(item.parameters, of_each, f"{source}: {item.model}: parameters")
     strengths = [(merge.parameters or {}).get("lambda", 1.0), *listed.strengths.values()]
     for value in chain.from_iterable(map(_values, strengths)):
         if finite_number(value) is None:

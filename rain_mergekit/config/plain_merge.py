@@ -17,10 +17,9 @@ from rain_mergekit.config.merge_config import (
     parse_yaml,
     read_text,
 )
+from rain_mergekit.config.methods import RAIN, REGMEAN
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import shown
-
-CALIBRATED = ("rain",)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def read_any(path: str | Path) -> MergeRecipe | PlainMerge:
     """
     text, source = read_text(path), str(path)
     content = parse_yaml(text, source)
-    if content.get("merge_method") in CALIBRATED:
+    if content.get("merge_method") in (RAIN, REGMEAN):
         return parse_recipe(text, source)
     return _plain(content, merge_configuration(content, source), source)
 

@@ -48,6 +48,16 @@ class StreamWeights(BaseModel):
     responses: NonNegative = 0.5
 
 
+class RegMeanSettings(BaseModel):
+    """How RegMean weighs the two sets of features."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    thinking_weight: NonNegative = 1.0
+    rows: PositiveInt = 8192
+    epsilon: Annotated[float, Field(ge=1e-12, allow_inf_nan=False), Number] = 1e-6
+
+
 class MarkerSettings(BaseModel):
     """The strings that open and close a thinking block."""
 
@@ -84,3 +94,18 @@ MarkersOrAuto = Annotated[
 ]
 TemplateArguments = Annotated[dict[str, Any], AfterValidator(_own_arguments)]
 Off = BeforeValidator(_yaml_off)
+Weights = Annotated[
+    StreamWeights,
+    Field(
+        description="For fit: streams, how much each group of tokens counts as a whole: prompts, "
+        "markers, thinking, answers (of the instruction set), responses (of the reasoning set)."
+    ),
+]
+RegMean = Annotated[
+    RegMeanSettings,
+    Field(
+        description="For merge_method: regmean: the weight of the reasoning set's features against "
+        "the instruction set's (thinking_weight), tokens of each set over all samples (rows), and "
+        "the ridge relative to the mean energy of an instruction feature (epsilon)."
+    ),
+]

@@ -13,10 +13,13 @@ from rain_mergekit.config.setting_types import (
     Number,
     Off,
     PositiveInt,
+    RegMean,
+    RegMeanSettings,
     Share,
     ShareOrNone,
     StreamWeights,
     TemplateArguments,
+    Weights,
 )
 from rain_mergekit.text.markers import Markers
 
@@ -85,14 +88,7 @@ class RainSettings(BaseModel):
             "(the rest is the reasoning model's), or the factor on the contrast."
         ),
     ] = 1.0
-    stream_weights: Annotated[
-        StreamWeights,
-        Field(
-            description="For fit: streams, how much each group of tokens counts as a whole: "
-            "prompts, markers, thinking, answers (of the instruction set), responses (of the "
-            "reasoning set)."
-        ),
-    ] = StreamWeights()
+    stream_weights: Weights = StreamWeights()
     stream_epsilon: Annotated[
         float,
         Field(
@@ -242,6 +238,8 @@ class RainSettings(BaseModel):
         bool,
         Field(description="Count attention from the thinking block to the instruction as leakage."),
     ] = False
+
+    regmean: RegMean = RegMeanSettings()
 
     accept: Annotated[
         tuple[Accepted, ...],

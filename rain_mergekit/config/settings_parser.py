@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rain_mergekit.config.setting_types import MarkerSettings, StreamWeights
+from rain_mergekit.config.setting_types import MarkerSettings, RegMeanSettings, StreamWeights
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import shown
@@ -31,7 +31,10 @@ def parse_settings(section: object, source: str) -> RainSettings:
         raise RainError(f"{source}: rain: " + "; ".join(lines)) from None
 
 
-_SECTIONS: Mapping[str, type[BaseModel]] = {"stream_weights": StreamWeights}
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "stream_weights": StreamWeights,
+    "regmean": RegMeanSettings,
+}
 
 
 def _describe(item: Mapping[str, Any]) -> str:

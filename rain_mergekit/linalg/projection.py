@@ -221,7 +221,7 @@ def oblique_factors(
         return orthogonal_factors(basis)
     gamma = epsilon * trace / rows.shape[1]
     try:
-        weighted = _regularised_solve(rows, basis, gamma)
+        weighted = regularised_solve(rows, basis, gamma)
         v = torch.linalg.solve(basis.T @ weighted, weighted.T).T
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise RainError(
@@ -231,7 +231,7 @@ def oblique_factors(
     return Factors(basis, v)
 
 
-def _regularised_solve(rows: FeatureRows, right: Tensor, gamma: float) -> Tensor:
+def regularised_solve(rows: FeatureRows, right: Tensor, gamma: float) -> Tensor:
     """gamma * (rows^T rows + gamma I)^-1 right, through the smaller side (Woodbury)."""
     count, width = rows.shape
     if count >= width:

@@ -56,6 +56,27 @@ class RowCollector:
         self._blocks = [torch.linalg.qr(stacked, mode="r").R]
 
 
+class ChannelSums(RowCollector):
+    """Mutable: of each channel the sum of absolute values over all rows, as one row."""
+
+    def add(self, rows: Tensor) -> None:
+        """Add n x d feature rows."""
+        sums = rows.detach().abs().sum(0, keepdim=True, dtype=STATISTICS_DTYPE)
+        self.put(sums, rows.shape[0])
+
+    def put(self, rows: Tensor, count: int) -> None:
+        """Add sums that stand for `count` positions, as `take` gave them."""
+        if count:
+            self._blocks = [torch.cat([*self._blocks, rows]).sum(0, keepdim=True)]
+            self.count += count
+
+    def total(self, width: int) -> Tensor:
+        """The sums (d) on the CPU; zero where nothing was added."""
+        if not self._blocks:
+            return torch.zeros(width, dtype=STATISTICS_DTYPE)
+        return self._blocks[0][0].cpu()
+
+
 @dataclass(frozen=True)
 class Group:
     """One group of positions and the weight of its mean second moment in the whole."""

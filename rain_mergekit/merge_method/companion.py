@@ -22,6 +22,7 @@ from torch import Tensor
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.spec import (
+    Card,
     RainMergeError,
     checked_parameter,
     mistaken_names,
@@ -82,29 +83,31 @@ class TaskVectors:
 Kernel = Callable[[TaskVectors, Mapping[str, Any]], Tensor]
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a method is called: in YAML, in print, and where its paper is."""
-
-    name: str
-    title: str
-    paper: str
-
-
 class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
     """W_B + what the kernel makes of the task vectors, computed in float32 and cast once."""
 
-    def __init__(self, card: Card, kernel: Kernel, parameters: Sequence[ParameterSpec]) -> None:
+    def __init__(
+        self,
+        card: Card,
+        kernel: Kernel,
+        parameters: Sequence[ParameterSpec],
+        per_model: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> None:
         self.card, self._kernel = card, kernel
-        own = ("weight", *(parameter.name for parameter in parameters))
-        shared = [name for name in own if name != "weight"]
-        known = f"{', '.join(shared)} for all, and each model's weight"
-        weight = checked_parameter("weight", float, ParameterScope.NON_BASE, 1.0, number("weight"))
+        scope = ParameterScope.NON_BASE
+        each = [checked_parameter("weight", float, scope, 1.0, number("weight"))]
+        each += [
+            checked_parameter(name, str, scope, None, check)
+            for name, check in (per_model or {}).items()
+        ]
+        names = [parameter.name for parameter in parameters]
+        own = [*names, *(parameter.name for parameter in each)]
+        known = f"{', '.join(names)} for all, and each model's {' and '.join(own[len(names) :])}"
         self.spec = MergeMethodSpec(
             name=card.name,
             pretty_name=card.title,
             reference_url=card.paper,
-            parameters=(*parameters, weight, *mistaken_names(own, known)),
+            parameters=(*parameters, *each, *mistaken_names(own, known)),
             contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
             optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
         )

@@ -24,9 +24,12 @@ from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
 from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.merge_method.spec import (
     NAME,
+    Card,
     Planned,
     rain_spec,
     reported,
+    require_inputs,
+    require_kind,
     role_name,
 )
 
@@ -50,17 +53,20 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     Everything that the calibration file does not list stays the base model's, bit for bit.
     """
 
+    card = Card(NAME, "RAIN-Merging", "https://arxiv.org/abs/2602.22538")
+
     def __init__(self) -> None:
         self._planned = Planned()
         self._files = CalibrationCache()
         self._bases = BasisCache()
         self._checked: Recent[None] = Recent(8)
         self._noted: Recent[None] = Recent(8)
-        self.spec = rain_spec(self._calibration, self._role)
+        self.spec = rain_spec(self.card, self._calibration, self._role)
 
     def _calibration(self, value: object) -> CalibrationFile:
         with reported():
             calibration = self._open(value)
+            require_kind(calibration, self.card.name)
         self._planned.calibration, self._planned.roles = calibration, ()
         return calibration
 
@@ -70,8 +76,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         if isinstance(value, (str, PathLike)) and str(value):
             return self._files.open(str(fspath(value)))
         raise RainError(
-            "merge_method: rain needs `parameters: {calibration: PATH}`, the file that "
-            "`mergekit-rain calibrate CONFIG` writes" + (f"; found {value!r}" if value else "")
+            f"merge_method: {self.card.name} needs `parameters: {{calibration: PATH}}`, the file "
+            "that `mergekit-rain calibrate CONFIG` writes" + (f"; found {value!r}" if value else "")
         )
 
     def _role(self, value: object) -> str | None:
@@ -96,12 +102,12 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         others = [model for model in input_ids if model != base_id]
         whole = group_name is None or _SLICE.search(group_name) is not None
         with reported():
-            _require_inputs(input_ids, others, base_id, group_name)
+            require_inputs(self.card.name, input_ids, others, base_id, group_name)
             if len(others) > 2 or (whole and not others):
                 raise RainError(
-                    "merge_method: rain merges exactly two models into base_model, one with "
-                    f"`role: instruct` and one with `role: pretrained`; found {len(others)}: "
-                    f"{', '.join(map(str, others)) or 'none'}"
+                    f"merge_method: {self.card.name} merges exactly two models into base_model, "
+                    "one with `role: instruct` and one with `role: pretrained`; found "
+                    f"{len(others)}: {', '.join(map(str, others)) or 'none'}"
                 )
             if calibration is not None and others and len(others) == len(roles) and not whole:
                 explicit = dict(zip(others, roles, strict=True))
@@ -217,19 +223,6 @@ def _recorded(calibration: CalibrationFile) -> dict[str, str]:
     return {role: model.reference for role, model in calibration.models.items()}
 
 
-def _require_inputs(
-    ids: Sequence[Hashable], others: Sequence[Hashable], base: Hashable | None, group: str | None
-) -> None:
-    if base is None:
-        raise RainError("merge_method: rain needs `base_model`, the reasoning model")
-    where = f" ({group})" if group else ""
-    if base not in ids:
-        raise RainError(f"the reasoning model (base_model {base}) is not among the inputs{where}")
-    if len(set(ids)) != len(ids) or len(others) != len(ids) - 1:
-        twice = sorted({str(model) for model in ids if list(ids).count(model) > 1})
-        raise RainError(f"given more than once: {', '.join(twice)}{where}")
-
-
 def _check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
     from rain_mergekit.merge_method.compatibility import check_models  # noqa: PLC0415 - see register
 
@@ -282,12 +275,13 @@ def register() -> None:
     """
     from mergekit.merge_methods import registry  # noqa: PLC0415
 
-    from rain_mergekit.merge_method import opcm, pcb, wudi  # noqa: PLC0415 - mergekit came first
+    from rain_mergekit.merge_method import aim, opcm, pcb, regmean, wudi  # noqa: PLC0415 - see above
 
     known = {method.spec.name for method in registry.registered_methods()}
-    if NAME not in known:
-        registry.register(RainMerge())
-    for method in (opcm.METHOD, pcb.METHOD, wudi.METHOD):
+    for kind in (RainMerge, regmean.RegMeanMerge):
+        if kind.card.name not in known:
+            registry.register(kind())
+    for method in (aim.METHOD, opcm.METHOD, pcb.METHOD, wudi.METHOD):
         if method.spec.name not in known:
             registry.register(method)
 

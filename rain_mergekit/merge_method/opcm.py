@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.merge_method.companion import (
-    Card,
     CompanionMerge,
     TaskVectors,
     number,
     one_of,
     shared,
 )
+from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("opcm", "OPCM", "https://arxiv.org/abs/2501.09522")
 _DTYPE = torch.float64

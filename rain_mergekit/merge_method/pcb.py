@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.merge_method.companion import (
-    Card,
     CompanionMerge,
     TaskVectors,
     number,
     shared,
 )
+from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("pcb", "PCB-Merging", "https://arxiv.org/abs/2410.02396")
 

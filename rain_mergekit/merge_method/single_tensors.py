@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
+from rain_mergekit.calibration_file.schema import AIM, ROLES, TensorPlan
+from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.merged_weight import merged_weight
 from rain_mergekit.merge_method.method import RainMerge
@@ -30,6 +31,11 @@ class TensorMerger:
         names: Names,
         strength: float,
     ) -> None:
+        if calibration.kind == AIM:
+            raise RainError(
+                f"calibration file {calibration.path!r} is for merge_method: aim, whose merges are "
+                "made by mergekit alone"
+            )
         self._calibration, self._tensors, self._names = calibration, tensors, names
         self._strength, self._method = strength, RainMerge()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,16 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.roles import OTHER
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import finite_number
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is called: in YAML, in print, and where its paper is."""
+
+    name: str
+    title: str
+    paper: str
+
 
 NAME = "rain"
 
@@ -68,13 +78,15 @@ class _Checked(ParameterSpec):  # type: ignore[misc] # mergekit publishes no typ
         return self.check(value)
 
 
-def rain_spec(open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]) -> Any:
+def rain_spec(
+    card: Card, open_calibration: Callable[[Any], Any], role: Callable[[Any], Any]
+) -> Any:
     """The method's MergeMethodSpec; both functions check a value and return what to use."""
     shared, non_base = ParameterScope.SHARED, ParameterScope.NON_BASE
     return MergeMethodSpec(
-        name=NAME,
-        pretty_name="RAIN-Merging",
-        reference_url="https://arxiv.org/abs/2602.22538",
+        name=card.name,
+        pretty_name=card.title,
+        reference_url=card.paper,
         parameters=(
             checked_parameter("calibration", str, shared, None, open_calibration),
             checked_parameter("lambda", float, shared, 1.0, strength),
@@ -138,3 +150,30 @@ def role_name(value: object) -> str | None:
     if value is not None and value not in tuple(OTHER):
         raise RainMergeError(f"role must be instruct or pretrained, found {value!r}")
     return None if value is None else str(value)
+
+
+def require_kind(calibration: CalibrationFile, method: str) -> None:
+    """RainError if the calibration file is for another merge method."""
+    if calibration.kind != method:
+        raise RainError(
+            f"calibration file {calibration.path!r} is for merge_method: {calibration.kind}, not "
+            f"{method}; correct `parameters.calibration`, or calibrate again"
+        )
+
+
+def require_inputs(
+    method: str,
+    ids: Sequence[Hashable],
+    others: Sequence[Hashable],
+    base: Hashable | None,
+    group: str | None,
+) -> None:
+    """RainError unless there is a base model and no model is given twice."""
+    if base is None:
+        raise RainError(f"merge_method: {method} needs `base_model`, the reasoning model")
+    where = f" ({group})" if group else ""
+    if base not in ids:
+        raise RainError(f"the reasoning model (base_model {base}) is not among the inputs{where}")
+    if len(set(ids)) != len(ids) or len(others) != len(ids) - 1:
+        twice = sorted({str(model) for model in ids if list(ids).count(model) > 1})
+        raise RainError(f"given more than once: {', '.join(twice)}{where}")

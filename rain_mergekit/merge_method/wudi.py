@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.merge_method.companion import (
-    Card,
     CompanionMerge,
     TaskVectors,
     number,
     shared,
 )
+from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("wudi", "WUDI-Merging, closed form", "https://arxiv.org/abs/2503.08099")
 TOLERANCE = 1e-6  # eigenvalues of Σ G_i below this share of the largest count as zero

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
+from rain_mergekit.calibration_file.summary import Data
 from rain_mergekit.evaluation.verification_record import VerificationRecord
 from rain_mergekit.report.public_names import public_name
 from rain_mergekit.system.terminal_safe import clean
@@ -42,6 +44,15 @@ def model_link(reference: str) -> str:
     if name.revision is None:
         return f"[{name.hub}]({place})"
     return f"[{name.hub}]({place}/tree/{name.revision}), revision {code(name.revision)}"
+
+
+def data_set(data: Data) -> str:
+    """A calibration set: its name, the samples used, its digest."""
+    # The name alone: the folders of whoever calibrated are of no use to a reader.
+    name = re.split(r"[/\\]", data.path)[-1]
+    used = "?" if data.used is None else data.used
+    total = "?" if data.total is None else data.total
+    return f"{code(name)}, {used} of {total} samples, SHA-256 {code(data.sha256 or 'unknown')}"
 
 
 def code(value: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,15 +11,24 @@ from typing import Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
-from rain_mergekit.calibration_file.summary import Data, FileSummary, summarise
+from rain_mergekit.calibration_file.summary import FileSummary, summarise
 from rain_mergekit.config.merge_config import MergeRecipe, parse_recipe, read_recipe
+from rain_mergekit.config.methods import RAIN, REGMEAN
 from rain_mergekit.config.plain_merge import PlainMerge, read_any
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
-from rain_mergekit.report.card_text import USAGE, code, measurement, model_link, two_columns
+from rain_mergekit.report.card_text import (
+    USAGE,
+    code,
+    data_set,
+    measurement,
+    model_link,
+    two_columns,
+)
 from rain_mergekit.report.front_matter import with_fields, with_tags
 from rain_mergekit.report.plain_section import plain_section
 from rain_mergekit.report.public_names import model_tree, without_local_paths
+from rain_mergekit.report.regmean_section import regmean_section
 from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.untrusted_input import read_regular, within
 
@@ -69,7 +77,8 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     if isinstance(config, PlainMerge):
         content, tags = plain_section(config, measured), _PLAIN_TAGS
     else:
-        content, tags = section(config, _summary(calibration or config.calibration), measured), TAGS
+        content = section(config, _summary(calibration or config.calibration), measured)
+        tags = TAGS if config.method == RAIN else _PLAIN_TAGS
     path = within(folder, "README.md")
     old = _read(path)
     try:
@@ -157,6 +166,8 @@ def section(
     config: MergeRecipe, summary: FileSummary, measured: VerificationRecord | None = None
 ) -> str:
     """Method, models, strength, data, projection, measurement and citation, as Markdown."""
+    if summary.kind == REGMEAN:
+        return regmean_section(config.strength, summary, measured)
     models = summary.models
     told_as = _INTRO if summary.matching is None else _STREAMS_INTRO
     intro = told_as.format(
@@ -173,7 +184,7 @@ def _rows(config: MergeRecipe, summary: FileSummary) -> Iterator[tuple[str, str]
     strength = config.strength
     yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
     for name, data in summary.data.items():
-        yield f"calibration, {name} data", _data(data)
+        yield f"calibration, {name} data", data_set(data)
     if summary.matching is not None:
         yield "stream matching", _matching(summary.matching, summary.settings)
     else:
@@ -205,14 +216,6 @@ def _projection(summary: FileSummary) -> str:
     if response := [site.response for site in summary.sites if site.response is not None]:
         text += f", of the response {fmean(response):.3f}"
     return text
-
-
-def _data(data: Data) -> str:
-    # The name alone: the folders of whoever calibrated are of no use to a reader.
-    name = re.split(r"[/\\]", data.path)[-1]
-    used = "?" if data.used is None else data.used
-    total = "?" if data.total is None else data.total
-    return f"{code(name)}, {used} of {total} samples, SHA-256 {code(data.sha256 or 'unknown')}"
 
 
 def _read(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 from mergekit import merge_methods
@@ -36,4 +37,6 @@ def _rows(merge: PlainMerge) -> Iterator[tuple[str, str]]:
         own = merge.own.get(role)
         yield role, model_link(str(model)) + (f", {code(json.dumps(own))}" if own else "")
     for name, value in merge.parameters.items():
-        yield code(name), code(json.dumps(value, default=str))
+        # A calibration's name alone: the folders of whoever merged are of no use to a reader.
+        shown = os.path.basename(str(value)) if name == "calibration" else value
+        yield code(name), code(json.dumps(shown, default=str))

@@ -433,7 +433,7 @@ def test_other_safetensors_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("3", "newer rain_mergekit.*upgrade"),
+        ("4", "newer rain_mergekit.*upgrade"),
         ("999999999", "newer rain_mergekit"),
         ("0", "no format version 0"),
         ("1.0", "whole number"),

@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = {
     1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75",
     2: "e5fb0ef7fb5baca28683baefbf84b05669766b5033467b9b0b3967e654e18c15",
+    3: "d76b023ef7afb0bbd78722276b933863c54338f62be9e642bcceb17ea50c40e2",
 }
 SITE = "model.layers.0.self_attn.q_proj"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
@@ -48,6 +49,11 @@ def test_its_plans_are_read(version: int) -> None:
     assert (plan.site, plan.shape, plan.input_axis, plan.cols) == (SITE, (3, 4), -1, None)
     assert file.tensors[OUTPUT].site is None
     assert file.header["warnings"] == ["careful"]
+
+
+@pytest.mark.parametrize("version", DIGESTS)
+def test_version_3_says_which_method_it_is_for(version: int) -> None:
+    assert opened(version).kind == ("regmean" if version == 3 else "rain")
 
 
 def test_a_change_of_version_2_is_added() -> None:

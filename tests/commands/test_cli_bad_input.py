@@ -344,10 +344,10 @@ def test_swapped_roles_are_not_calibrated_away(place: Workplace, calibrated: Pat
 
 def test_calibration_of_a_newer_format_stays(place: Workplace, calibrated: Path) -> None:
     with safe_open(calibrated, framework="pt") as file:
-        metadata = {**file.metadata(), "format_version": "3"}
+        metadata = {**file.metadata(), "format_version": "4"}
     save_file(load_file(calibrated), place.calibration, metadata=metadata)
     message = refused(place.folder, "merge", place.yaml, place.folder / "out")
-    assert "format version 3" in message
+    assert "format version 4" in message
     assert "upgrade" in message
 
 

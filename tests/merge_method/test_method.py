@@ -303,7 +303,7 @@ def altered(data: bytes) -> bytes:
 
 
 def newer(data: bytes) -> bytes:
-    return data.replace(b'"format_version":"1"', b'"format_version":"3"')
+    return data.replace(b'"format_version":"1"', b'"format_version":"4"')
 
 
 def tampered(data: bytes) -> bytes:

@@ -1,0 +1,81 @@
+"""AIM at one input site: how busy each input channel is, on whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.calibration.protected_positions import INSTRUCTION
+from rain_mergekit.calibration.regmean_site import REASONING_TEXT
+from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.calibration.site_solver import SiteResult
+from rain_mergekit.capture.streams import REASONING, StreamPlan
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.linalg.factors import Factors
+from rain_mergekit.linalg.row_collector import ChannelSums, RowCollector
+
+
+def plan_all_tokens(samples: Samples, _settings: RainSettings) -> list[StreamPlan]:
+    """Every token of both sets."""
+    sets = [(REASONING, REASONING_TEXT, samples.reasoning)]
+    plans = [
+        StreamPlan(name, data.samples, [{group: range(len(s.input_ids))} for s in data.samples])
+        for name, group, data in sets
+    ]
+    if samples.instruction is not None:
+        members = samples.instruction.samples
+        positions = [{INSTRUCTION: range(len(one.input_ids))} for one in members]
+        plans.append(StreamPlan(INSTRUCTION, members, positions))
+    return plans
+
+
+def measure_channels(
+    _name: str,
+    width: int,
+    collectors: Mapping[str, RowCollector],
+    _deltas: Iterable[Tensor],
+    _max_rank: int,
+) -> SiteResult:
+    """The mean absolute value of each channel over all tokens of both sets (not over their means).
+
+    No direction is protected: the result has rank 0.
+    """
+    total, count = torch.zeros(width, dtype=torch.float64), 0
+    for collector in collectors.values():
+        assert isinstance(collector, ChannelSums)  # noqa: S101 - the rule makes them
+        total += collector.total(width)
+        count += collector.count
+    empty = torch.zeros(0, dtype=torch.float64)
+    return SiteResult(
+        width=width,
+        positions=count,
+        factors=Factors.empty(width),
+        spectrum=empty,
+        energies=empty,
+        kept_energy=0.0,
+        kept_response_energy=0.0,
+        capped=False,
+        channels=total / max(1, count),
+    )
+
+
+def channel_scale(results: Iterable[SiteResult]) -> Tensor:
+    """s (d_in): the channels' means, pooled over the experts' tokens, relative to the largest.
+
+    All zero, so that nothing is taken back, where no token came.
+    """
+    results = list(results)
+    count = sum(result.positions for result in results)
+    total = torch.zeros(results[0].width, dtype=torch.float64)
+    for result in results:
+        assert result.channels is not None  # noqa: S101 - all are made above
+        total += result.channels.cpu() * (result.positions / max(1, count))
+    largest = float(total.max())
+    return total / largest if largest > 0 else total
+
+
+def taken_back(scale: Tensor, omega: float = 0.4) -> float:
+    """The share of the energy of an even change that goes: 1 - mean (1 - s (1 - omega))^2."""
+    return 1.0 - float((1 - scale.double() * (1 - omega)).square().mean())

@@ -1,0 +1,131 @@
+"""`merge_method: regmean`: calibrated, merged by mergekit, and compared with dense sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from commands import succeed
+from merging import merge
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import MODULES, Dense, Tiny
+from torch import Tensor
+
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.pipeline import calibrate
+from rain_mergekit.calibration.up_to_date import compare
+from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import VERSION
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.loading import LoadOptions
+
+EXACT = {
+    "rank_by": "full",
+    "max_rank": 4096,
+    "regmean": {"rows": 10**6, "thinking_weight": 0.5, "epsilon": 1e-6},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny.make(tmp_path_factory.mktemp("regmean"), "qwen2")
+
+
+def content(tiny: Tiny, *, plain: bool = False) -> dict[str, Any]:
+    found = tiny.content(merge_method="regmean")
+    if plain:
+        found["models"] = found["models"][:1]
+    return found
+
+
+def made(tiny: Tiny, *, plain: bool = False) -> CalibrationFile:
+    config = tiny.config(merge_method="regmean", models=content(tiny, plain=plain)["models"])
+    calibrate(config, RunOptions(quiet=True))
+    return CalibrationFile.open(tiny.path)
+
+
+def expected(tiny: Tiny, module: str, role: str) -> Tensor:
+    """W_R + Δ G_I (G_I + g I + s G_R)⁻¹ from whole forward passes in float64."""
+    dense, name = Dense(tiny), f"{module}.weight"
+    grams = {}
+    for kind in ("reasoning", "instruction"):
+        rows = torch.cat([inputs[module] for inputs in dense.features[kind]])
+        grams[kind] = rows.mT @ rows / rows.shape[0]
+    metric = grams["instruction"]
+    metric = metric + 1e-6 * metric.trace() / len(metric) * torch.eye(len(metric))
+    weights = {key: value[name] for key, value in dense.weights.items()}
+    inverse = torch.linalg.inv(metric + 0.5 * grams["reasoning"])
+    change = (weights["instruct"] - weights[role]) @ metric @ inverse
+    return weights["reasoning"] + change
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["anchored", "plain"])
+def test_a_merge_is_the_dense_solution(tiny: Tiny, plain: bool, tmp_path: Path) -> None:
+    tiny = tiny.using(f"exact-{plain}.rain.safetensors", **EXACT)
+    file = made(tiny, plain=plain)
+    assert file.kind == "regmean"
+    found = merge(tmp_path, content(tiny, plain=plain)).weights()
+    for module in MODULES:
+        name = f"model.layers.1.{module}"
+        wanted = expected(tiny, name, "reasoning" if plain else "pretrained")
+        base = tiny.weights("reasoning")[f"{name}.weight"].double()
+        error = (found[f"{name}.weight"].double() - wanted).norm() / (wanted - base).norm()
+        assert float(error) < 1e-3, name
+    kept = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(found[kept], tiny.weights("reasoning")[kept])
+
+
+def test_rank_follows_the_share_of_the_objective(tiny: Tiny) -> None:
+    full = made(tiny.using("full.rain.safetensors", **EXACT))
+    some = made(tiny.using("some.rain.safetensors", **EXACT | {"rank_by": "response_energy"}))
+    for name, site in some.sites.items():
+        assert site.rank < full.sites[name].rank
+        kept = some.header["sites"][name]["kept_response_energy"]
+        assert 0.99 <= kept < 1
+
+
+def test_the_file_belongs_to_its_method(tiny: Tiny, tmp_path: Path) -> None:
+    tiny = tiny.using("kind.rain.safetensors", **EXACT)
+    file = made(tiny)
+    version = load_metadata(file.path)["format_version"]
+    assert version == str(VERSION)
+    said = merge(tmp_path / "rain", content(tiny) | {"merge_method": "rain"}).error()
+    assert "is for merge_method: regmean, not rain" in said
+    found = compare(tiny.config(), LoadOptions())
+    assert "it is for merge_method: regmean" in found.differences
+    again = compare(tiny.config(merge_method="regmean"), LoadOptions())
+    assert again.current
+
+
+def load_metadata(path: str) -> dict[str, str]:
+    with safe_open(path, "pt") as opened:
+        return dict(opened.metadata())
+
+
+def test_commands_work_on_it(tiny: Tiny, tmp_path: Path) -> None:
+    tiny = tiny.using("commands.rain.safetensors", **EXACT)
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(content(tiny)))
+    assert "Wrote" in succeed("merge", config, tmp_path / "merged")
+    assert "merge_method: regmean" in succeed("inspect", tiny.path)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "## RegMean" in text
+    assert "https://arxiv.org/abs/2212.09849" in text
+    assert set(load_file(tmp_path / "merged" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"coefficients": "normalized"}, "rain.coefficients is for merge_method: rain"),
+        ({"fit": "streams"}, "rain.fit is for merge_method: rain"),
+        ({"regmean": {"weight": 1}}, "unknown setting 'regmean.weight'"),
+    ],
+)
+def test_settings_of_others_are_refused(tiny: Tiny, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(RainError, match=said):
+        tiny.using("refused.rain.safetensors", **settings).config(merge_method="regmean")
