@@ -14,6 +14,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+# Links, and of the page that moves pictures too.
+_ANY = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -33,7 +35,7 @@ def _moved(text: str) -> str:
             target = posixpath.relpath(target, "docs")
         return f"[{match['text']}]({target}{match['anchor'] or ''})"
 
-    return _LINK.sub(change, text)
+    return _ANY.sub(change, text)
 
 
 def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:

@@ -18,9 +18,11 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.system import blas_mode, threads
 from rain_mergekit.system.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
 from rain_mergekit.system.terminal_safe import clean_lines
+from rain_mergekit.system.wording import did_you_mean
 
 # Name -> (module:object, one line of help); the modules are heavy.
 _COMMANDS = {
+    "auto": ("rain_mergekit.auto.command:auto", "From two or three names to a measured merge."),
     "check": ("rain_mergekit.commands.check:check", "Say what a configuration will meet."),
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
@@ -32,6 +34,11 @@ _COMMANDS = {
     "sweep": ("rain_mergekit.commands.sweep:sweep", "Merge at several strengths and compare."),
     "inspect": ("rain_mergekit.commands.inspect:inspect", "Show what a calibration file holds."),
     "report": ("rain_mergekit.commands.report:report", "Draw what it holds, as one HTML page."),
+    "push": ("rain_mergekit.commands.push:push", "Put a merged model on the hub."),
+    "reproduce": (
+        "rain_mergekit.commands.reproduce:reproduce",
+        "Make a published merge again and compare.",
+    ),
     "card": ("rain_mergekit.commands.card:card", "Say in a model's README.md how it was merged."),
     "data": ("rain_mergekit.commands.data:data", "Build calibration sets, or check one."),
     "convert-alpha": (
@@ -87,6 +94,9 @@ class RainGroup(click.Group):
         threads.wait_passively()
         if blas_mode.OPTION in args:
             blas_mode.ask()
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            meant = did_you_mean(args[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}"
+            ctx.fail(f"No such command {args[0]!r}{meant}")
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -129,9 +139,8 @@ class RainGroup(click.Group):
     help=_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done; 1 an input cannot be used (one line says why); 2 wrong usage; "
-    "3 verify found that the thinking was damaged, compare that a bound is broken, or check "
-    "that the merge would stop; "
-    "130 interrupted, 143 terminated.",
+    "3 the thinking was found damaged, compare that a bound is broken, or check that the merge "
+    "would stop; 4 reproduce found other tensors; 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, "--version", prog_name="mergekit-rain")
 @click.pass_context

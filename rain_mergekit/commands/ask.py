@@ -115,9 +115,9 @@ def _prompts(options: AskOptions) -> list[Asked]:
 
 
 def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:
-    from rain_mergekit.commands.console import counted  # noqa: PLC0415
     from rain_mergekit.evaluation.answer_files import ask as ask_into  # noqa: PLC0415
     from rain_mergekit.evaluation.answer_files import header  # noqa: PLC0415
+    from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
     template = options.chat_template_kwargs
     writer, sampling = writer_of(options.model, options.asking, template, options.loading)

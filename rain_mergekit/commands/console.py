@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import textwrap
+from typing import TextIO
 
 import click
 
@@ -36,13 +39,14 @@ class Console:
     def print_styled(self, text: str) -> None:
         """Print a line with colours; the caller has escaped everything else."""
         if not self.quiet:
-            click.echo(text)
+            click.echo(fitted(text, _width(sys.stdout)))
 
     def warn(self, text: str) -> None:
         """Print a warning; each one only once."""
         if text not in self._warned:
             self._warned.add(text)
-            click.echo(click.style("Warning:", fg="yellow") + f" {clean_lines(text)}", err=True)
+            line = click.style("Warning:", fg="yellow") + f" {clean_lines(text)}"
+            click.echo(fitted(line, _width(sys.stderr)), err=True)
 
     def setup(self, *, logs: bool = True) -> None:
         """Set up logging, unless mergekit does; silence other libraries; imports transformers."""
@@ -72,6 +76,37 @@ def _log_to_terminal(logger: logging.Logger, level: int) -> None:
         logger.addHandler(_Terminal())
 
 
+def _width(stream: TextIO) -> int | None:
+    """Columns of the terminal that shows the stream; None where nobody reads it on one."""
+    if not stream.isatty():
+        return None
+    return shutil.get_terminal_size().columns or None
+
+
+def fitted(text: str, width: int | None) -> str:
+    """Long lines of prose broken at spaces, the rest of each further in; None: as they are.
+
+    A line with a command stays whole, to be copied, and so does one without a place to break it.
+    """
+    if width is None:
+        return text
+    return "\n".join(
+        line if len(click.unstyle(line)) <= width or "mergekit-" in line else _broken(line, width)
+        for line in text.split("\n")
+    )
+
+
+def _broken(line: str, width: int) -> str:
+    inset = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=f"{inset}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def size(count: int) -> str:
     """Bytes for people: `1.2 MiB`."""
     value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
@@ -88,8 +123,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """`1 layer`, `4 layers`."""
-    return f"{count} {one if count == 1 else many or one + 's'}"

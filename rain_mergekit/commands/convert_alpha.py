@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from rain_mergekit.commands.options import output_options
+from rain_mergekit.system.wording import counted
 
 
 @click.command(
@@ -43,7 +44,9 @@ def convert_alpha(
         file.close()
     console.heading(f"Wrote {output}")
     count = len(found.layers)
-    console.print(f"  coefficients of {count} layers with {found.heads} heads")
+    console.print(
+        f"  coefficients of {counted(count, 'layer')} with {counted(found.heads, 'head')}"
+    )
     if missing:
         names = ", ".join(map(str, missing))
         console.warn(f"no coefficients for layer {names}: not merged there, as by the scripts")

@@ -40,11 +40,11 @@ def build(
     """
     from dataclasses import asdict  # noqa: PLC0415 - keeps --help fast
 
-    from rain_mergekit.commands.console import counted  # noqa: PLC0415
     from rain_mergekit.data_building.balance import choose  # noqa: PLC0415
     from rain_mergekit.data_building.collect import collect  # noqa: PLC0415
     from rain_mergekit.data_building.journal import SUFFIX, Journal  # noqa: PLC0415
     from rain_mergekit.data_building.output import refuse_overwriting, write_samples  # noqa: PLC0415
+    from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
     start, output = time.monotonic(), options.output
     refuse_overwriting(output, output + SUFFIX)
@@ -56,7 +56,7 @@ def build(
     with Journal(output, {**writer.identity, **asdict(sampling), **template}) as journal:
         known = len(journal)
         if known:
-            console.print(f"{known} answers are in {journal.path} already")
+            console.print(f"{counted(known, 'answer')} in {journal.path} already")
         try:
             found = collect(
                 prompts,
@@ -68,7 +68,8 @@ def build(
                 quiet=not console.progress,
             )
         except KeyboardInterrupt:
-            hint = f"{len(journal)} answers are kept in {journal.path}; the same command goes on"
+            kept = counted(len(journal), "answer")
+            hint = f"{kept} kept in {journal.path}; the same command goes on"
             raise KeyboardInterrupt(hint) from None
         found.dropped.update(getattr(writer, "refused", ()))
         if not found.kept:
@@ -124,11 +125,12 @@ def _summary(
     seconds: float,
     console: Console,
 ) -> None:
-    from rain_mergekit.commands.console import counted, duration  # noqa: PLC0415
+    from rain_mergekit.commands.console import duration  # noqa: PLC0415
+    from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
     console.heading(f"Wrote {options.output}: {counted(len(chosen), 'sample')}")
     console.print(
-        f"  {found.asked} answers, {found.generated} of them new, {duration(seconds)}; "
+        f"  {counted(found.asked, 'answer')}, {found.generated} of them new, {duration(seconds)}; "
         f"{len(found.kept)} can be used"
     )
     if found.dropped:

@@ -9,6 +9,7 @@ import click
 from rain_mergekit.commands.data_build import build
 from rain_mergekit.commands.data_options import BuildOptions, building_options
 from rain_mergekit.commands.options import typed
+from rain_mergekit.system.wording import counted
 
 if TYPE_CHECKING:
     from rain_mergekit.data_building.balance import Candidate
@@ -42,7 +43,7 @@ def instruction(options: BuildOptions) -> None:
     for source, reason in found.left_out[:_SHOWN]:
         console.warn(f"{source}: left out: {reason}")
     if len(found.left_out) > _SHOWN:
-        console.warn(f"{len(found.left_out)} prompts are left out in all")
+        console.warn(f"{counted(len(found.left_out), 'prompt')} left out in all")
     build(found.prompts, _candidate, options, console)
 
 

@@ -36,10 +36,11 @@ def reasoning(options: BuildOptions) -> None:
 
     console = options.talk.console()
     console.setup()
-    build(read_prompts(options.prompts), _candidate, options, console)
+    build(read_prompts(options.prompts), candidate, options, console)
 
 
-def _candidate(prompt: Prompt, kept: Kept) -> Candidate:
+def candidate(prompt: Prompt, kept: Kept) -> Candidate:
+    """A sample of the set, by the prompt's domain and the length of its thinking in words."""
     from rain_mergekit.data_building.balance import Candidate  # noqa: PLC0415
 
     domain = {"domain": prompt.domain} if prompt.domain else {}

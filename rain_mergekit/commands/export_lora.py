@@ -38,8 +38,9 @@ def export_lora(
 
     from rain_mergekit.calibration_file.lora_adapter import write_adapter  # noqa: PLC0415
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415
-    from rain_mergekit.commands.console import Console, counted  # noqa: PLC0415
+    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.system.staged_folder import staged_folder  # noqa: PLC0415
+    from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
     console = Console(quiet=quiet, verbosity=verbosity)
     file = CalibrationFile.open(calibration)

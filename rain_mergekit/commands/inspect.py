@@ -56,7 +56,8 @@ def _terminal() -> bool:
 
 
 def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
-    from rain_mergekit.commands.console import counted, size  # noqa: PLC0415
+    from rain_mergekit.commands.console import size  # noqa: PLC0415
+    from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
     about = f"{size(summary.bytes)}, {counted(summary.tensors, 'weight')} to merge"
     lines = [_head(summary.path), f"  for merge_method: {summary.kind}"]

@@ -76,34 +76,63 @@ def merge(options: MergeCommandOptions) -> None:
     parsed = read_config(config)
     refuse_input(parsed, out)
     device_of(merge_options)
-    load = LoadOptions.of(merge_options.model_dump())
-    require_mergeable(parsed, load)
-    completion = Completion(parsed, load)
+    run = run_options(
+        merge_options,
+        options.calibration_dtype,
+        options.activation_budget,
+        deterministic=options.deterministic,
+        quiet=not console.progress,
+    )
+    make(parsed, out, Making(merge_options, run, again=options.recalibrate), console)
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a merge is made: mergekit's options, the calibration's, and whether to calibrate anew."""
+
+    merge_options: MergeOptions
+    run: RunOptions
+    again: bool = False
+
+
+def make(config: RainConfig, out: str, how: Making, console: Console) -> None:
+    """Calibrate if needed, merge, and finish the folder `out`; it is filled as a whole or not.
+
+    Raises RainError for an input that cannot be used.
+    """
+    require_mergeable(config, how.run.load)
+    completion = Completion(config, how.run.load)
+    threads = how.merge_options.num_threads
     with staged_folder(out) as stage:
-        run = run_options(
-            merge_options,
-            options.calibration_dtype,
-            options.activation_budget,
-            deterministic=options.deterministic,
-            quiet=not console.progress,
-        )
-        bring_up_to_date(parsed, run, console, merge_options.num_threads, again=options.recalibrate)
-        try:
-            with (
-                naming_shortage("in the merge", MERGE),
-                deterministic(torch.device(device_of(merge_options)), wanted=options.deterministic),
-            ):
-                added = merge_into(parsed, stage, merge_options, completion)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{config} is calibrated, but {out} was not written; run the same command again"
-            ) from None
-        if merge_options.write_model_card:
-            add_card(out, stage, console)
-        copied = merge_options.copy_tokenizer
-        finish_beside_weights(parsed, stage, completion, console, tokenizer=copied)
-    told_of_added(added, console)
+        bring_up_to_date(config, how.run, console, threads, again=how.again)
+        fill(config, Path(out), stage, completion, how, console)
     console.heading(f"Wrote {out}")
+
+
+def fill(
+    config: RainConfig,
+    out: Path,
+    stage: Path,
+    completion: Completion,
+    how: Making,
+    console: Console,
+) -> None:
+    """Merge into the folder `stage`, which will take the place of `out`; card and files too."""
+    options = how.merge_options
+    try:
+        with (
+            naming_shortage("in the merge", MERGE),
+            deterministic(torch.device(how.run.device), wanted=how.run.deterministic),
+        ):
+            added = merge_into(config, stage, options, completion)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{config.path} is calibrated, but {out} was not written; run the same command again"
+        ) from None
+    if options.write_model_card:
+        add_card(out, stage, console)
+    finish_beside_weights(config, stage, completion, console, tokenizer=options.copy_tokenizer)
+    told_of_added(added, console)
 
 
 def add_card(out: str | Path, stage: Path, console: Console) -> None:

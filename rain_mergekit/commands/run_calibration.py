@@ -14,11 +14,12 @@ from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
 from rain_mergekit.checks.role_names import swapped_hint
-from rain_mergekit.commands.console import Console, counted, duration, size
+from rain_mergekit.commands.console import Console, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.methods import AIM
 from rain_mergekit.models.loading import LoadOptions, open_model
+from rain_mergekit.system.wording import counted
 from rain_mergekit.text.calibration_sets import DataSet
 
 _SHOWN_REASONS = 3

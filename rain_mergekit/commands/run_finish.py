@@ -12,6 +12,7 @@ from rain_mergekit.merge_method.missing_tensors import Completion
 from rain_mergekit.merge_method.result_weights import weight_files, write_index
 from rain_mergekit.models.config_file import NAME
 from rain_mergekit.models.loading import LoadOptions
+from rain_mergekit.system.wording import counted
 
 
 def finish_folder(merged: str, options: LoadOptions, console: Console) -> None:
@@ -38,7 +39,9 @@ def told_of_added(added: tuple[str, ...], console: Console) -> None:
     """Which tensors were added, by name."""
     if added:
         more = f", {added[1]}" + (", ..." if len(added) > 2 else "") if len(added) > 1 else ""
-        console.print(f"Added {len(added)} tensors that mergekit leaves out: {added[0]}{more}")
+        console.print(
+            f"Added {counted(len(added), 'tensor')} that mergekit leaves out: {added[0]}{more}"
+        )
 
 
 def finish_beside_weights(

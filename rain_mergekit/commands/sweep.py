@@ -38,6 +38,7 @@ from rain_mergekit.evaluation.texts import read_texts, texts_from_settings
 from rain_mergekit.merge_method.missing_tensors import Completion
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint, open_model
 from rain_mergekit.system.staged_folder import staged_folder
+from rain_mergekit.system.wording import counted
 
 _LAMBDA = "--lambda"
 
@@ -83,7 +84,7 @@ class SweepOptions:
     required=True,
     callback=_finite,
     metavar="NUMBER...",
-    help="The strengths, one or more.",
+    help="The strengths, one or more: 0.5 1 1.5, or 0.5,1,1.5.",
 )
 @click.option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="Where to.")
 @click.option(
@@ -178,7 +179,9 @@ def _meter(
 
 def _show(rows: list[Row], folder: Path, console: Console) -> None:
     console.print()
-    console.print(f"Mean KL divergence from the reasoning model, {rows[0].drift.samples} samples:")
+    console.print(
+        f"Mean KL divergence from the reasoning model, {counted(rows[0].drift.samples, 'sample')}:"
+    )
     head, *lines = table(rows)
     console.heading(head)
     for line in lines:

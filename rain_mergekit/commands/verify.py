@@ -24,6 +24,7 @@ from rain_mergekit.commands.options import (
     threads_option,
     typed,
 )
+from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
@@ -44,7 +45,7 @@ class VerifyCommandOptions:
     """What the command line says."""
 
     merged: str
-    against: str
+    against: str | None
     reasoning_data: str
     samples: int | None
     max_tokens: int | None
@@ -64,11 +65,15 @@ class VerifyCommandOptions:
 
 
 @click.command(
-    epilog="\b\nExample:\n  mergekit-rain verify ./merged --against ./R1-Distill-Qwen-7B "
-    "--reasoning-data held-out.jsonl --samples 32"
+    epilog="\b\nExample:\n  mergekit-rain verify ./merged --reasoning-data held-out.jsonl "
+    "--samples 32"
 )
 @click.argument("merged")
-@click.option("--against", required=True, metavar="REASONING", help="The reasoning model.")
+@click.option(
+    "--against",
+    metavar="REASONING",
+    help="The reasoning model  [default: the one that MERGED was made from]",
+)
 @click.option(
     "--reasoning-data",
     required=True,
@@ -128,7 +133,8 @@ def verify(options: VerifyCommandOptions) -> None:
     if options.card:
         _check_folder(options.merged)
     how = VerifyOptions(load, device, dtype, options.activation_budget)
-    reasoning, merged = (open_checkpoint(name, load) for name in (options.against, options.merged))
+    against = options.against or _made_from(options.merged)
+    reasoning, merged = (open_checkpoint(name, load) for name in (against, options.merged))
     asked = _asked(options)
     found, data = measure_on(reasoning, merged, _texts(options), how, console, options.threads)
     for line in verify_text.drift_lines(found.drift):
@@ -162,6 +168,20 @@ def _texts(options: VerifyCommandOptions) -> Texts:
         max_tokens=options.max_tokens,
         chat_template_kwargs=options.chat_template_kwargs,
     )
+
+
+def _made_from(merged: str) -> str:
+    """The reasoning model that the merge in this folder names; RainError where there is none."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
+
+    path = Path(merged, "mergekit_config.yml")
+    if not path.is_file():
+        raise RainError(
+            f"{merged}: is not the folder of a merge: name the reasoning model with --against"
+        )
+    return str(read_config(path).reasoning)
 
 
 def _check_folder(merged: str) -> None:

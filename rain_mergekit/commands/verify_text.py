@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rain_mergekit.system.wording import counted
+
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.answers import Behaviour
     from rain_mergekit.evaluation.divergence import Drift
@@ -29,7 +31,7 @@ def drift_lines(found: Drift) -> Iterator[str]:
         ("L_mid", found.content, "inside the thinking block"),
         ("L_rest", found.rest, "prompt and response"),
     )
-    yield f"Mean KL divergence from the reasoning model, {found.samples} samples (nats):"
+    yield f"Mean KL divergence from the reasoning model, {counted(found.samples, 'sample')} (nats):"
     for name, place, text in places:
         yield f"  {name:<8} {place.mean:<10.3g} {place.positions:>7} positions, {text}"
     yield f"  worst sample at think positions: {found.worst_source} ({found.worst:.3g})"
@@ -64,7 +66,7 @@ def rounding_lines(found: VerificationResult) -> Iterator[str]:
 def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
     """What the models wrote, side by side."""
     first = next(iter(found.values()))
-    yield f"Answers to {first.prompts} prompts, greedy:"
+    yield f"Answers to {counted(first.prompts, 'prompt')}, greedy:"
     yield f"  {'':<34}" + "".join(f"{name:>12}" for name in found)
     rows: list[tuple[str, list[str]]] = [
         ("without a thinking block", [str(one.unopened) for one in found.values()]),

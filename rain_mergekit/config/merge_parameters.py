@@ -13,6 +13,7 @@ from rain_mergekit.config.listed_models import ListedModels
 from rain_mergekit.config.methods import PARAMETERS
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import finite_number, shown
+from rain_mergekit.system.wording import did_you_mean
 
 TYPE_FIELDS = ("dtype", "out_dtype")
 
@@ -37,8 +38,10 @@ def _require_known(found: Mapping[str, Any] | None, known: tuple[str, ...], wher
     """Refuse unknown parameter names, which mergekit would ignore."""
     for name in found or ():
         if name not in known:
+            meant = did_you_mean(str(name), known)
             raise RainError(
-                f"{where}: unknown parameter {shown(name)}: mergekit would ignore it (known here: "
+                f"{where}: unknown parameter {shown(name)}{meant}: mergekit "
+                "would ignore it (known here: "
                 f"{', '.join(known)}; `role` belongs to a model, `lambda` to all of them)"
             )
 

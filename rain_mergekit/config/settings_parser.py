@@ -11,6 +11,7 @@ from rain_mergekit.config.setting_types import MarkerSettings, RegMeanSettings, 
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import shown
+from rain_mergekit.system.wording import did_you_mean
 
 _PROBLEMS, _NAME = 10, 80  # what a message names, and how much of a name
 
@@ -42,7 +43,8 @@ def _describe(item: Mapping[str, Any]) -> str:
     field = ".".join(parts)
     if item["type"] == "extra_forbidden":
         model = _SECTIONS.get(parts[0], MarkerSettings) if len(parts) > 1 else RainSettings
+        meant = did_you_mean(parts[-1], model.model_fields)
         known = ", ".join(model.model_fields)
-        return f"unknown setting {shown(field)} (known: {known})"
+        return f"unknown setting {shown(field)}{meant} (known: {known})"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{field[:_NAME]}: {message}, got {shown(item['input'])}" if field else message

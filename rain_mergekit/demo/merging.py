@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.moving_bar import moving_bar
 from rain_mergekit.demo.files import MERGES
-from rain_mergekit.demo.moving_bar import moving_bar
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.staged_folder import staged_folder
 

@@ -13,6 +13,7 @@ from mergekit.common import ModelReference
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.commands.console import Console, duration
+from rain_mergekit.commands.moving_bar import moving_bar
 from rain_mergekit.commands.run_calibration import run_calibration
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import read_config
@@ -27,7 +28,6 @@ from rain_mergekit.demo.files import (
     write_report,
 )
 from rain_mergekit.demo.merging import merge_all
-from rain_mergekit.demo.moving_bar import moving_bar
 from rain_mergekit.demo.scoring import Record, Score, read_records, score
 from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter

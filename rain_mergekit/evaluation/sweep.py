@@ -30,16 +30,31 @@ def folder_name(strength: float) -> str:
 
 
 def split_numbers(arguments: Iterable[str], option: str) -> list[str]:
-    """Repeat the option before each number that follows it: `--x 1 2` -> `--x 1 --x 2`."""
+    """Repeat the option before each number that follows it: `--x 1 2` -> `--x 1 --x 2`.
+
+    Also where they are written as a list: `1,2`, `1, 2`, `[1, 2]`.
+    """
     result: list[str] = []
     following = False
     for argument in arguments:
-        if following and _is_number(argument):
-            result += [argument] if result[-1] == option else [option, argument]
-            continue
-        following = argument == option or argument.startswith(f"{option}=")
-        result.append(argument)
+        name, equals, value = argument.partition("=")
+        if name == option:
+            following = True
+            listed = _numbers(value) if equals else []
+            result += [part for number in listed for part in (option, number)] or [argument]
+        elif following and (numbers := _numbers(argument)):
+            bare = result[-1] == option
+            result += [part for number in numbers for part in (option, number)][bare:]
+        else:
+            following = False
+            result.append(argument)
     return result
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of a list as people write it; empty if it holds anything else."""
+    parts = text.strip("[]()").replace(";", ",").replace(",", " ").split()
+    return parts if parts and all(map(_is_number, parts)) else []
 
 
 def _is_number(text: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
@@ -22,7 +23,7 @@ _READ = (".json", ".safetensors", ".bin")
 # Errors of reading malformed JSON or a broken shard.
 _BROKEN = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
-    SafetensorError,
+    *(SafetensorError, pickle.UnpicklingError),
 )
 # Other types are quantised: their codes need scales from other tensors.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
@@ -105,10 +106,7 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
         _require_permission(reference, [Path(path), *Path(path).glob("*.safetensors")])
         raise RainError(f"{reference}: cannot read the checkpoint: {first_line(error)}") from None
     if not index.is_safetensors:
-        raise RainError(
-            f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
-            "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
-        )
+        refuse_pickles(reference)
     outside = sorted({s.filename for s in index.shards if _leaves_folder(s.filename)})
     if outside:
         raise RainError(
@@ -124,6 +122,14 @@ def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
         )
     _require_permission(reference, [Path(path, shard.filename) for shard in index.shards])
     return index
+
+
+def refuse_pickles(reference: ModelReference | str) -> NoReturn:
+    """RainError for a model that has its weights in pickle files alone."""
+    raise RainError(
+        f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
+        "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
+    )
 
 
 def _require_files(path: str, reference: ModelReference) -> None:

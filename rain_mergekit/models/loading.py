@@ -22,11 +22,15 @@ def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
     """The model of that reference, or in that folder; RainError if it cannot be found."""
     if Path(name).is_dir():  # a folder's name may contain characters with a meaning in a reference
         return open_model(ModelReference.model_validate({"model": {"path": name}}), options)
+    return open_model(parse_reference(name), options)
+
+
+def parse_reference(name: str) -> ModelReference:
+    """A reference as mergekit writes it: `owner/name@revision+adapter`; RainError if it is none."""
     try:
-        reference = ModelReference.parse(name)
+        return ModelReference.parse(name)
     except (RuntimeError, ValueError) as error:
         raise RainError(f"{name}: is not a model reference: {error}") from None
-    return open_model(reference, options)
 
 
 @dataclass(frozen=True)

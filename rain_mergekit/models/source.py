@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -17,7 +19,7 @@ from rain_mergekit.system.untrusted_input import first_line
 
 # The hub client raises its HTTP library's own errors when there is no network; that library
 # changes with the version of the client.
-_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 
 
 def local_folder(
@@ -37,18 +39,25 @@ def local_folder(
             f"{reference}: a model with an adapter is merged into a cache first; "
             "name the folder with --lora-merge-cache"
         )
-    try:
+    with named(reference):
         if reference.lora is not None and lora_dir is not None:
             base = ModelReference(model=reference.model)
             origin = _downloaded(base, cache_dir, trust=trust)
             return merged_adapter(reference, origin, lora_dir, lora_dtype, trust=trust)
         return _downloaded(reference, cache_dir, trust=trust)
+
+
+@contextmanager
+def named(reference: ModelReference) -> Iterator[None]:
+    """What goes wrong while a model is looked for becomes one RainError that names it."""
+    try:
+        yield
     except pickle.UnpicklingError:  # peft and transformers load weights alone
         raise RainError(
             f"{reference}: a pickle file there holds more than weights, and could run code; take "
             "safetensors files from where you trust them"
         ) from None
-    except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:
+    except (OSError, ValueError, RuntimeError, HTTP_ERROR) as error:
         raise RainError(
             f"{reference}: model not found: expected a local folder or a hub name that can be "
             f"downloaded; {_cause(reference.model.path, error)} ({first_line(error)})"
@@ -75,7 +84,7 @@ def _cause(path: str, error: BaseException) -> str:
         return f"there is no such folder{wrong}"
     if isinstance(error, HfHubHTTPError):
         return "the hub has no such model, or does not show it to you: log in for a gated one"
-    if isinstance(error, (OfflineModeIsEnabled, ConnectionError, _HTTP_ERROR)):
+    if isinstance(error, (OfflineModeIsEnabled, ConnectionError, HTTP_ERROR)):
         return "there is no such folder, and the hub cannot be asked: no network, or offline mode"
     where = Path(path).resolve()
     return f"there is no such folder ({where}), and the hub gives no such model"

@@ -52,12 +52,22 @@ def written_markers(path: StrPath) -> Markers:
     return found[0] if len(found) == 1 else Markers()
 
 
+def shown_markers(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
+) -> list[Markers]:
+    """The known markers that chat template or tokenizer show; empty: it does not think.
+
+    RainError without a chat template.
+    """
+    template = ChatTemplate(tokenizer, chat_template_kwargs)
+    return _opened(template) or _supported(tokenizer)
+
+
 def tokenizer_markers(
     tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
 ) -> Markers:
     """The known markers of this model, without a set; `<think>` where that is not clear."""
-    template = ChatTemplate(tokenizer, chat_template_kwargs)
-    found = _opened(template) or _supported(tokenizer)
+    found = shown_markers(tokenizer, chat_template_kwargs)
     return found[0] if len(found) == 1 else Markers()
 
 

@@ -82,7 +82,7 @@ def test_exit_codes_are_documented_alike() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| (\d+) \|", page, re.MULTILINE))
     source = Path(commands.TRIO.parent, "cli.py").read_text(encoding="utf-8")
-    assert listed == {"0", "1", "2", "3", "130", "143"}
+    assert listed == {"0", "1", "2", "3", "4", "130", "143"}
     assert all(re.search(rf"\b{code} \w", source) for code in listed)
 
 

@@ -194,7 +194,7 @@ def test_interrupted_run_goes_on_the_same(tmp_path: Path) -> None:
     torn = journal.splitlines(keepends=True)
     Path(f"{again}{SUFFIX}").write_bytes(b"".join(torn[:3]) + torn[3][:20])
     said = succeed(*command, "-o", again)
-    assert "2 answers are in" in said
+    assert "2 answers in" in said
     assert f"{len(torn) - 1} answers, {len(torn) - 3} of them new" in said
     assert again.read_bytes() == whole.read_bytes()
     other = tmp_path / "other.jsonl"

@@ -39,7 +39,11 @@ def swept(place: Workplace) -> tuple[Path, str]:
     [
         ("c --lambda 1 2 -o d", "c --lambda 1 --lambda 2 -o d"),
         ("--lambda 1 -0.5 c 3", "--lambda 1 --lambda -0.5 c 3"),
-        ("--lambda=1 2 --samples 3", "--lambda=1 --lambda 2 --samples 3"),
+        ("--lambda=1 2 --samples 3", "--lambda 1 --lambda 2 --samples 3"),
+        ("--lambda 0.5,1 c", "--lambda 0.5 --lambda 1 c"),
+        ("--lambda 0.5, 1, -2 c", "--lambda 0.5 --lambda 1 --lambda -2 c"),
+        ("--lambda=[0.5,1]", "--lambda 0.5 --lambda 1"),
+        ("--lambda 1,x", "--lambda 1,x"),
         ("--lambda 1 --lambda 2", "--lambda 1 --lambda 2"),
         ("-o 3 4", "-o 3 4"),
     ],

@@ -57,7 +57,7 @@ class Links(HTMLParser):
 def test_every_page_is_there(site: Path) -> None:
     expected = {page.with_suffix(".html").name for page in PAGES if page.parent.name == "docs"}
     assert expected | {"index.html"} <= {page.name for page in site.glob("*.html")}
-    assert "One YAML file drives both steps" in (site / "index.html").read_text(encoding="utf-8")
+    assert "One YAML file drives everything" in (site / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_reference_has_every_public_name_with_its_docstring(site: Path) -> None:

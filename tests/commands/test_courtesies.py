@@ -1,0 +1,40 @@
+"""Small courtesies: what somebody may have meant, plural forms, lines that fit."""
+
+from __future__ import annotations
+
+import pytest
+from commands import run
+
+from rain_mergekit.commands.console import fitted
+from rain_mergekit.system.wording import counted, did_you_mean
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("calibrat", "calibrate"), ("varify", "verify"), ("Merge", "merge")]
+)
+def test_commands_are_guessed(typed: str, meant: str) -> None:
+    outcome = run(typed)
+    assert outcome.code == 2
+    assert f"No such command {typed!r}, did you mean {meant!r}?" in outcome.output
+
+
+def test_commands_that_nobody_can_guess_are_listed() -> None:
+    assert "; there are auto, " in " ".join(run("zzz").output.split())
+
+
+def test_words() -> None:
+    assert [counted(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert counted(2, "match", "matches") == "2 matches"
+    assert did_you_mean("lamda", ["calibration", "lambda"]) == ", did you mean 'lambda'?"
+    assert did_you_mean("zzz", ["calibration", "lambda"]) == ""
+
+
+def test_lines_fit_the_terminal() -> None:
+    prose = "  changes of mean rank 8.0 for 28 weights; distance from the teachers: answers 22.4%"
+    lines = fitted(prose, 40).split("\n")
+    assert all(len(line) <= 40 for line in lines)
+    assert all(line.startswith("  ") for line in lines)
+    assert " ".join(" ".join(lines).split()) == " ".join(prose.split())
+    assert fitted(prose, None) == prose  # a pipe
+    command = "Next: mergekit-yaml config.yml ./a-folder-with-a-long-name/merged"
+    assert fitted(command, 40) == command  # to be copied
