@@ -24,7 +24,6 @@ from rain_mergekit.calibration.layer_file import write_part
 from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
-    stored_names,
 )
 from rain_mergekit.calibration.layer_sites import LayerSites
 from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
@@ -57,7 +56,7 @@ class CalibrationEngine:
         self.layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(world.device))
         self.indices = range(len(self.layerwise.layers))
         self._weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
-        self._weights.check(layer_shapes(self.layerwise), self.matrices)
+        self._weights.check(layer_shapes(self.layerwise), matrix_names(self.layerwise))
         self._head = (
             None
             if job.settings.lm_head == "off"
@@ -70,16 +69,6 @@ class CalibrationEngine:
                 f"{world.size} processes for {len(samples.reasoning.samples)} usable reasoning "
                 "samples: start at most one process a sample"
             )
-
-    @property
-    def matrices(self) -> list[str]:
-        """All weights of the decoder layers that may multiply features."""
-        return matrix_names(self.layerwise)
-
-    @property
-    def tensors(self) -> list[str]:
-        """The names of all these in the reasoning model's checkpoint."""
-        return stored_names(self.layerwise, self.matrices)
 
     @cached_property
     def plans(self) -> list[StreamPlan]:

@@ -17,6 +17,7 @@ from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.header import Origin, RunRecord
 from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer_file import LayerResultFile, read_part
+from rain_mergekit.calibration.layer_names import matrix_names, stored_names
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_engine import StreamEngine
@@ -94,7 +95,9 @@ def _calibrate(
     accept = config.settings.accept
     names = merge_names(trio.config, run.layerwise.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.layerwise.tensors, names))
-    noted = check_trio(trio, models, run.tensors, samples.markers, accept)
+    matrices = matrix_names(run.layerwise)
+    tensors = stored_names(run.layerwise, matrices)
+    noted = check_trio(trio, models, tensors, samples.markers, accept)
     identity = job.identity(models)
     with WorkDir(config.calibration, identity, world, every=options.snapshot_seconds) as work:
         first, likely = run.walk(work)
@@ -112,8 +115,8 @@ def _calibrate(
         origin = Origin(config.method, models, identity["data"], config.settings, record)
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
-            header, tensors = assemble(origin, parts, names, run.matrices, [*noted, *advice])
-            write_calibration(config.calibration, header.to_json(), tensors)
+            header, sources = assemble(origin, parts, names, matrices, [*noted, *advice])
+            write_calibration(config.calibration, header.to_json(), sources)
             warnings = tuple(header.warnings)
     return CalibrationSummary(
         path=config.calibration,

@@ -17,7 +17,6 @@ from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
-    stored_names,
 )
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
@@ -54,7 +53,7 @@ class StreamEngine:
         )
         self.indices = range(len(self.layerwise.layers))
         weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
-        weights.check(layer_shapes(self.layerwise), self.matrices)
+        weights.check(layer_shapes(self.layerwise), matrix_names(self.layerwise))
         self._passes = Counter[str]()
 
     @cached_property
@@ -76,16 +75,6 @@ class StreamEngine:
     @cached_property
     def _shape(self) -> StreamShape:
         return StreamShape.of(self.layerwise)
-
-    @property
-    def matrices(self) -> list[str]:
-        """All weights of the decoder layers that may multiply features."""
-        return matrix_names(self.layerwise)
-
-    @property
-    def tensors(self) -> list[str]:
-        """The names of all these in the reasoning model's checkpoint."""
-        return stored_names(self.layerwise, self.matrices)
 
     @property
     def parts(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import eager_mask
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.system.context_value import holding
 
 NAME = "rain_mergekit"
 # The same function for families whose own code looks into the mask: they get it as a tensor.
@@ -97,14 +98,9 @@ Observer = Callable[[AttentionCall], None]
 _OBSERVER: ContextVar[Observer | None] = ContextVar("rain_attention_observer", default=None)
 
 
-@contextmanager
-def observe_attention(observer: Observer) -> Iterator[None]:
+def observe_attention(observer: Observer) -> AbstractContextManager[None]:
     """Call `observer` with every attention computation inside the block."""
-    token = _OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
+    return holding(_OBSERVER, observer)
 
 
 def register() -> None:

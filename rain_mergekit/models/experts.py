@@ -7,8 +7,8 @@ to each of them, and what its down projection sees, are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
+
+from rain_mergekit.system.context_value import holding
 
 NAME = "rain_mergekit"
 
@@ -50,14 +52,9 @@ class ExpertsObserver:
 _OBSERVER: ContextVar[ExpertsObserver | None] = ContextVar("rain_experts_observer", default=None)
 
 
-@contextmanager
-def observe_experts(observer: ExpertsObserver) -> Iterator[None]:
+def observe_experts(observer: ExpertsObserver) -> AbstractContextManager[None]:
     """Let `observer` see every use of experts inside the block."""
-    token = _OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
+    return holding(_OBSERVER, observer)
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.text.token_positions import ReasoningTokens
 from testbed.judging.scoring import CLOSE, OPEN
 from testbed.models.loading import opens_block, render
 
@@ -58,7 +59,7 @@ def marked(tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any]) -> Mar
     return Marked(ids, places(len(ids), prompt, opening, closing, opened))
 
 
-def meter(reference: Path, texts: Sequence[Marked]) -> DivergenceMeter:
+def meter(reference: Path, texts: Sequence[Marked | ReasoningTokens]) -> DivergenceMeter:
     """What measures saved models against that one, in float32."""
     how = VerifyOptions(LoadOptions(), dtype=torch.float32)
     return DivergenceMeter(checkpoint(reference), texts, how)

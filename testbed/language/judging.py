@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.text.calibration_sets import load_reasoning
+from rain_mergekit.text.token_positions import ReasoningTokens
+from testbed.judging.divergence import checkpoint, meter
 from testbed.judging.intervals import Ratio
 from testbed.language.generating import Output, generate
 from testbed.language.scoring import numbers, score, split
 from testbed.models.loading import load_model, load_tokenizer
 from testbed.puzzles.records import Record, read_lines, write_lines
 
-BATCH = 16
 TEXTS = 64  # of the prompts, evenly spaced, on which L_think is measured
 
 
@@ -44,18 +45,18 @@ class Judge:
         self._divergent = divergence
 
     @cached_property
-    def _texts(self) -> list[tuple[list[int], list[int]]]:
+    def _texts(self) -> Sequence[ReasoningTokens]:
         return _marked(self.records, load_tokenizer(self._reasoning))
 
     @cached_property
-    def _wanted(self) -> list[torch.Tensor]:
-        return _at_markers(load_model(self._reasoning), self._texts)
+    def _meter(self) -> DivergenceMeter:
+        return meter(self._reasoning, self._texts)
 
     def measure(self, folder: Path) -> dict[str, Any]:
         """All numbers of one model."""
         model, tokenizer = load_model(folder), load_tokenizer(folder)
         outputs = generate(model, tokenizer, [record["prompt"] for record in self.records])
-        return self._judged(outputs, self._divergence(model))
+        return self._judged(outputs, self._divergence(folder))
 
     def ceiling(self, instruct: Path, reasoning: Sequence[Output]) -> dict[str, Any]:
         """The instruct model goes on where the reasoning model's thinking ends."""
@@ -75,16 +76,16 @@ class Judge:
         found = numbers(self.records, scores, more)
         return {**found, "prompts": self.digest, "outputs": [o.text for o in outputs]}
 
-    def _divergence(self, model: PreTrainedModel) -> dict[str, Ratio]:
+    def _divergence(self, folder: Path) -> dict[str, Ratio]:
         """Mean KL(reasoning model ‖ model) of the next token at the think positions."""
         if not self._divergent:
             return {}
         values, weights = np.zeros(len(self.records)), np.zeros(len(self.records))
         every = _spaced(len(self.records))
-        got = _at_markers(model, self._texts)
-        for index, wanted, found in zip(every, self._wanted, got, strict=True):
-            values[index] = float((wanted.exp() * (wanted - found)).sum())
-            weights[index] = len(wanted)
+        apart = self._meter.divergences(checkpoint(folder))
+        for index, text, found in zip(every, self._texts, apart, strict=True):
+            values[index] = float(found[list(text.think_positions)].sum())
+            weights[index] = len(text.think_positions)
         return {"L_think": Ratio(values, weights)}
 
 
@@ -94,7 +95,7 @@ def _spaced(count: int) -> list[int]:
 
 def _marked(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[list[int], list[int]]]:
+) -> tuple[ReasoningTokens, ...]:
     """Token ids up to the close marker and the think positions, as the calibration finds them."""
     chosen = [records[index] for index in _spaced(len(records))]
     with tempfile.TemporaryDirectory() as folder:
@@ -103,24 +104,7 @@ def _marked(
         samples = load_reasoning(path, tokenizer).samples
     if len(samples) != len(chosen):
         raise ValueError("some of the right texts cannot be used")
-    return [(list(s.input_ids), list(s.think_positions)) for s in samples]
-
-
-@torch.inference_mode()
-def _at_markers(
-    model: PreTrainedModel, texts: Sequence[tuple[list[int], list[int]]]
-) -> list[torch.Tensor]:
-    """Log-probabilities of the next token at the think positions of each text."""
-    found: list[torch.Tensor] = []
-    for start in range(0, len(texts), BATCH):
-        chosen = texts[start : start + BATCH]
-        width = max(len(ids) for ids, _ in chosen)
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in chosen])
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        for row, (_, positions) in enumerate(chosen):
-            logits = model.get_output_embeddings()(hidden[row, positions])
-            found.append(logits.float().log_softmax(-1))
-    return found
+    return samples
 
 
 def model_digest(folder: Path) -> str:
