@@ -102,7 +102,7 @@ def ask(options: AskOptions) -> None:
 
 
 def _prompts(options: AskOptions) -> list[Asked]:
-    """Checked before anything that takes time."""
+    """The prompts; checked before anything that takes time."""
     from rain_mergekit.evaluation.answer_files import own_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""`mergekit-rain check`: what a configuration will give, before anything is computed."""
+"""`mergekit-rain check`: check a configuration before anything is computed."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def compare(options: CompareOptions) -> None:
 
 
 def _check_page(path: str) -> None:
-    """Known before anything that takes time."""
+    """Refuse an unusable --html page before anything that takes time."""
     from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
     from rain_mergekit.report.page_file import protect_foreign  # noqa: PLC0415
 

@@ -81,13 +81,13 @@ def _check_page(path: str) -> None:
 
 
 def _blocks() -> bool:
-    """Whether somebody looks at the output, and its encoding has the block characters."""
+    """Whether the output is a terminal whose encoding has the block characters."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     return sys.stdout.isatty() and encoding.startswith("utf")
 
 
 def lines(found: ModelDiff, *, blocks: bool) -> Iterator[str]:
-    """What changed: a summary, and a row a kind with its layers from first to last."""
+    """The changes as lines: a summary, and a row for each kind of tensor over its layers."""
     equal = sum(one.equal for one in found.changes)
     yield (
         f"{len(found.changes)} tensors compared: {equal} equal, {len(found.changes) - equal} "

@@ -185,7 +185,7 @@ def _made_from(merged: str) -> str:
 
 
 def _check_folder(merged: str) -> None:
-    """Known before anything that takes time."""
+    """Refuse a wrong folder before anything that takes time."""
     from pathlib import Path  # noqa: PLC0415
 
     from rain_mergekit.config.plain_merge import read_any  # noqa: PLC0415

@@ -54,7 +54,7 @@ def listed_models(merge: MergeConfiguration, source: str) -> ListedModels:
 
 
 def _one_module(merge: MergeConfiguration, source: str) -> OutputModuleDefinition | None:
-    """The only module, None where there are none; RainError if there are more."""
+    """The only module; None if there is none, RainError if there are several."""
     modules = merge.modules or {}
     if len(modules) > 1:
         raise RainError(
@@ -67,7 +67,7 @@ def _one_module(merge: MergeConfiguration, source: str) -> OutputModuleDefinitio
 def _layers_in_place(
     slices: Sequence[OutputSliceDefinition], merge: MergeConfiguration, source: str
 ) -> int:
-    """The number of layers; RainError where one is not where it is in the models."""
+    """The number of layers; RainError if one is not at its place in the models."""
     end = 0
     if merge.base_model not in {part.model for part in slices[0].sources}:
         raise RainError(

@@ -1,4 +1,4 @@
-"""Checks of mergekit's parameters that mergekit makes late, or never."""
+"""Check parameters of mergekit that mergekit itself checks late or never."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPE_FIELDS = ("dtype", "out_dtype")
 
 
 def check_merge(merge: MergeConfiguration, listed: ListedModels, source: str) -> None:
-    """Validate lambda, the types and the parameter names: mergekit would fail during the merge."""
+    """Check lambda, types and parameter names now: mergekit would fail only during the merge."""
     of_all, of_each = PARAMETERS[merge.merge_method]
     _require_known(merge.parameters, of_all, f"{source}: parameters")
     for item in listed.models:

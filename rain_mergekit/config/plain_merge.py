@@ -1,4 +1,4 @@
-"""A merge that needs no calibration, as a merged model's folder tells of it."""
+"""A merge without calibration, read from a merged model's folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PlainMerge:
 
     @property
     def main(self) -> ModelReference:
-        """The one that the result is a version of: the first that is merged into the base."""
+        """The model that the result is closest to: the first that is merged into the base."""
         return next((model for name, model in self.models.items() if name != "base"), self.base)
 
     @property

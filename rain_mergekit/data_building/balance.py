@@ -1,4 +1,4 @@
-"""Choosing samples so that groups and lengths are represented alike."""
+"""Choose samples so that groups and lengths are equally represented."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def choose(candidates: Sequence[Candidate], count: int | None, seed: int) -> lis
 def _cells(
     candidates: Sequence[Candidate], seed: int
 ) -> dict[tuple[tuple[str, ...], int], list[Candidate]]:
-    """Candidates by groups and length bin, in an order that depends on the seed alone."""
+    """Candidates by groups and length bin, in an order that depends only on the seed."""
     logs = [math.log1p(candidate.length) for candidate in candidates]
     low, high = min(logs, default=0.0), max(logs, default=0.0)
     width = (high - low) / BINS or 1.0

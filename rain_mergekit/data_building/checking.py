@@ -50,9 +50,9 @@ def check_set(
     window: int,
     chat_template_kwargs: Mapping[str, Any],
 ) -> Checked:
-    """Read, render and tokenise every sample; which of the two sets it is is seen from its fields.
+    """Read, render and tokenise every sample; the fields tell which of the two sets it is.
 
-    Without a tokenizer characters take the place of tokens. Raises RainError as the readers do.
+    Without a tokenizer, characters count as tokens. Raises RainError as the readers do.
     """
     kinds = {
         isinstance(value, JsonObject) and "related_prompt_list" in value
@@ -76,7 +76,7 @@ def check_set(
 
 
 def _opened(samples: Sequence[Any], markers: Markers) -> bool:
-    """Whether a template seems to write the open marker: no output has it."""
+    """Whether the template probably writes the open marker: no output contains it."""
     return all(s.output is not None and markers.open not in s.output for s in samples)
 
 
@@ -120,7 +120,7 @@ def _paint_spans(styles: bytearray, encoded: Encoded, sample: InstructionSample)
 
 
 def _found(find: Callable[[list[str]], tuple[int, ...]], spans: Sequence[str]) -> set[int]:
-    """Tokens of those spans that are there; an unusable instruction is not the whole sample."""
+    """Tokens of the spans that are found; one unusable instruction does not spoil the sample."""
     tokens: set[int] = set()
     for span in spans:
         with suppress(UnusableError):

@@ -25,7 +25,7 @@ class Constrained:
 
 
 def read_constrained(path: StrPath) -> Constrained:
-    """Read prompts in either layout, each text once; `prompt_spans` are found by rule if missing.
+    """Read prompts in either layout, each text once; missing `prompt_spans` are found by rule.
 
     Raises RainError naming file, line and field, and if no prompt is left.
     """

@@ -115,7 +115,7 @@ class Journal:
                 )
                 self._answers[found["key"]] = answer
             except KeyError:
-                continue  # not a whole answer: it is asked for again
+                continue  # an incomplete line: the answer is asked for again
 
     def _compare(self, head: Mapping[str, Any]) -> None:
         if head.get("made_by") != self._made_by:

@@ -47,7 +47,7 @@ def keep(written: Written, markers: Markers, *, opened_by_template: bool | None)
 
 
 def _together(written: Written, markers: Markers) -> str:
-    """The output again, from the parts into which a server has taken it.
+    """The whole output, put together from the parts in which a server returns it.
 
     Only if the server has kept the white space around the close marker (vLLM does), which belongs
     to the format. Thinking that still begins with white space has not been stripped: its model

@@ -16,12 +16,12 @@ from rain_mergekit.models.generation import continue_prompts, load_model, render
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.markers import Markers
 
-# Of a model's generation_config.json: what decides how tokens are drawn.
+# Fields of generation_config.json that decide how tokens are drawn.
 _DRAWING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class LocalWriter:
-    """Fixed batches, each with a seed of its own, so that an interrupted run goes on the same."""
+    """Fixed batches, each with its own seed, so that an interrupted run continues identically."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class LocalWriter:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The weights, wherever they lie."""
+        """The model's identity: its weights, not their path."""
         return {"model": fingerprint(self._checkpoint.path)}
 
     def opens_block(self, prompt: str, markers: Markers) -> bool:
@@ -76,7 +76,7 @@ class LocalWriter:
         return [Written(one.text, None, one.finished, one.tokens) for one in texts]
 
     def _drawing(self) -> dict[str, Any]:
-        """The model's own way of drawing tokens, with what the user has set in its place."""
+        """The model's own sampling settings, overridden by the user's."""
         own, asked = self._model.generation_config, self._sampling
         if asked.temperature == 0 or (asked.temperature is None and not own.do_sample):
             return {"do_sample": False}

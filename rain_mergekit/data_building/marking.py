@@ -1,4 +1,4 @@
-"""Where an instruction stands in a prompt, and what in a response follows it: spans, by rule.
+"""Find by rule the spans of an instruction in a prompt, and what follows it in a response.
 
 Some kinds are about certain words or lines (a keyword, a title, bullet points): these follow the
 instruction, and the rest has nothing to do with it. The others (case, length, language) are about
@@ -58,7 +58,7 @@ _CUES: Mapping[str, str] = {
     "start:phrase": r"",
     "table:markdown": r"\btable\b",
 }
-# How prompts call the languages that IFEval's rule knows by code; in English, and in their own.
+# Names of languages in English and in the language itself, by the code of IFEval's rule.
 _LANGUAGES: Mapping[str, str] = {
     "ar": "arabic|العربية",
     "bg": "bulgarian|български",
@@ -91,7 +91,7 @@ _LANGUAGES: Mapping[str, str] = {
     "ur": "urdu|اردو",
     "vi": "vietnamese|tiếng việt",
 }
-# Arguments that a prompt says in other words, or that are no part of the instruction.
+# Arguments that prompts do not contain literally.
 _UNSAID = ("relation", "let_relation", "capital_relation", "prompt_to_repeat", "language")
 
 
@@ -110,7 +110,7 @@ def prompt_spans(kind: str, kwargs: Kwargs, prompt: str) -> list[str]:
 
 
 def response_spans(kind: str, kwargs: Kwargs, response: str) -> tuple[list[str], list[str]]:
-    """What in the response follows the instruction, and what is unrelated to it; verbatim pieces.
+    """Verbatim pieces of the response that follow the instruction, and unrelated ones.
 
     The two never overlap. A response of which nothing is unrelated gives an empty second list.
     """
@@ -178,7 +178,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _at_least(find: Callable[[Kwargs, str], Ranges]) -> Callable[[Kwargs, str], Ranges]:
-    """What there is enough of; what there must not be too much of is the whole response's."""
+    """Matches for instructions with a minimum; with a maximum the whole response follows."""
     return lambda kwargs, response: (
         _whole(kwargs, response) if "less than" in kwargs.values() else find(kwargs, response)
     )
@@ -267,7 +267,7 @@ _FOLLOWS: Mapping[str, Callable[[Kwargs, str], Ranges]] = {
 
 
 def _apart(text: str, start: int, end: int) -> tuple[int, int]:
-    """Widen a word to its neighbouring characters where it also is a part of another word.
+    """Extend a word by neighbouring characters if it also occurs inside another word.
 
     Readers look for spans as substrings: `cat` alone would be found in `catalogue` too.
     """

@@ -1,4 +1,9 @@
-"""A model behind an OpenAI-compatible server: chat completions, several at a time."""
+"""A model behind an OpenAI-compatible server: chat completions, several at a time.
+
+Requests go through urllib: which HTTP library comes with the hub's client depends on its version.
+
+Requests go through urllib: which HTTP library the hub's client brings depends on its version.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from typing import Any
 from rain_mergekit.data_building.tasks import Sampling, Task, Written
 from rain_mergekit.errors import RainError
 
-# Under these names servers put thinking that they have taken out of the text (vLLM: both).
+# Fields in which servers return thinking that they removed from the text (vLLM: both).
 _REASONING = ("reasoning_content", "reasoning")
 _MOST_BYTES = 64 * 1024**2
 _TRANSIENT = {408, 409, 425, 429}
@@ -44,7 +49,7 @@ class Address:
 
 
 class ServerWriter:
-    """Each answer is one request with a seed of its own; determinism is the server's then."""
+    """One request an answer, each with its own seed; repeatability depends on the server."""
 
     def __init__(self, address: Address, sampling: Sampling) -> None:
         self._address, self._sampling = address, sampling
@@ -55,7 +60,7 @@ class ServerWriter:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Address and name: what the server runs under that name cannot be seen."""
+        """Address and model name; which weights the server runs is not known."""
         return {"server": self._url, "model": self._address.model}
 
     def write(
@@ -164,7 +169,7 @@ class ServerWriter:
 
 
 class _PassingError(Exception):
-    """May be gone the next time; wait: seconds that the server has asked for."""
+    """A temporary failure; wait: seconds that the server asked for."""
 
     def __init__(self, text: str, wait: float = 0.0) -> None:
         super().__init__(text)
@@ -198,14 +203,14 @@ def _key(variable: str | None) -> dict[str, str]:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key must not follow to another host."""
+    """Refuses redirections, so that a key is never sent to another host."""
 
     def redirect_request(self, *_: object) -> None:
-        """Treat a redirection as the error that it is here."""
+        """Report a redirection as an error."""
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Proxies as the environment names them, but not for this machine itself."""
+    """Use the environment's proxies, except for this machine itself."""
     here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     proxies = [urllib.request.ProxyHandler({})] if here else []
     return urllib.request.build_opener(_NoRedirect, *proxies)
@@ -218,7 +223,7 @@ def _asked_wait(error: urllib.error.HTTPError) -> float:
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
-    """What the server says of its refusal, as a short text."""
+    """The server's reason for refusing, as a short text."""
     try:
         text = error.read(4096).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):

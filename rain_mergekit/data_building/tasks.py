@@ -31,7 +31,7 @@ class Task:
         return hashlib.sha256(f"{self.attempt}\0{self.prompt}".encode()).hexdigest()[:32]
 
     def seed(self, base: int) -> int:
-        """A seed of its own, below 2^31, whatever else is asked and in which order."""
+        """The task's own seed, below 2^31, independent of other tasks and their order."""
         return int(hashlib.sha256(f"{base}\0{self.key}".encode()).hexdigest()[:8], 16) >> 1
 
 
@@ -54,7 +54,7 @@ class Writer(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What must be the same for answers to belong together."""
+        """What must be equal for answers to be mixed in one file."""
 
     def write(
         self, tasks: Sequence[Task], is_done: Callable[[Task], bool]

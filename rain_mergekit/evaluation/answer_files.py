@@ -86,7 +86,7 @@ def ask(
 def header(
     writer: Writer, sampling: Sampling, markers: Markers | None, template: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What answers were made with; markers None: the model's, or found in a server's answers."""
+    """How the answers were made; markers None: the model's, or found in a server's answers."""
     opens: bool | None = None
     if (tokenizer := getattr(writer, "tokenizer", None)) is not None:
         markers = markers or tokenizer_markers(tokenizer, template)

@@ -1,4 +1,4 @@
-"""What is measured of one answer: its thinking block, length, loops, language, the result."""
+"""Measures of one answer: thinking block, length, loops, language, correctness."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Reading:
-    """How answers of one model are taken apart: its markers, and whether its template opens."""
+    """How to split a model's answers: its markers, and whether its template opens a block."""
 
     markers: Markers
     opened_by_template: bool
@@ -172,7 +172,7 @@ def _lengths(
 
 
 def faults(found: Measured) -> Iterator[str]:
-    """What a user would complain of, in words; nothing of a good answer."""
+    """The faults of an answer, in words; none for a good one."""
     if (broken := _broken(found)) is not None:
         yield broken
     checks = {

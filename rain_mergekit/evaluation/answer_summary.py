@@ -46,7 +46,7 @@ def means(answers: AnswerSet) -> dict[str, float]:
 
 
 def summary(answers: AnswerSet) -> dict[str, Any]:
-    """The same for programs."""
+    """Means and faults as plain values, for `--json`."""
     return {
         "name": answers.name,
         "path": answers.path,
@@ -59,7 +59,7 @@ def summary(answers: AnswerSet) -> dict[str, Any]:
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
-    """One answer with its measures, for programs."""
+    """One answer with its measures as plain values, for `--json`."""
     found = answer.measured
     loop = found.repetition.loop
     return {

@@ -1,4 +1,4 @@
-"""Two models on the same prompts: paired differences with intervals, and what they mean."""
+"""Compare two models on the same prompts: paired differences, intervals, verdicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rain_mergekit.evaluation.answer_measures import Measured
 
 RESAMPLES = 4000
 _TAIL = 0.025
-FEW = 30  # prompts, below which an interval says little
+FEW = 30  # with fewer prompts intervals are rough
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Of second - first."""
+        """The mean of second - first."""
         return self.second - self.first
 
     @property
     def verdict(self) -> str:
-        """What the difference means."""
+        """The verdict in a word, as the class describes."""
         if max(abs(self.low), abs(self.high)) < self.least:
             return "equal"
         real = self.low > 0 or self.high < 0
@@ -88,7 +88,7 @@ class Difference:
 
     @property
     def loss(self) -> float:
-        """How much worse the second is beyond chance; 0 where chance may explain it.
+        """How much worse the second is, at least; 0 if chance may explain the difference.
 
         Of a share as a part of 1, of other quantities relative to the first's mean.
         """

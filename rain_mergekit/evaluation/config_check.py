@@ -1,4 +1,4 @@
-"""What a merge configuration will give, from headers, tokenizers and a few rows, in seconds."""
+"""Check a merge configuration in seconds, from headers, tokenizers and a few rows."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Finding:
 
 
 def check_config(config: RainConfig, load: LoadOptions) -> list[Finding]:
-    """Everything that can be told without running a model; problems do not end the check.
+    """All findings that need no running model; the check continues after a problem.
 
-    Only if the models cannot be opened, or are of two families, is that all that is said.
+    If the models cannot be opened or are of two families, that is the only finding.
     """
     try:
         trio = open_trio(config, load)
@@ -70,7 +70,7 @@ def check_config(config: RainConfig, load: LoadOptions) -> list[Finding]:
 
 
 def _said(topic: str, part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What the part finds, and the error that ends it as one more."""
+    """The findings of one part; an error that stops it becomes a finding."""
     try:
         yield from part()
     except RainError as error:
@@ -218,7 +218,7 @@ def _left_out(trio: Trio) -> Iterator[Finding]:
 def _calibration(config: RainConfig, trio: Trio, load: LoadOptions) -> Iterator[Finding]:
     different = different_vocabularies(trio.items(), trio.config)
     for text in warnings_of(config, trio, []):
-        if not different or "vocabularies" not in text:  # said above
+        if not different or "vocabularies" not in text:  # reported above
             yield Finding("calibration", "warning", text)
     if config.calibration.exists():
         yield Finding("calibration", "note", f"{config.calibration} is there already")

@@ -52,7 +52,7 @@ def task_vectors(models: Mapping[str, Checkpoint]) -> TaskVectorPair | None:
 
 
 def relation(one: Rows, other: Rows) -> Relation:
-    """Of rows of the same tensors."""
+    """Computed from rows of the same tensors."""
     a, b = _flat(one), _flat(other)
     norms = float(a.norm()), float(b.norm())
     both = norms[0] * norms[1]
@@ -61,7 +61,7 @@ def relation(one: Rows, other: Rows) -> Relation:
 
 
 def task_vector_pair(instruct: Rows, reasoning: Rows, pretrained: Rows) -> TaskVectorPair:
-    """Of rows of the same tensors."""
+    """Computed from rows of the same tensors."""
     origin = _flat(pretrained)
     tuned, thinking = _flat(instruct) - origin, _flat(reasoning) - origin
     moved = (tuned != 0) & (thinking != 0)

@@ -21,8 +21,8 @@ class _Merged(ModelTensors):
     That is made once and kept: one float32 matrix of the size of the output head.
     """
 
-    def __init__(self, shell: LayerwiseModel, replay: TensorMerger) -> None:
-        super().__init__(shell.checkpoint, shell.model)
+    def __init__(self, layerwise: LayerwiseModel, replay: TensorMerger) -> None:
+        super().__init__(layerwise.checkpoint, layerwise.model)
         self._replay, self._made = replay, dict[str, Tensor]()
 
     def get(self, name: str) -> Tensor:
@@ -37,23 +37,23 @@ class Unrounded:
     """W_R + lambda (S_row Delta S_col)(I - U V^T) in float32, layer by layer.
 
     From the configuration that mergekit leaves in a merged model's folder and the calibration file
-    that it names; `shell` is the reasoning model's, and gives the merged embedding and output head
+    that it names; `layerwise` is the reasoning model, whose embedding and output head are merged
     from then on. RainError says what is missing for it.
     """
 
-    def __init__(self, folder: str, shell: LayerwiseModel, options: LoadOptions) -> None:
+    def __init__(self, folder: str, layerwise: LayerwiseModel, options: LoadOptions) -> None:
         config = read_recipe(folder)
         strength = config.one_strength
         calibration = CalibrationFile.open(config.calibration)
-        check_reasoning(calibration, shell.checkpoint)
+        check_reasoning(calibration, layerwise.checkpoint)
         tensors = {
-            role: ModelTensors(open_model(config.models[role], options), shell.model)
+            role: ModelTensors(open_model(config.models[role], options), layerwise.model)
             for role in ("instruct", "pretrained")
         }
-        names = merge_names(read_model_config(shell.checkpoint), shell.tensors)
-        trio = {"reasoning": shell.tensors, **tensors}
+        names = merge_names(read_model_config(layerwise.checkpoint), layerwise.tensors)
+        trio = {"reasoning": layerwise.tensors, **tensors}
         self._replay = TensorMerger(calibration, trio, names, strength)
-        shell.tensors = _Merged(shell, self._replay)
+        layerwise.tensors = _Merged(layerwise, self._replay)
 
     def fill(self, layer: nn.Module, prefix: str) -> None:
         """Put the merged weights in place of a filled layer's; `prefix` is the layer's name."""

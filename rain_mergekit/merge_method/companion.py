@@ -1,4 +1,4 @@
-"""What the data-free methods share: task vectors merged into the pretrained model."""
+"""Shared by the data-free methods: they merge task vectors into the pretrained model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TaskVectors:
 
     @property
     def linear(self) -> bool:
-        """Whether it holds the weights of linear maps, by its shape and name.
+        """Whether the tensor is a linear map's weight, by shape and name.
 
         Two dimensions, or three for experts (a convolution has a size of one); no embedding.
         """
@@ -177,7 +177,7 @@ def _is_embedding(part: str) -> bool:
 def number(
     name: str, low: float = -float("inf"), high: float = float("inf"), *, above: bool = False
 ) -> Callable[[Any], float]:
-    """A check for a finite number from `low` to `high`; above: `low` itself is not one."""
+    """A check for a finite number from `low` to `high`; above: `low` itself is excluded."""
 
     def check(value: object) -> float:
         found = finite_number(value)
