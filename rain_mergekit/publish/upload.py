@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -95,22 +96,25 @@ def prepare(
     write_record(place, replace(found, calibration=file_digest(published) or ""))
     names = [path.name for path in weight_files(folder)]
     names += ["config.json", _INDEX, MEASURED, *side_files(folder)]
-    names += [CARD, REPORT, *((REASONING, HELD_OUT, INSTRUCTION) if with_data else ())]
+    names += [CARD, *((REASONING, HELD_OUT, INSTRUCTION) if with_data else ())]
     files = {name: within(folder, name) for name in names if (folder / name).is_file()}
     files |= {CALIBRATION: published, RECORD: place / RECORD}
-    for name in (MERGE_CONFIG, CONFIG):
+    for name in (MERGE_CONFIG, CONFIG, REPORT):
         if (folder / name).is_file():
             files[name] = _rewritten(folder, name, place, config)
     return Upload(dict(sorted(files.items())), f"Merged with {command.split(maxsplit=1)[0]}")
 
 
 def _rewritten(folder: Path, name: str, place: Path, config: RainConfig) -> Path:
-    """A YAML with public names, and the calibration at its place in the repository."""
+    """A YAML or page with public names, and files of the folder by their place in it."""
     text = read_regular(folder / name).decode("utf-8")
-    text = text.replace(str(config.calibration), CALIBRATION)
+    moved = {str(config.calibration): CALIBRATION}
     for path in (config.settings.reasoning_data, config.settings.instruction_data):
         if path is not None:
-            text = text.replace(path, f"{FOLDER}/{Path(path).name}")
+            moved[path] = f"{FOLDER}/{Path(path).name}"
+    moved |= {f"{folder.resolve()}/": "", str(folder.resolve()): folder.name}
+    for path, public in moved.items():
+        text = text.replace(path, public).replace(escape(path), public)
     goal = place / name.replace("/", "-")
     goal.write_text(without_local_paths(text, config), encoding="utf-8")
     return goal

@@ -42,6 +42,10 @@ def _served(merged: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_there_and_back(merged: Workplace, served: Hub, tmp_path: Path) -> None:
     out = merged.folder / "out"
+    (out / "rain").mkdir(exist_ok=True)
+    page = out / "rain" / "report.html"
+    succeed("report", merged.calibration, "--merged", out, "-o", page, "--samples", "1")
+    assert str(merged.folder) in page.read_text()
     said = succeed("push", out, NAME)
     folder = served.repositories[NAME]
     assert served.private[NAME]
@@ -49,6 +53,7 @@ def test_there_and_back(merged: Workplace, served: Hub, tmp_path: Path) -> None:
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
     wanted = {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
     wanted |= {"rain/reproduce.json", "rain/calibration.rain.safetensors", "mergekit_config.yml"}
+    wanted |= {"rain/report.html"}
     assert wanted <= set(files)
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     for name, data in files.items():
