@@ -1,4 +1,4 @@
-"""`python -m benchmarks.companions`: what the data-free methods cost beside task arithmetic.
+"""`python -m benchmarks.companions`: what the companion methods cost beside task arithmetic.
 
 A random trio of the given width is merged in forks of a process that has imported everything, the
 methods in turn. Prints the medians' ratios. Peak memory is the whole process's; processor time is
@@ -8,15 +8,19 @@ what a busy machine does not blur.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import yaml
+from safetensors import safe_open
 
 from benchmarks.merging import Cost, forked_merge
 from benchmarks.shapes import Shape, make_trio
+from rain_mergekit.calibration_file.writer import write_calibration
 
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 1.0, "lambda": 0.7},
@@ -24,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "opcm": {},
     "pcb": {},
     "wudi": {},
+    "aim": {},
 }
 
 
@@ -33,6 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rain-companions-") as folder:
         home = Path(folder)
         make_trio(home, shape)
+        METHODS["aim"]["calibration"] = str(channels(home))
         for method, parameters in METHODS.items():
             (home / f"{method}.yml").write_text(yaml.safe_dump(config(home, method, parameters)))
         found = measured(home, options.repeats)
@@ -60,6 +66,24 @@ def config(home: Path, method: str, parameters: dict[str, Any]) -> dict[str, Any
         "parameters": parameters,
         "dtype": "bfloat16",
     }
+
+
+def channels(home: Path) -> Path:
+    """A calibration for aim with random scales, of every linear map in the layers."""
+    index = json.loads((home / "pretrained" / "model.safetensors.index.json").read_text())
+    tensors, stored = {}, {}
+    for name, file in index["weight_map"].items():
+        if "_proj.weight" in name:
+            with safe_open(home / "pretrained" / file, "pt") as opened:
+                size = opened.get_slice(name).get_shape()
+            stored[name] = torch.rand(size[1])
+            entry = {"site": None, "shape": size, "input_axis": -1, "rows": None, "cols": name}
+            tensors[name] = entry
+    record = {"reference": "random", "revision": None, "fingerprint": None}
+    models = dict.fromkeys(("reasoning", "instruct", "pretrained"), record)
+    header = {"kind": "aim", "models": models, "sites": {}, "tensors": tensors}
+    write_calibration(home / "c.aim.safetensors", header, stored)
+    return home / "c.aim.safetensors"
 
 
 def measured(home: Path, repeats: int) -> dict[str, Cost]:

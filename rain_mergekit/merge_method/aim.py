@@ -35,7 +35,7 @@ _FILES = CalibrationCache()
 def aim_delta(vectors: TaskVectors, parameters: Mapping[str, Any]) -> Tensor:
     """What is added to W_B."""
     calibration: CalibrationFile = parameters["calibration"]
-    total = _ties(vectors, parameters["density"]) if _by_ties(parameters) else vectors.sum()
+    total = _ties(vectors, parameters["density"]) if _by_ties(parameters) else _sum(vectors)
     plan = calibration.tensors.get(vectors.name)
     if plan is not None and plan.cols is not None:
         if tuple(total.shape) != plan.shape:
@@ -47,9 +47,18 @@ def aim_delta(vectors: TaskVectors, parameters: Mapping[str, Any]) -> Tensor:
         assert scale is not None  # noqa: S101 - there is a key
         if parameters["shuffle"] == "channels":
             scale = scale[_permutation(plan.cols, len(scale))]
-        kept = (1 - scale * (1 - parameters["omega"])).to(total)
-        total *= kept if plan.input_axis == -1 else kept[:, None]
-    return total.mul_(parameters["lambda"])
+        kept = (1 - scale * (1 - parameters["omega"])).mul_(parameters["lambda"]).to(total)
+        return total.mul_(kept if plan.input_axis == -1 else kept[:, None])
+    strength: float = parameters["lambda"]
+    return total if strength == 1 else total.mul_(strength)
+
+
+def _sum(vectors: TaskVectors) -> Tensor:
+    """The task vectors' sum, in the place of the first: nobody needs that again."""
+    total = vectors.deltas[0]
+    for delta in vectors.deltas[1:]:
+        total += delta
+    return total
 
 
 def _by_ties(parameters: Mapping[str, Any]) -> bool:

@@ -150,24 +150,27 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
         ]
         if not base.numel():
             return base.clone()
-        if not all(finite(delta) for delta in deltas):
-            raise RainError(_not_finite(group))
-        merged = self._kernel(TaskVectors(name, tuple(deltas)), parameters).add_(wide)
+        try:
+            merged = self._kernel(TaskVectors(name, tuple(deltas)), parameters).add_(wide)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if all(finite(entry.tensor) for entry in group.entries):
+                raise
+            raise RainError(_not_finite(group)) from None
         merged = merged.to(base.dtype)
-        if not finite(merged):
+        if finite(merged):  # as it is not whenever an input is not: no pass over those is needed
+            return merged
+        if all(finite(entry.tensor) for entry in group.entries):
             raise RainError(
                 f"{name} holds NaN or infinite values in the result in {merged.dtype}: a lower "
                 "`lambda`, or `dtype: bfloat16` or float32"
             )
-        return merged
+        raise RainError(_not_finite(group))
 
 
 def _not_finite(group: TensorGroup) -> str:
+    found = next(entry.id for entry in group.entries if not finite(entry.tensor))
     name = group.metadata.name
-    for entry in group.entries:
-        if not finite(entry.tensor):
-            return f"{name} holds NaN or infinite values in {entry.id}: fetch that checkpoint again"
-    return f"{name}: the difference of a model and the base model is beyond float32"
+    return f"{name} holds NaN or infinite values in {found}: fetch that checkpoint again"
 
 
 def _is_embedding(part: str) -> bool:
