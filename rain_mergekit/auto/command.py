@@ -101,7 +101,8 @@ def auto(options: AutoOptions) -> None:
     _check_usage(options)
     from pathlib import Path  # noqa: PLC0415 - keeps --help fast
 
-    from rain_mergekit.auto.run import Job, run_auto  # noqa: PLC0415
+    from rain_mergekit.auto.job import Job  # noqa: PLC0415
+    from rain_mergekit.auto.run import run_auto  # noqa: PLC0415
 
     console = options.talk.console()
     console.setup()

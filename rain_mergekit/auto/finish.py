@@ -31,7 +31,7 @@ from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.json_samples import file_digest
 
 if TYPE_CHECKING:
-    from rain_mergekit.auto.run import Job
+    from rain_mergekit.auto.job import Job
 
 _OWN = "the calibration's own texts: held-out ones say more"
 _SAMPLES = 8

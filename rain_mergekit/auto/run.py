@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
-from mergekit.options import MergeOptions
 
 from rain_mergekit.auto.candidates import Candidate, called, find_roles, look_at
 from rain_mergekit.auto.configuration import Places, configuration
 from rain_mergekit.auto.finish import measure_and_tell, merged_already, write_down
+from rain_mergekit.auto.job import Job
 from rain_mergekit.auto.needs import Needs, need_lines, needs_of, require_room
 from rain_mergekit.auto.own_set import thinks_on, write_own_set
 from rain_mergekit.auto.request import Request, continued, keep
 from rain_mergekit.auto.sets import PACKAGED, Sets, choose_sets, lay_out
-from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.tokenizers import check_tokenizers
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.merge import Making, make, refuse_input
 from rain_mergekit.commands.moving_bar import moving_bar
-from rain_mergekit.commands.options import Loading, Talk
 from rain_mergekit.config.merge_config import parse_config, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import open_checkpoint
@@ -32,19 +29,6 @@ from rain_mergekit.publish.layout import CALIBRATION, CONFIG, INSTRUCTION, REASO
 from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.staged_folder import output_folder
 from rain_mergekit.text.markers import Markers
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request, where its result goes, and how it is computed. command: what was typed."""
-
-    request: Request
-    out: Path
-    run: RunOptions
-    loading: Loading
-    talk: Talk
-    merge_options: MergeOptions
-    command: str
 
 
 def run_auto(job: Job, console: Console, agreed: Callable[[], bool]) -> str | None:
