@@ -23,11 +23,12 @@ from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.calibration.stream_engine import StreamEngine
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.calibration_file.writer import write_calibration
+from rain_mergekit.checks.answer_likelihood import swapped_answers_hint
 from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.methods import AIM
+from rain_mergekit.config.methods import AIM, RAIN
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
@@ -104,6 +105,10 @@ def _calibrate(
         world.wait()
         if config.method != AIM:  # it is the reasoning model that ran
             noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
+        subtracts = config.method == RAIN and config.settings.fit == "projection"
+        if subtracts and samples.instruction is not None:
+            hint = swapped_answers_hint(trio, run.layerwise, samples.instruction.samples)
+            advice += [hint] if hint else []
         parts = [read_part(work.part(index)) for index in range(run.parts)]
         record = RunRecord(
             dtype=job.dtype,

@@ -92,7 +92,8 @@ def likelihood(
         rows += [hidden[place - 1].cpu() for _, place in places]
         targets += [(kind, sample.input_ids[place]) for kind, place in places]
     totals = torch.zeros(len(_KINDS), 2, dtype=torch.float64)
-    for (kind, _), log in zip(targets, _log_likelihoods(layerwise, rows, targets), strict=True):
+    logs = log_likelihoods(layerwise, rows, [token for _, token in targets])
+    for (kind, _), log in zip(targets, logs, strict=True):
         value = log if kind == _THINKING else math.exp(log)
         totals[kind] += torch.tensor([value, 1.0], dtype=torch.float64)
     found = {
@@ -116,20 +117,21 @@ def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]
     return [(kind, place) for kind, place in places if place]
 
 
-def _log_likelihoods(
-    layerwise: LayerwiseModel, rows: Sequence[Tensor], targets: Sequence[tuple[int, int]]
+def log_likelihoods(
+    layerwise: LayerwiseModel, rows: Sequence[Tensor], tokens: Sequence[int]
 ) -> list[float]:
+    """Of each token after the hidden state (d) with which the one before it left the last layer."""
     if not rows:
         return []
     size = block_rows(vocabulary(layerwise))
-    wanted = torch.tensor([token for _, token in targets])
+    wanted = torch.tensor(tokens)
     found: list[float] = []
     with finishing(layerwise) as logits:
-        for part, tokens in zip(
+        for part, block in zip(
             torch.split(torch.stack(list(rows)), size), torch.split(wanted, size), strict=True
         ):
             logs = logits(part).float().cpu().log_softmax(-1)
-            found += logs.gather(1, tokens[:, None])[:, 0].tolist()
+            found += logs.gather(1, block[:, None])[:, 0].tolist()
     return found
 
 
@@ -151,15 +153,28 @@ def likelihood_of(
     None if its vocabulary ends before the samples' tokens do.
     """
     few = shortest(samples)
-    other = LayerwiseModel(
-        checkpoint, read_model_config(checkpoint), layerwise.dtype, str(layerwise.device)
-    )
-    if max(max(sample.input_ids) for sample in few) >= vocabulary(other):
+    other = beside(checkpoint, layerwise)
+    states = last_states(other, [sample.input_ids for sample in few])
+    return None if states is None else likelihood(other, few, states, World(layerwise.device), few)
+
+
+def beside(checkpoint: Checkpoint, layerwise: LayerwiseModel) -> LayerwiseModel:
+    """Another model, computed as `layerwise` is."""
+    config = read_model_config(checkpoint)
+    return LayerwiseModel(checkpoint, config, layerwise.dtype, str(layerwise.device))
+
+
+def last_states(other: LayerwiseModel, texts: Sequence[Sequence[int]]) -> list[Tensor] | None:
+    """The hidden states (T, d) with which each text leaves the last layer.
+
+    None if the model's vocabulary ends before the texts' tokens do.
+    """
+    if max(map(max, texts)) >= vocabulary(other):
         return None
-    recorded = list(other.record([sample.input_ids for sample in few]))
+    recorded = list(other.record(texts))
     states = [hidden for hidden, _ in recorded]
     for index in range(len(other.layers)):
         with other.layer(index) as layer:
             for number, (_, calls) in enumerate(recorded):
                 states[number] = run_layer(layer, states[number], calls[index])
-    return likelihood(other, few, states, World(layerwise.device), few)
+    return states

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import folder_table
 import pytest
 import torch
 import yaml
-from architectures import make
 from commands import refused, run, succeed
+from merging import merge
+from published import CHECKPOINTS, ROLES, add_tensors, check_folder, published
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, read_weights
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -20,84 +20,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from rain_mergekit.models.config_file import read_config_file
 from rain_mergekit.models.empty_model import empty_model
 
-WRITTEN = ("README.md", "mergekit_config.yml", "config.json")
-BESIDE = {
-    "tekken.json": "{}",
-    "qwen.tiktoken": "YQ== 0\n",
-    "SYSTEM_PROMPT.txt": "Think first.",
-    "LICENSE": "Apache-2.0",
-    "preprocessor_config.json": "{}",
-    "reasoning_parser.py": "# for a server\n",
-    "additional_chat_templates/tool_use.jinja": "{{ 'TOOLS' }}",
-}
-LEFT_BEHIND = {
-    "README.md": "the reasoning model's own",
-    "trainer_state.json": "{}",
-    "params.json": "{}",
-    ".gitattributes": "*.bin filter=lfs",
-}
 
-
-def age(folder: Path) -> None:
-    """The config as transformers 4 wrote it."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    rope = config.pop("rope_parameters", None) or {}
-    config["rope_theta"] = rope.get("rope_theta", 10000.0)
-    config["torch_dtype"] = config.pop("dtype")
-    config.pop("layer_types", None)
-    path.write_text(json.dumps({**config, "transformers_version": "4.44.0"}))
-
-
-def publish(folder: Path) -> None:
-    """Layers that no class knows, and all kinds of files beside the weights."""
-    age(folder)
-    for name, text in {**BESIDE, **LEFT_BEHIND}.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    weights |= {"mtp.fc.weight": torch.randn(4, 8), "mtp.norm.weight": torch.randn(4)}
-    path.unlink()
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def published(folder: Path, family: str, **parameters: Any) -> tuple[Tiny, Path]:
-    tiny = make(folder, family).using(coefficients="off", rank_by="energy", rank_share=0.9)
-    for role in ("instruct", "pretrained"):
-        age(folder / role)
-    publish(folder / "reasoning")
-    tiny.config(parameters={"calibration": str(tiny.path), **parameters})
-    return tiny, tiny.path.with_suffix(".yml")
-
-
-def check_folder(reasoning: Path, out: Path) -> None:
-    """Nothing but the weights may differ, and at lambda 0 not even they do."""
-    files = {p.relative_to(reasoning).as_posix() for p in reasoning.rglob("*") if p.is_file()}
-    for name in files - LEFT_BEHIND.keys() - {"config.json"}:
-        if not name.endswith(".safetensors"):
-            assert (out / name).read_bytes() == (reasoning / name).read_bytes(), name
-    assert not any((out / n).exists() for n in LEFT_BEHIND.keys() - {"README.md"})
-    assert json.loads((out / "config.json").read_text()) == json.loads(
-        (reasoning / "config.json").read_text()
-    )
-    own, merged = read_weights(reasoning), read_weights(out)
-    assert merged.keys() == own.keys()
-    for name, tensor in own.items():
-        assert torch.equal(merged[name], tensor), name
-
-
-@pytest.mark.parametrize("family", ["olmo2", "mixtral", "deepseek_v3"])
-def test_result_is_the_reasoning_folder_at_lambda_zero(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_result_is_the_reasoning_folder_at_lambda_zero(
+    tmp_path: Path, family: str, dialect: str
+) -> None:
     """By our command, and by mergekit-yaml with `finish` after it."""
-    tiny, config = published(tmp_path, family, **{"lambda": 0.0})
+    tiny, config = published(tmp_path, family, dialect, **{"lambda": 0.0})
     said = succeed("merge", config, tmp_path / "ours")
     assert "mtp.fc.weight" in said
     check_folder(tmp_path / "reasoning", tmp_path / "ours")
-    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), "stock"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
-    out = tmp_path / "stock"
+    content = yaml.safe_load(config.read_text())
+    out = merge(tmp_path / "stock", content).folder
     assert read_weights(out).keys() != read_weights(tmp_path / "reasoning").keys()
     assert "Finished" in succeed("finish", out)
     check_folder(tmp_path / "reasoning", out)
@@ -121,9 +55,12 @@ def test_merged_experts_are_stored_as_in_the_checkpoint(tmp_path: Path) -> None:
         assert (change * task).sum() > 0.1 * task.square().sum(), name
 
 
-def test_pickled_result_takes_the_place_of_safetensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_pickled_result_takes_the_place_of_safetensors(
+    tmp_path: Path, family: str, dialect: str
+) -> None:
     """Loaders prefer safetensors: an earlier merge's must not stay. Additions are pickled too."""
-    _, config = published(tmp_path, "olmo2")
+    _, config = published(tmp_path, family, dialect)
     succeed("merge", config, tmp_path / "out")
     content = yaml.safe_load(config.read_text())
     content["parameters"]["lambda"] = 0.0
@@ -142,13 +79,52 @@ def test_pickled_result_takes_the_place_of_safetensors(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.bin*"))
 
 
-@pytest.mark.parametrize("spelling", ["bf16", "torch.bfloat16"])
-def test_type_in_other_spellings(tmp_path: Path, spelling: str) -> None:
-    _, config = published(tmp_path, "olmo2")
+def test_what_the_folder_holds_is_documented(tmp_path: Path) -> None:
+    """Every kind of file beside the weights, after stock mergekit and after our command."""
+    table = folder_table.HEAD + "".join(folder_table.rows(tmp_path))
+    page = folder_table.PAGE.read_text(encoding="utf-8")
+    assert table in page, "run: python tests/support/folder_table.py"
+
+
+def test_head_that_is_the_embedding_and_stored_all_the_same(tmp_path: Path) -> None:
+    """Some publishers store it twice; the result does, too."""
+    tiny = Tiny.make(tmp_path, "qwen2", tie_word_embeddings=True, num_hidden_layers=1)
+    for role in ROLES:
+        weights = tiny.weights(role)
+        assert "lm_head.weight" not in weights
+        add_tensors(tmp_path / role, **{"lm_head.weight": weights["model.embed_tokens.weight"]})
+    tiny.config(parameters={"calibration": str(tiny.path), "lambda": 0.0})
+    succeed("merge", tiny.path.with_suffix(".yml"), tmp_path / "out")
+    own, merged = tiny.weights("reasoning"), read_weights(tmp_path / "out")
+    assert merged.keys() == own.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("option", ["--safe-serialization", "--no-safe-serialization"])
+def test_infinity_in_the_type_of_the_result(tmp_path: Path, option: str) -> None:
+    """Found in both formats of the weights: nothing is written."""
+    tiny = Tiny.make(tmp_path, "llama", num_hidden_layers=1)
+    name = "model.norm.weight"
+    large = torch.full_like(tiny.weights("reasoning")[name], 1e6)
+    add_tensors(tmp_path / "reasoning", **{name: large})
+    tiny.config(out_dtype="float16")
+    outcome = run("merge", tiny.path.with_suffix(".yml"), tmp_path / "out", option)
+    assert outcome.code == 1
+    assert f"{name} holds NaN or infinite values in the result in float16" in outcome.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_type_in_other_spellings(tmp_path: Path, family: str, dialect: str) -> None:
+    """The config says it in the field that the checkpoint has for it."""
+    _, config = published(tmp_path, family, dialect)
     content = yaml.safe_load(config.read_text())
+    spelling = {"olmo2": "bf16", "mixtral": "torch.bfloat16"}.get(family, "bfloat16")
     config.write_text(yaml.safe_dump({**content, "dtype": spelling}))
     succeed("merge", config, tmp_path / "out")
-    assert read_config_file(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    field = {"transformers 4": "torch_dtype", "transformers 5": "dtype"}[dialect]
+    before = read_config_file(tmp_path / "reasoning")
+    assert read_config_file(tmp_path / "out") == {**before, field: "bfloat16"}
     weights = read_weights(tmp_path / "out")
     assert {t.dtype for n, t in weights.items() if not n.startswith("mtp.")} == {torch.bfloat16}
 
@@ -204,9 +180,10 @@ def test_class_is_the_one_that_the_checkpoint_names(named: str, built: str) -> N
     assert type(empty_model(config, torch.float32)).__name__ == built
 
 
-def test_quantised_embedding_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_quantised_embedding_is_refused(tmp_path: Path, family: str, dialect: str) -> None:
     """It is copied, and converting it without its scales would give nonsense."""
-    _, config = published(tmp_path, "olmo2")
+    _, config = published(tmp_path, family, dialect)
     path = tmp_path / "reasoning" / "model.safetensors"
     weights = load_file(path)
     name = "model.embed_tokens.weight"

@@ -1,0 +1,105 @@
+"""Tiny checkpoints as people publish them: in the dialect of transformers 4 or 5, with all the
+files beside the weights and tensors that no class knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import make
+from safetensors.torch import load_file, save_file
+from tiny import Tiny, read_weights
+
+ROLES = ("reasoning", "instruct", "pretrained")
+DIALECTS = ("transformers 4", "transformers 5")
+# Dense; experts that one module holds, one tensor each in the checkpoint; experts that begin with
+# dense layers, which mergekit leaves out. Each in one dialect, the other one takes long together.
+CHECKPOINTS = [
+    pytest.param(family, dialect, marks=[] if index % 2 == number % 2 else pytest.mark.slow)
+    for index, family in enumerate(("olmo2", "mixtral", "deepseek_v3"))
+    for number, dialect in enumerate(DIALECTS)
+]
+BESIDE = {
+    "special_tokens_map.json": "{}",
+    "tekken.json": "{}",
+    "qwen.tiktoken": "YQ== 0\n",
+    "vocab.json": "{}",
+    "merges.txt": "#version: 0.2\n",
+    "chat_template.json": '{"chat_template": "{{ messages }}"}',
+    "additional_chat_templates/tool_use.jinja": "{{ 'TOOLS' }}",
+    "preprocessor_config.json": "{}",
+    "processor_config.json": "{}",
+    "SYSTEM_PROMPT.txt": "Think first.",
+    "reasoning_parser.py": "# for a server\n",
+    "LICENSE": "Apache-2.0",
+    "NOTICE": "Made by somebody.",
+    "USE_POLICY.md": "Be kind.",
+}
+LEFT_BEHIND = {
+    "README.md": "the reasoning model's own",
+    "params.json": "{}",
+    "trainer_state.json": "{}",
+    "model.gguf": "other weights",
+    ".gitattributes": "*.bin filter=lfs",
+}
+
+
+def age(folder: Path) -> None:
+    """The config as transformers 4 wrote it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config["rope_theta"] = rope.get("rope_theta", 10000.0)
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+    path.write_text(json.dumps({**config, "transformers_version": "4.44.0"}))
+
+
+def add_files(folder: Path) -> None:
+    """All kinds of files beside the weights, those that belong to the model and others."""
+    for name, text in {**BESIDE, **LEFT_BEHIND}.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text(text)
+
+
+def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
+    """Put more tensors, or others, into the one file of weights."""
+    path = folder / "model.safetensors"
+    weights = load_file(path) | tensors
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def published(
+    folder: Path, family: str, dialect: str = DIALECTS[0], **parameters: Any
+) -> tuple[Tiny, Path]:
+    """A trio and its configuration."""
+    tiny = make(folder, family).using(coefficients="off", rank_by="energy", rank_share=0.9)
+    for role in ROLES if dialect == DIALECTS[0] else ():
+        age(folder / role)
+    add_files(folder / "reasoning")
+    mtp = {"mtp.fc.weight": torch.randn(4, 8), "mtp.norm.weight": torch.randn(4)}
+    add_tensors(folder / "reasoning", **mtp)
+    tiny.config(parameters={"calibration": str(tiny.path), **parameters})
+    return tiny, tiny.path.with_suffix(".yml")
+
+
+def check_folder(reasoning: Path, out: Path) -> None:
+    """Nothing but the weights may differ, and at lambda 0 not even they do."""
+    files = {p.relative_to(reasoning).as_posix() for p in reasoning.rglob("*") if p.is_file()}
+    for name in files - LEFT_BEHIND.keys() - {"config.json"}:
+        if not name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == (reasoning / name).read_bytes(), name
+    assert not any((out / n).exists() for n in LEFT_BEHIND.keys() - {"README.md"})
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (reasoning / "config.json").read_text()
+    )
+    own, merged = read_weights(reasoning), read_weights(out)
+    assert merged.keys() == own.keys()
+    for name, tensor in own.items():
+        assert torch.equal(merged[name], tensor), name
