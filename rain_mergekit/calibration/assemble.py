@@ -134,8 +134,14 @@ def _renamed(
     result: dict[str, dict[str, Any]] = {}
     for name, entry in tensors.items():
         for target in names(name) or (Target(name),):
-            single = target.expert is not None
-            result[target.name] = _expert(entry, target, sources) if single else entry
+            if target.expert is not None:
+                result[target.name] = _expert(entry, target, sources)
+            elif target.shape:
+                axes = {-1: -2, -2: -1}
+                stored = {"shape": list(target.shape), "input_axis": axes[entry["input_axis"]]}
+                result[target.name] = {**entry, **stored}
+            else:
+                result[target.name] = entry
     return result
 
 

@@ -49,11 +49,12 @@ class TensorMerger:
     ) -> Tensor:
         """One tensor of the merge on `device`; `dtype` is mergekit's, None the stored one.
 
-        A tensor that the checkpoint holds in parts, an expert each, is merged part by part.
+        A tensor that the checkpoint holds in parts, an expert each, is merged part by part, and one
+        that it holds with axes exchanged as it is stored.
         """
         place = device or torch.device("cpu")
         targets = self._names(name)
-        if all(target.expert is None for target in targets):
+        if not any(target.shape for target in targets):
             key = targets[0].name if targets else name
             plan = self._calibration.tensors.get(key)
             if plan is not None and plan.tokens:

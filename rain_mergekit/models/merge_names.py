@@ -19,7 +19,11 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the merge; `expert` and `shape` where it is a part of a tensor of the model."""
+    """One tensor of the merge.
+
+    expert, shape: where it is a part of a tensor of the model. shape alone: where the checkpoint
+    holds the model's tensor with its last two axes exchanged, and so does the merge.
+    """
 
     name: str
     expert: int | None = None
@@ -46,15 +50,26 @@ def merge_names(config: Any, tensors: ModelTensors) -> Names:
             return ()
         if listed is None:
             everywhere = not _LAYER.search(name) or templates[_template(name)] == depth
-            return (Target(name),) if everywhere or name in tensors.checkpoint.names else ()
+            there = everywhere or name in tensors.checkpoint.names
+            return (Target(name, shape=_exchanged(name, tensors)),) if there else ()
         source = tensors.sources.get(name, Source([]))
         single = [name] if source.converter else [name, *(part for part, _ in source.parts)]
         known = next((listed[candidate] for candidate in single if candidate in listed), None)
         if known is not None:
-            return (Target(known),)
+            return (Target(known, shape=_exchanged(name, tensors)),)
         return _experts(source, listed, tensors)
 
     return names
+
+
+def _exchanged(name: str, tensors: ModelTensors) -> tuple[int, ...]:
+    """The stored shape where it is the model's with the last two axes exchanged, else nothing."""
+    source = tensors.sources.get(name)
+    if source is None or not source.converter or len(source.parts) != 1:
+        return ()
+    part = source.parts[0][0]
+    stored, own = tensors.checkpoint.shapes([part])[part], tensors.shapes([name])[name]
+    return stored if stored != own and stored == (*own[:-2], own[-1], own[-2]) else ()
 
 
 def layer_of(name: str) -> str | None:

@@ -10,6 +10,7 @@ import folder_table
 import pytest
 import torch
 import yaml
+from architectures import make
 from commands import refused, run, succeed
 from merging import merge
 from published import CHECKPOINTS, ROLES, add_tensors, check_folder, published
@@ -77,6 +78,26 @@ def test_pickled_result_takes_the_place_of_safetensors(
     assert index["weight_map"].keys() == own.keys()
     succeed("merge", config, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin*"))
+
+
+def test_experts_that_are_stored_with_their_axes_exchanged(tmp_path: Path) -> None:
+    """Qwen3-VL with experts, as transformers 4 stores it: merged as it is stored, to the same."""
+    merged: list[dict[str, torch.Tensor]] = []
+    for folder in (tmp_path / "as built", tmp_path / "exchanged"):
+        tiny = make(folder, "qwen3_vl_moe").using(rank_by="energy", rank_share=0.9)
+        for role in ROLES if folder.name == "exchanged" else ():
+            weights = tiny.weights(role)
+            turned = {n: w.mT.contiguous() for n, w in weights.items() if "experts.down" in n}
+            assert len(turned) == 2
+            add_tensors(folder / role, **turned)
+        tiny.config()
+        succeed("merge", tiny.path.with_suffix(".yml"), folder / "out")
+        merged.append(read_weights(folder / "out"))
+    straight, exchanged = merged
+    assert straight.keys() == exchanged.keys()
+    for name, tensor in exchanged.items():
+        own = tensor.mT if "experts.down" in name else tensor
+        torch.testing.assert_close(own, straight[name], rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_folder_holds_is_documented(tmp_path: Path) -> None:

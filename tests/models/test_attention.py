@@ -10,7 +10,7 @@ from tiny import FAMILIES, model_config, random_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.models import attention
@@ -200,7 +200,16 @@ def indexed(kind: str, implementation: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deepseek_v32",
+        "glm_moe_dsa",
+        pytest.param(
+            "axk2", marks=pytest.mark.skipif("axk2" not in CONFIG_MAPPING, reason="newer")
+        ),
+    ],
+)
 def test_families_that_look_into_the_mask_get_it_whole(kind: str) -> None:
     """The indexer leaves all but 12 keys out: its choice is kept."""
     eager, ours = indexed(kind, "eager"), indexed(kind, attention.DENSE)
