@@ -12,6 +12,7 @@ import click
 from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.merge import (
     add_card,
     bring_up_to_date,
@@ -29,6 +30,7 @@ from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.sweep import (
     REPORT,
     Row,
+    contents,
     folder_name,
     split_numbers,
     table,
@@ -65,6 +67,7 @@ class SweepOptions:
     reasoning_data: str | None
     samples: int
     table_only: bool
+    as_json: bool
     calibration_dtype: str | None
     activation_budget: int
     merge_options: MergeOptions
@@ -94,6 +97,7 @@ class SweepOptions:
 )
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--table-only", is_flag=True, help="Remove each merged model after measuring it.")
+@json_option
 @dtype_option("--calibration-dtype")
 @budget_option
 @add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
@@ -105,7 +109,8 @@ def sweep(options: SweepOptions) -> None:
     DIR/sweep.json. The columns are those of `mergekit-rain verify`, and measured in the same way.
     """
     config, strengths, merge_options = options.config, options.strengths, options.merge_options
-    console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
+    quiet = merge_options.quiet or options.as_json
+    console = Console(quiet=quiet, verbosity=merge_options.verbosity)
     console.setup()
     merge_options.apply_global_options()
     if not console.progress:
@@ -138,6 +143,8 @@ def sweep(options: SweepOptions) -> None:
                 shutil.rmtree(place)
             rows.append(Row(strength, None if options.table_only else place.name, found))
             write_rows(folder, rows)
+    if options.as_json:
+        print_json("sweep", {"folder": options.output, "rows": contents(rows)})
     _show(rows, folder, console)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     MarkerPairs,
@@ -29,15 +30,14 @@ from rain_mergekit.errors import RainError
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.answers import Behaviour
-    from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
     from rain_mergekit.evaluation.texts import Texts
     from rain_mergekit.evaluation.verify import VerificationResult
     from rain_mergekit.instructions.prompts import Asked
-    from rain_mergekit.models.checkpoint import Checkpoint
     from rain_mergekit.text.calibration_sets import DataSet
 
 
 _DAMAGED = 3
+_PROMPTS = 64  # of our own, where nobody has named any texts
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VerifyCommandOptions:
 
     merged: str
     against: str | None
-    reasoning_data: str
+    reasoning_data: str | None
     samples: int | None
     max_tokens: int | None
     window: int
@@ -56,6 +56,7 @@ class VerifyCommandOptions:
     prompts: str | None
     max_new_tokens: int
     card: bool
+    as_json: bool
     threads: int | None
     activation_budget: int
     device: str
@@ -76,9 +77,9 @@ class VerifyCommandOptions:
 )
 @click.option(
     "--reasoning-data",
-    required=True,
     type=click.Path(),
-    help="Samples with thinking, best not those of the calibration.",
+    help="Samples with thinking, best not those of the calibration. Without them only answers are "
+    "measured.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many, evenly spaced.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Skip samples that are longer.")
@@ -89,13 +90,14 @@ class VerifyCommandOptions:
     "--generate",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Let both models answer N prompts too; they are loaded as a whole for that.",
+    help="Let both models answer N prompts too; they are loaded as a whole for that  [default: 64 "
+    "without --reasoning-data, else none]",
 )
 @click.option(
     "--prompts",
     type=click.Path(),
     help="Where the prompts are, with IFEval's `instruction_id_list` and `kwargs` or without  "
-    "[default: those of the reasoning data]",
+    "[default: those of the reasoning data; without it some that come with the package]",
 )
 @click.option(
     "--max-new-tokens",
@@ -104,6 +106,7 @@ class VerifyCommandOptions:
     show_default=True,
     help="Longest answer; too short a limit cuts thinking off.",
 )
+@json_option
 @click.option("--card", is_flag=True, help="Write what is measured into MERGED's model card.")
 @budget_option
 @device_option()
@@ -117,16 +120,18 @@ def verify(options: VerifyCommandOptions) -> None:
 
     L_think is the mean KL divergence at the think positions: the markers and the tokens around
     them. Up to 0.01 the format is kept; above 0.05, or if --generate shows more broken thinking
-    blocks than chance explains, it is damaged (exit code 3). One layer of each model is in memory
-    at a time.
+    blocks or loops than chance explains, it is damaged (exit code 3). One layer of each model is
+    in memory at a time; answers need them whole.
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.run_verification import measure_on  # noqa: PLC0415
+    from rain_mergekit.commands.run_verification import ask_both, measure_on  # noqa: PLC0415
     from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import verdict  # noqa: PLC0415
     from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
-    console = options.talk.console()
+    if options.card and options.reasoning_data is None:
+        raise click.UsageError("--card needs --reasoning-data: it records divergences")
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     load = options.loading.options()
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
@@ -135,23 +140,25 @@ def verify(options: VerifyCommandOptions) -> None:
     how = VerifyOptions(load, device, dtype, options.activation_budget)
     against = options.against or _made_from(options.merged)
     reasoning, merged = (open_checkpoint(name, load) for name in (against, options.merged))
-    asked = _asked(options)
-    found, data = measure_on(reasoning, merged, _texts(options), how, console, options.threads)
-    for line in verify_text.drift_lines(found.drift):
-        console.print(line)
-    for line in verify_text.layer_lines(found.layers, all_of_them=console.verbosity > 0):
-        console.print(line)
-    for line in verify_text.rounding_lines(found):
-        console.print(line)
+    asked, texts = _asked(options), _texts(options)
+    found = data = None
+    if texts.path:
+        found, data = measure_on(reasoning, merged, texts, how, console, options.threads)
+        for line in verify_text.verification_lines(found, all_of_them=console.verbosity > 0):
+            console.print(line)
     answers: dict[str, Behaviour] = {}
     if asked:
-        models = {"reasoning": reasoning, "merged": merged}
-        answers = _generate(models, asked, options, how, console)
+        models, limit = {"reasoning": reasoning, "merged": merged}, options.max_new_tokens
+        answers = ask_both(models, asked, (texts, limit, how), console, options.threads)
         for line in verify_text.behaviour_lines(answers):
             console.print(line)
-    said = verdict(found.drift, answers.get("merged"), answers.get("reasoning"))
+    drift = None if found is None else found.drift
+    said = verdict(drift, answers.get("merged"), answers.get("reasoning"))
+    console.print(verify_text.measured_sentence(drift, answers))
     console.heading(f"Verdict: {verify_text.MEANING[said]}")
-    if options.card:
+    if options.as_json:
+        print_json("verify", verify_text.content(said, found, answers))
+    if options.card and found is not None and data is not None:
         _write_card(options.merged, found, data, console)
     if said == "damaged":
         click.get_current_context().exit(_DAMAGED)
@@ -161,7 +168,7 @@ def _texts(options: VerifyCommandOptions) -> Texts:
     from rain_mergekit.evaluation.texts import Texts  # noqa: PLC0415
 
     return Texts(
-        path=options.reasoning_data,
+        path=options.reasoning_data or "",
         count=options.samples,
         markers=given_markers(options.markers),
         window=options.window,
@@ -206,40 +213,16 @@ def _write_card(
 
 def _asked(options: VerifyCommandOptions) -> list[Asked]:
     """The prompts to answer; checked before anything that takes time."""
-    if not options.generate:
+    count = options.generate or (_PROMPTS if options.reasoning_data is None else None)
+    if not count:
         return []
+    from rain_mergekit.evaluation.answer_files import own_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
     from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
     from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
 
-    prompts = read_prompts(options.prompts or options.reasoning_data)
-    asked = [prompts[index] for index in evenly_spaced(range(len(prompts)), options.generate)]
+    path = options.prompts or options.reasoning_data
+    prompts = own_prompts() if path is None else read_prompts(path)
+    asked = list(evenly_spaced(prompts, count))
     check_rules(asked)
     return asked
-
-
-def _generate(
-    models: dict[str, Checkpoint],
-    asked: list[Asked],
-    options: VerifyCommandOptions,
-    how: VerifyOptions,
-    console: Console,
-) -> dict[str, Behaviour]:
-    from tqdm import tqdm  # noqa: PLC0415
-
-    from rain_mergekit.commands.thread_choice import threads_for_model  # noqa: PLC0415
-    from rain_mergekit.evaluation.verify import answers_of  # noqa: PLC0415
-
-    texts, limit, found = _texts(options), options.max_new_tokens, {}
-    for name, checkpoint in models.items():
-        with (
-            threads_for_model(checkpoint, options.threads),
-            tqdm(total=len(asked), desc=name, disable=not console.progress) as progress,
-        ):
-            found[name] = answers_of(checkpoint, asked, texts, limit, how, progress.update)
-    if cut := found["merged"].cut:
-        console.warn(
-            f"{cut} of {len(asked)} answers were cut off while thinking at {limit} tokens, so "
-            "nothing is known of their close markers; raise --max-new-tokens"
-        )
-    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rain_mergekit.system.wording import counted
 
@@ -22,6 +23,13 @@ MEANING = {
     "lower `lambda` or protect more (rank_share, max_rank); with fit: streams lower "
     "`teacher_strength` or calibrate on more samples",
 }
+
+
+def verification_lines(found: VerificationResult, *, all_of_them: bool) -> Iterator[str]:
+    """All that was measured on texts; of many layers a few, unless all are wanted."""
+    yield from drift_lines(found.drift)
+    yield from layer_lines(found.layers, all_of_them=all_of_them)
+    yield from rounding_lines(found)
 
 
 def drift_lines(found: Drift) -> Iterator[str]:
@@ -73,8 +81,14 @@ def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
         ("close marker missing", [str(one.unclosed) for one in found.values()]),
         ("nothing in the block", [str(one.empty) for one in found.values()]),
         ("cut off while thinking", [str(one.cut) for one in found.values()]),
+        ("more than one block", [str(one.several) for one in found.values()]),
+        ("loops", [str(one.looped) for one in found.values()]),
+        ("other language than the prompt", [str(one.switched) for one in found.values()]),
         ("mean thinking length, tokens", [_mean(one.tokens) for one in found.values()]),
+        ("mean length of the answer, tokens", [_mean(one.length) for one in found.values()]),
     ]
+    if first.keys:
+        rows.append(("right answers", [f"{one.correct}/{one.keys}" for one in found.values()]))
     if first.asked:
         pairs = [(f"{one.followed}/{one.instructions}") for one in found.values()]
         rows.append(("instructions followed", pairs))
@@ -83,6 +97,47 @@ def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
         )
     for name, cells in rows:
         yield f"  {name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def content(
+    verdict: str, found: VerificationResult | None, answers: Mapping[str, Behaviour]
+) -> dict[str, Any]:
+    """The same for programs."""
+    divergence = None
+    if found is not None:
+        divergence = {
+            "drift": asdict(found.drift),
+            "layers": [
+                {site: one.relative for site, one in layer.items()} for layer in found.layers
+            ],
+            "unrounded": None if found.unrounded is None else asdict(found.unrounded),
+            "unrounded_unknown": found.unknown,
+        }
+    drift = None if found is None else found.drift
+    return {
+        "verdict": verdict,
+        "measured": measured_sentence(drift, answers).removeprefix("Measured: "),
+        "divergence": divergence,
+        "answers": {name: asdict(one) for name, one in answers.items()},
+    }
+
+
+def measured_sentence(drift: Drift | None, found: Mapping[str, Behaviour]) -> str:
+    """What the verdict rests on, in one line."""
+    parts = [] if drift is None else [f"L_think {drift.think.mean:.3g}"]
+    if found:
+        merged, own = found["merged"], found["reasoning"]
+        parts.append(f"broken blocks {merged.broken} of {merged.prompts} (before {own.broken})")
+        parts.append(f"loops {merged.looped} (before {own.looped})")
+        if own.length:
+            parts.append(f"tokens {100 * (merged.length / own.length - 1):+.0f} %")
+        if own.keys:
+            parts.append(f"right {merged.correct} of {merged.keys} (before {own.correct})")
+        if own.asked:
+            parts.append(f"followed {merged.obedient} of {merged.asked} (before {own.obedient})")
+    else:
+        parts.append("answers not measured (--generate)")
+    return "Measured: " + "; ".join(parts)
 
 
 def _short(site: str) -> str:

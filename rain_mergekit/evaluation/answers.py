@@ -1,18 +1,14 @@
-"""Counts over a model's answers: complete thinking blocks, and instructions followed."""
+"""Counts over a model's answers: complete thinking blocks, loops, instructions followed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from scipy.stats import fisher_exact
-from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.instructions.prompts import Asked
-from rain_mergekit.instructions.rules import follows
-from rain_mergekit.models.generation import Answer
+from rain_mergekit.evaluation.answer_measures import Measured
 
 # More broken blocks than the reasoning model's count as damage below this p-value.
 SIGNIFICANCE = 0.05
@@ -24,9 +20,10 @@ class Behaviour:
 
     unopened: no thinking block; unclosed: the turn ended in the middle of one; empty: nothing in
     it; cut: the token limit came before the close marker, so that nothing is known of the block.
-    tokens: mean length of the blocks that were closed, None if there is none.
-    instructions, followed, obedient: instructions that a rule can check, those followed, and
-    prompts with all of theirs followed, out of `asked` prompts that have any.
+    tokens: mean length of the blocks that were closed, None if there is none; length: of all that
+    was written. instructions, followed, obedient: instructions that a rule can check, those
+    followed, and prompts with all of theirs followed, out of `asked` prompts that have any.
+    keys, correct: prompts whose answer is known, and those answered rightly.
     """
 
     prompts: int
@@ -39,6 +36,12 @@ class Behaviour:
     obedient: int
     instructions: int
     followed: int
+    several: int = 0
+    looped: int = 0
+    switched: int = 0
+    keys: int = 0
+    correct: int = 0
+    length: float = 0.0
 
     @property
     def broken(self) -> int:
@@ -46,35 +49,42 @@ class Behaviour:
         return self.unopened + self.unclosed + self.empty
 
 
-def behaviour(
-    asked: Sequence[Asked], answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase
-) -> Behaviour:
-    """Sum up one model's answers to the prompts, in the same order.
+def behaviour(answers: Sequence[Measured]) -> Behaviour:
+    """Sum up one model's answers.
 
-    Only the response after a closed block is checked against the instructions: an answer without
-    one follows none of them, whatever the thinking looks like.
+    Only the response after a closed block counts for instructions and keys: an answer without one
+    follows none of them, whatever it looks like.
     """
-    thoughts = [answer.thought for answer in answers]
-    closed = [thought for thought in thoughts if thought.complete]
-    lengths = [len(_ids(tokenizer, thought.thinking)) for thought in closed]
-    open_ended = [a for a in answers if a.thought.opened and not a.thought.closed]
+    lengths = [one.thinking for one in answers if one.whole]
+    open_ended = [one for one in answers if one.opened and not one.closed]
     checked = [
-        follows(prompt, answer.thought.response if answer.thought.closed else "")
-        for prompt, answer in zip(asked, answers, strict=True)
-        if prompt.instructions
+        [good and _responds(one) for good in one.followed]
+        for one in answers
+        if one.followed is not None
     ]
+    keys = [one for one in answers if one.correct is not None]
     return Behaviour(
         prompts=len(answers),
-        unopened=sum(not thought.opened for thought in thoughts),
-        unclosed=sum(answer.finished for answer in open_ended),
-        empty=sum(t.opened and t.closed and not t.thinking for t in thoughts),
-        cut=sum(not answer.finished for answer in open_ended),
+        unopened=sum(not one.opened for one in answers),
+        unclosed=sum(one.finished for one in open_ended),
+        empty=sum(one.empty for one in answers),
+        cut=sum(not one.finished for one in open_ended),
         tokens=fmean(lengths) if lengths else None,
         asked=len(checked),
         obedient=sum(all(found) for found in checked),
         instructions=sum(len(found) for found in checked),
         followed=sum(sum(found) for found in checked),
+        several=sum(one.blocks > 1 for one in answers),
+        looped=sum(one.looped for one in answers),
+        switched=sum(one.switched for one in answers),
+        keys=len(keys),
+        correct=sum(bool(one.correct) and _responds(one) for one in keys),
+        length=fmean(one.tokens for one in answers) if answers else 0.0,
     )
+
+
+def _responds(one: Measured) -> bool:
+    return one.opened and one.closed
 
 
 def breaks_more(merged: Behaviour, reasoning: Behaviour) -> bool:
@@ -83,8 +93,13 @@ def breaks_more(merged: Behaviour, reasoning: Behaviour) -> bool:
     Fisher's exact test, one-sided, on the prompts whose answers were not cut.
     """
     table = [[one.broken, one.prompts - one.cut - one.broken] for one in (merged, reasoning)]
+    return _more(table)
+
+
+def loops_more(merged: Behaviour, reasoning: Behaviour) -> bool:
+    """The same for answers that loop, of all."""
+    return _more([[one.looped, one.prompts - one.looped] for one in (merged, reasoning)])
+
+
+def _more(table: list[list[int]]) -> bool:
     return float(fisher_exact(table, alternative="greater").pvalue) < SIGNIFICANCE
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.divergence import Drift
@@ -77,10 +78,14 @@ def _line(row: Row) -> str:
     return f"{row.strength:>8g}  {numbers}  {row.drift.verdict}"
 
 
+def contents(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows for programs, each with its verdict."""
+    return [{**asdict(row), "verdict": row.drift.verdict} for row in rows]
+
+
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Write what is measured so far to sweep.json; RainError if it cannot be written."""
-    content = [{**asdict(row), "verdict": row.drift.verdict} for row in rows]
-    text = json.dumps({"created_by": AUTHOR, "rows": content}, indent=1)
+    text = json.dumps({"created_by": AUTHOR, "rows": contents(rows)}, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

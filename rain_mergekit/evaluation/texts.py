@@ -16,7 +16,7 @@ from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.system.json_samples import file_digest
 from rain_mergekit.text.calibration_sets import DataSet, load_reasoning
-from rain_mergekit.text.marker_detection import find_markers
+from rain_mergekit.text.marker_detection import find_markers, tokenizer_markers
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.token_positions import ReasoningTokens
 
@@ -26,7 +26,10 @@ _NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
 
 @dataclass(frozen=True)
 class Texts:
-    """Which texts with thinking to measure on; count None: all; markers None: found in them."""
+    """Which texts with thinking to measure on; count None: all; markers None: found in them.
+
+    path "": there are none, and markers are those that the tokenizer knows.
+    """
 
     path: str
     count: int | None = None
@@ -84,4 +87,6 @@ def read_texts(
 
 def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:
     """The markers of the texts, or those that the model of this tokenizer writes."""
+    if not texts.path:
+        return texts.markers or tokenizer_markers(tokenizer, texts.chat_template_kwargs)
     return texts.markers or find_markers(texts.path, tokenizer, texts.chat_template_kwargs)

@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.data_building.local import LocalWriter
+from rain_mergekit.data_building.tasks import Sampling, Task, Written
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
+from rain_mergekit.evaluation.answer_measures import Measured, Reading, measure
+from rain_mergekit.evaluation.answers import Behaviour, breaks_more, loops_more
 from rain_mergekit.evaluation.comparable import check_same_tokens
 from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.evaluation.layerwise_drift import (
@@ -28,12 +31,11 @@ from rain_mergekit.evaluation.texts import Texts, markers_of
 from rain_mergekit.evaluation.unrounded_merge import Unrounded
 from rain_mergekit.instructions.prompts import Asked
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.generation import generate, load_model
 from rain_mergekit.models.loading import read_model_config
-from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 LOG = logging.getLogger(__name__)
+_BATCH = 16  # answers at a time
 
 
 @dataclass(frozen=True)
@@ -103,29 +105,35 @@ def answers_of(
     limit: int,
     how: VerifyOptions,
     tick: Tick = lambda _done: None,
-) -> Behaviour:
-    """What the model, loaded as a whole, writes to the prompts in at most `limit` tokens each.
+) -> list[Measured]:
+    """What the model, loaded as a whole, writes to each prompt, greedily, in `limit` tokens.
 
     texts: what it is measured on, for the markers and the arguments of the chat template.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, how.device, how.dtype)
-    prompts = [prompt.text for prompt in asked]
-    answers = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=limit,
-        markers=markers_of(texts, tokenizer),
-        chat_template_kwargs=texts.chat_template_kwargs,
-        batch_size=16,
-        tick=tick,
+    template = dict(texts.chat_template_kwargs)
+    writer = LocalWriter(
+        checkpoint,
+        Sampling(limit, temperature=0.0, top_p=None, seed=0),
+        device=how.device,
+        dtype=how.dtype,
+        batch_size=_BATCH,
+        chat_template_kwargs=template,
     )
-    return behaviour(asked, answers, tokenizer)
+    markers = markers_of(texts, writer.tokenizer)
+    reading = Reading(markers, writer.opens_block("probe", markers))
+    found: dict[str, Written] = {}
+    for written in writer.write([Task(text) for text in {a.text for a in asked}], lambda _: False):
+        found.update({task.prompt: one for task, one in written})
+        tick(len(written))
+    return [measure(prompt, found[prompt.text], reading) for prompt in asked]
 
 
-def verdict(drift: Drift, merged: Behaviour | None, reasoning: Behaviour | None) -> str:
-    """`kept`, `at risk` or `damaged`: by L_think, and by the blocks that were broken."""
-    if merged is not None and reasoning is not None and breaks_more(merged, reasoning):
+def verdict(drift: Drift | None, merged: Behaviour | None, reasoning: Behaviour | None) -> str:
+    """`kept`, `at risk` or `damaged`: by L_think, and by blocks that were broken and by loops.
+
+    drift None: it was not measured, and answers decide alone.
+    """
+    pair = () if merged is None or reasoning is None else (merged, reasoning)
+    if pair and (breaks_more(*pair) or loops_more(*pair)):
         return "damaged"
-    return drift.verdict
+    return "kept" if drift is None else drift.verdict

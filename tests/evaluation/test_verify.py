@@ -23,8 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
+from rain_mergekit.data_building.tasks import Written
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import layerwise_drift
+from rain_mergekit.evaluation.answer_measures import Measured, Reading, measure
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
 from rain_mergekit.evaluation.divergence import Drift, Place
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
@@ -33,11 +35,9 @@ from rain_mergekit.evaluation.verify import measure_merge, verdict
 from rain_mergekit.instructions.prompts import Asked, Instruction, read_prompts
 from rain_mergekit.instructions.rules import follows
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.generation import Answer
 from rain_mergekit.models.loading import LoadOptions
-from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_reasoning
-from rain_mergekit.text.thinking_blocks import Thought
+from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -313,20 +313,22 @@ def test_verify_says_when_answers_were_cut() -> None:
 
 # Behaviour
 
-NONE = Thought(False, False, "", "plain")
-GOOD = Thought(True, True, "a b", "an answer")
-OPEN = Thought(True, False, "a", "")
-EMPTY = Thought(True, True, "", "an answer")
+GOOD = "<think>a b</think>an answer"
+READING = Reading(Markers(), opened_by_template=False)
+
+
+def measured(text: str, asked: Asked | None = None, *, finished: bool = True) -> Measured:
+    return measure(asked or Asked("s", "p"), Written(text, None, finished), READING)
 
 
 def test_behaviour_counts() -> None:
-    tokenizer = load_tokenizer(checkpoint(TRIO / "reasoning"))
-    thoughts = [(NONE, True), (GOOD, True), (OPEN, True), (OPEN, False), (EMPTY, True)]
-    answers = [Answer("p", "", thought, finished) for thought, finished in thoughts]
-    found = behaviour([Asked("s", "p")] * 5, answers, tokenizer)
+    texts = ["plain", GOOD, "<think>a", "<think></think>an answer", GOOD * 2]
+    answers = [*map(measured, texts), measured("<think>a", finished=False)]
+    found = behaviour(answers)
     assert (found.unopened, found.unclosed, found.cut, found.empty) == (1, 1, 1, 1)
     assert found.broken == 3
-    assert found.tokens == len(tokenizer("a b", add_special_tokens=False)["input_ids"])
+    assert found.several == 1
+    assert found.tokens == answers[1].thinking
     assert found.asked == found.instructions == 0
 
 
@@ -350,6 +352,35 @@ def test_broken_blocks_beyond_chance(merged: Behaviour, reasoning: Behaviour, wo
     calm = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
     assert verdict(calm, merged, reasoning) == ("damaged" if worse else "kept")
     assert verdict(calm, None, None) == "kept"
+
+
+def test_loops_beyond_chance() -> None:
+    calm = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
+    loops, none = replace(counts(50, 0), looped=10), counts(50, 0)
+    assert verdict(calm, loops, none) == "damaged"
+    assert verdict(calm, replace(none, looped=1), none) == "kept"
+    assert verdict(None, none, none) == "kept"
+
+
+def test_verify_without_any_file() -> None:
+    """Prompts that come with the package, far beyond these words: their blocks break or loop."""
+    options = ("--generate", 3, "--max-new-tokens", 24, "--json")
+    outcome = run("verify", TRIO / "instruct", "--against", TRIO / "reasoning", *options)
+    found = json.loads(outcome.stdout)
+    assert (found["format"], found["version"]) == ("mergekit-rain verify", 1)
+    assert found["divergence"] is None
+    assert found["answers"]["merged"]["prompts"] == 3
+    assert "broken blocks 3 of 3" in found["measured"]
+    assert run("verify", "a", "--against", "b", "--card").code == 2
+
+
+def test_verify_for_programs() -> None:
+    outcome = run(*verify(TRIO / "reasoning", "--samples", 2, "--json"))
+    found = json.loads(outcome.stdout)
+    assert found["verdict"] == "kept"
+    assert found["divergence"]["drift"]["think"]["mean"] == 0
+    assert len(found["divergence"]["layers"]) == 4
+    assert found["measured"] == "L_think 0; answers not measured (--generate)"
 
 
 # Rules
@@ -389,18 +420,16 @@ def test_rules(rule: str, arguments: dict[str, Any], good: str, bad: str, tmp_pa
 
 @needs_rules
 def test_only_the_response_after_a_closed_block_is_checked() -> None:
-    tokenizer = load_tokenizer(checkpoint(TRIO / "reasoning"))
     asked = Asked(
         "s", "p", (Instruction("punctuation:no_comma"), Instruction("startend:quotation"))
     )
-    thoughts = [
-        Thought(True, True, "a, b", "none here"),
-        Thought(True, True, "a, b", '"all"'),
-        Thought(True, False, '"none here"', ""),
-        Thought(False, False, "", '"all"'),
+    texts = [
+        "<think>a, b</think>none here",
+        '<think>a, b</think>"all"',
+        '<think>"none here"',
+        '"all"',
     ]
-    answers = [Answer("p", "", thought, True) for thought in thoughts]
-    found = behaviour([asked] * 4, answers, tokenizer)
+    found = behaviour([measured(text, asked) for text in texts])
     assert (found.asked, found.obedient, found.instructions, found.followed) == (4, 1, 8, 3)
 
 
