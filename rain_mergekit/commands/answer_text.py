@@ -47,7 +47,7 @@ def _row(one: Difference) -> str:
         change, ends = f"{100 * one.mean:+.1f}", (100 * one.low, 100 * one.high)
         bounds = f"{ends[0]:+.1f} to {ends[1]:+.1f}"
     else:
-        values = [f"{value:.4g}" for value in (one.first, one.second)]
+        values = [f"{value:.3g}" for value in (one.first, one.second)]
         change, bounds = f"{one.mean:+.3g}", f"{one.low:+.3g} to {one.high:+.3g}"
     return (
         f"{one.metric.label:<26}{values[0]:>9}{values[1]:>9}{change:>10}   {bounds:<22}"

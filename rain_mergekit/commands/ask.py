@@ -20,6 +20,7 @@ from rain_mergekit.commands.options import (
     template_option,
     typed,
 )
+from rain_mergekit.errors import RainError
 
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
@@ -130,6 +131,8 @@ def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:
         hint = f"the answers so far are kept in {options.output}; the same command goes on"
         raise KeyboardInterrupt(hint) from None
     refused = getattr(writer, "refused", ())
+    if len(refused) == len({prompt.text for prompt in asked}) * options.samples:
+        raise RainError(f"the server answers none of the prompts: {refused[0]}")
     if refused:
         console.warn(f"{counted(len(refused), 'prompt')} not answered, the first: {refused[0]}")
     console.print(f"{counted(new, 'new answer')} in {options.output}")

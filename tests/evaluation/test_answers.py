@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +303,44 @@ def test_no_finished_answer_is_lost_and_the_run_goes_on(tmp_path: Path) -> None:
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert len(lines) == 13
     assert len({json.loads(line)["key"] for line in lines[1:]}) == 12
+
+
+def test_server_that_answers_nothing(tmp_path: Path) -> None:
+    with serving(right, [400] * 12) as server:
+        outcome = run(*ask(server.url, tmp_path, "a.jsonl"))
+        assert outcome.code == 1
+        assert "answers none of the prompts: refused by the server: HTTP 400" in outcome.output
+        assert "12 new answers" in succeed(*ask(server.url, tmp_path, "a.jsonl"))
+
+
+@pytest.mark.slow  # it starts another program that loads a model
+def test_transformers_own_server(tmp_path: Path) -> None:
+    """The same answers as in this process; needs what `transformers[serving]` installs."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("openai")
+    model, url = TRIO / "reasoning", f"http://127.0.0.1:{free_port()}/v1"
+    command = (sys.executable, "-m", "transformers.cli.transformers", "serve", model)
+    place = ("--port", url.rpartition(":")[2].removesuffix("/v1"), "--host", "127.0.0.1")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join((TRIO / "test.jsonl").read_text().splitlines(keepends=True)[:6]))
+    how = ("--prompts", path, "--max-new-tokens", 96, "--temperature", 0)
+    with subprocess.Popen([*map(str, command), *place, "--dtype", "float32"]) as process:
+        try:
+            remote = tmp_path / "remote.jsonl"
+            succeed("ask", model, "--server", url, "-o", remote, *how, "--retries", 6)
+        finally:
+            process.terminate()
+    succeed("ask", model, "-o", tmp_path / "here.jsonl", *how)
+    found = [read_answers(str(tmp_path / f"{name}.jsonl")) for name in ("remote", "here")]
+    pairs = zip(*(one.answers for one in found), strict=True)
+    assert all(there.measured == here.measured for there, here in pairs)
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
 
 
 def test_line_that_was_cut_short_is_asked_for_again(good: Path, tmp_path: Path) -> None:

@@ -86,13 +86,17 @@ def completion(reply: Reply) -> dict[str, Any]:
     return {"choices": [choice], "usage": {"completion_tokens": tokens}}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # as servers of models have; 5 would make clients wait a second
+
+
 @contextmanager
 def serving(
     replies: Callable[[str], Reply], faults: list[int | str] | None = None
 ) -> Iterator[Script]:
     script = Script(replies, list(faults or []))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _handler(script))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     script.url = f"http://127.0.0.1:{server.server_port}/v1"
