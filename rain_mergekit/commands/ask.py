@@ -130,7 +130,7 @@ def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:
     except KeyboardInterrupt:
         hint = f"the answers so far are kept in {options.output}; the same command goes on"
         raise KeyboardInterrupt(hint) from None
-    refused = getattr(writer, "refused", ())
+    refused: list[str] = getattr(writer, "refused", [])
     if len(refused) == len({prompt.text for prompt in asked}) * options.samples:
         raise RainError(f"the server answers none of the prompts: {refused[0]}")
     if refused:
