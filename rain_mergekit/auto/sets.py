@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-import rain_mergekit
 from rain_mergekit.auto.request import Request
 from rain_mergekit.data_building.output import write_samples
 from rain_mergekit.errors import RainError
 from rain_mergekit.publish.layout import HELD_OUT, INSTRUCTION, REASONING
 from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.system.json_samples import read_samples
+from rain_mergekit.system.shipped_files import shipped
 
-PACKAGED = Path(rain_mergekit.__file__).parent / "examples" / "calibration"
+PACKAGED = shipped("calibration")
 # Known tokenizers give all of a text back and have a token for three or four characters of English;
 # one made for something else loses it, or takes it letter by letter.
 _READABLE, _PER_TOKEN = 0.98, 2.0

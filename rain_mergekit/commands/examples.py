@@ -13,12 +13,12 @@ import click
 
 from rain_mergekit.commands.options import Talk, output_options, typed
 from rain_mergekit.errors import RainError
+from rain_mergekit.system.shipped_files import shipped
 
-_PACKAGE = Path(__file__).parents[1]
 _FOLDERS = {
-    "configs": _PACKAGE / "examples" / "configs",
-    "calibration": _PACKAGE / "examples" / "calibration",
-    "trio": _PACKAGE / "trio",
+    "configs": shipped("configs"),
+    "calibration": shipped("calibration"),
+    "trio": Path(__file__).parents[1] / "trio",
 }
 _SHOWN = 3
 

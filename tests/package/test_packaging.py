@@ -56,6 +56,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
         str(path.relative_to(PACKAGE.parent))
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
+    } | {
+        f"rain_mergekit/examples/{path.relative_to(PACKAGE.parent)}"
+        for folder in ("configs", "calibration")
+        for path in (PACKAGE.parent / folder).rglob("*")
+        if path.is_file()
     }
     about = f"rain_mergekit-{rain_mergekit.__version__}.dist-info"
     written = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")

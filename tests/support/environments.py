@@ -98,11 +98,8 @@ def build_wheel(folder: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         sources.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, sources)
-    shutil.copytree(
-        ROOT / "rain_mergekit",
-        sources / "rain_mergekit",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    for name in ("rain_mergekit", "configs", "calibration"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = ("-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w")
     subprocess.run(
         (sys.executable, *command, str(folder), str(sources)), check=True, capture_output=True
