@@ -98,6 +98,7 @@ class Bench:
             "rain": {
                 "reasoning_data": str(data),
                 "instruction_data": str(TRIO / "instruction.jsonl"),
+                "fit": "projection",
                 "rank_share": point["share"],
             },
         }

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
 REASONING = ROOT / "rain_mergekit" / "trio" / "reasoning"
 WITHOUT = "task-arithmetic-linear"
-MODELS = {WITHOUT: "without a projection", "rain": "with it"}
+MODELS = {WITHOUT: "without a projection", "projection": "with it"}
 KINDS = {"self_attn.q_proj": "attention (q, k, v)", "mlp.down_proj": "down"}
 
 

@@ -143,7 +143,7 @@ def rain_config(
         data = {
             f"{kind}_data": str(trio / f"{kind}.jsonl") for kind in ("reasoning", "instruction")
         }
-        config["rain"] = {**data, **settings}
+        config["rain"] = {**data, "fit": "projection", **settings}
     return config
 
 

@@ -3,6 +3,7 @@
 python -m testbed.language make --seed 0 --out DIR
 python -m testbed.language score MODEL_DIR --trio DIR [--quick]
 python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
+python -m testbed.language attempt --trio DIR --work DIR --rain ROWS.yml
 python -m testbed.language page
 """
 
@@ -71,6 +72,14 @@ def board(options: argparse.Namespace) -> None:
     print(write_table(results).read_text(encoding="utf-8"))
 
 
+def attempt(options: argparse.Namespace) -> None:
+    """Rows on prompts that settings are chosen on; the test prompts are not asked."""
+    made = Board(options.trio, options.work, options.results / options.trio.name)
+    for row in (row for path in options.rain for row in rain_rows(path)):
+        found = made.attempt(row)["numbers"]
+        print(row.name, {name: round(value["value"], 3) for name, value in found.items()})
+
+
 def page(options: argparse.Namespace) -> None:
     """The results page, from the rows of one trio."""
     print(write_page(options.results / options.trio))
@@ -103,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     boarding.add_argument("--rain", type=Path, action="append", default=[], help="more rows, YAML")
     boarding.add_argument("--rows", nargs="+", help="only these")
     boarding.set_defaults(run=board)
+    attempting = commands.add_parser("attempt", help=attempt.__doc__)
+    attempting.add_argument("--trio", type=Path, required=True)
+    attempting.add_argument("--work", type=Path, required=True, help="folder for what is made")
+    attempting.add_argument("--results", type=Path, default=RESULTS)
+    attempting.add_argument("--rain", type=Path, action="append", required=True, help="rows, YAML")
+    attempting.set_defaults(run=attempt)
     writing = commands.add_parser("page", help=page.__doc__)
     writing.add_argument("--trio", default="trio-s0", help="the name of its folder of rows")
     writing.add_argument("--results", type=Path, default=RESULTS)

@@ -14,11 +14,14 @@ from testbed.language.generating import Output
 from testbed.language.judging import Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
+from testbed.language.sets import write_choosing
 
 LOG = logging.getLogger(__name__)
 ROLES = ("pretrained", "reasoning", "instruct")
 STEPS = 1.4  # how much further the grid goes where its last strength is the best one
 MOST_STEPS = 2
+SEED = 0  # of the prompts that settings are chosen on
+SETTINGS_PLAIN = 32  # of these, without a constraint
 CHOOSING_PLAIN = 16  # they only decide between strengths that are equal in both
 Found = dict[str, Any]
 
@@ -38,6 +41,15 @@ class Board:
             self.trio / "validation.jsonl",
             divergence=False,
             plain=CHOOSING_PLAIN,
+        )
+
+    @cached_property
+    def choosing(self) -> Judge:
+        return Judge(
+            self.trio / "reasoning",
+            write_choosing(SEED, self.trio),
+            divergence=False,
+            plain=SETTINGS_PLAIN,
         )
 
     @cached_property
@@ -83,6 +95,15 @@ class Board:
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
         return self._write(row.slug, {**found, **said, "swept": brief})
 
+    def attempt(self, row: Row) -> Found:
+        """A row on prompts that settings may be chosen on, never on the test prompts."""
+        strength = row.strengths[0]
+        found = self._numbers(row, strength, "choosing")
+        said = {"name": row.name, "rain": dict(row.rain), "strength": strength}
+        sets = ("reasoning", "instruction")
+        samples = {kind: _lines(self.trio / f"{kind}.jsonl") for kind in sets}
+        return self._write(f"choosing/{row.slug}", {**found, **said, "samples": samples})
+
     def _numbers(self, row: Row, strength: float, split: str) -> Found:
         judge: Judge = getattr(self, split)
         key = self._key(row, strength, judge)
@@ -114,10 +135,16 @@ class Board:
     def _write(self, slug: str, found: Mapping[str, Any]) -> Found:
         """The row without the texts, for the repository."""
         kept = {name: value for name, value in found.items() if name != "outputs"}
-        self.results.mkdir(parents=True, exist_ok=True)
+        path = self.results / f"{slug}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
-        (self.results / f"{slug}.json").write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         return kept
+
+
+def _lines(path: Path) -> int:
+    with path.open(encoding="utf-8") as file:
+        return sum(1 for _ in file)
 
 
 def _merit(found: Mapping[str, Any]) -> tuple[float, float]:

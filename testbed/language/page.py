@@ -10,6 +10,13 @@ from testbed.language.table import FIRST, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
 OURS = "rain"
+TRIED = {
+    "plain_right": "plain right",
+    "constrained_right": "right",
+    "whole_constrained": "whole",
+    "followed": "followed",
+    "both": "both",
+}
 SWEPT = {
     "plain_right": "plain right",
     "whole_constrained": "whole, constrained",
@@ -25,6 +32,7 @@ def write_page(results: Path) -> Path:
     text = _between(text, "verdict", verdict(rows) + "\n")
     text = _between(text, "table", "\n" + table(rows) + "\n")
     text = _between(text, "strengths", "\n" + strengths(rows) + "\n")
+    text = _between(text, "attempts", "\n" + attempts(results.parent) + "\n")
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
 
@@ -43,6 +51,20 @@ def strengths(rows: Sequence[Mapping[str, Any]]) -> str:
         for strength, found in row.get("swept", {}).items()
     ]
     return markdown(["", "strength", *SWEPT.values()], lines)
+
+
+def attempts(results: Path) -> str:
+    """Settings that were tried on prompts for choosing, of all trios."""
+    found = [row for folder in sorted(results.glob("*/choosing")) for row in load_rows(folder)]
+    lines = [
+        [
+            row["name"],
+            str(row["samples"]["instruction"]),
+            *(percent(_value(row, name)) for name in TRIED),
+        ]
+        for row in found
+    ]
+    return markdown(["", "instruction samples", *TRIED.values()], lines)
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:

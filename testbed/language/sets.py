@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, foll
 from testbed.puzzles.records import write_lines
 
 Record = dict[str, Any]
-VALIDATION, TEST = (48, 0, 48), (64, 64, 128)  # known wordings, held-out wordings, no constraint
+# Known wordings, held-out wordings, no constraint.
+VALIDATION, TEST, CHOOSING = (48, 0, 48), (64, 64, 128), (64, 64, 48)
 PLAIN, CONSTRAINED, INSTRUCTION = 100, 120, 160
 # where a constraint shows in one place of the answer alone
 _PLACES = {
@@ -45,13 +47,23 @@ def prompt_record(task: Task) -> Record:
 def write_prompts(seed: int, out: Path) -> None:
     """The prompts to choose strengths on and the ones to judge on; no model is needed."""
     for name, counts in (("validation", VALIDATION), ("test", TEST)):
-        rng = dice(seed, name)
-        tasks = []
-        for part, count in enumerate(counts):
-            for index in range(count):
-                asked = 0 if part == 2 else 2 if index % 4 == 3 else 1
-                tasks.append(_fresh(rng, name, asked, part == 1, tasks))
-        write_lines(out / f"{name}.jsonl", (prompt_record(task) for task in tasks))
+        _write_tasks(dice(seed, name), name, counts, out / f"{name}.jsonl")
+
+
+def write_choosing(seed: int, out: Path) -> Path:
+    """More validation prompts, to choose settings on; returns the file."""
+    path = out / "choosing.jsonl"
+    _write_tasks(dice(seed + 1000, "validation"), "validation", CHOOSING, path)
+    return path
+
+
+def _write_tasks(rng: random.Random, split_name: str, counts: Sequence[int], path: Path) -> None:
+    tasks: list[Task] = []
+    for part, count in enumerate(counts):
+        for index in range(count):
+            asked = 0 if part == 2 else 2 if index % 4 == 3 else 1
+            tasks.append(_fresh(rng, split_name, asked, part == 1, tasks))
+    write_lines(path, (prompt_record(task) for task in tasks))
 
 
 def _fresh(

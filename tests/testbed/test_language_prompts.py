@@ -1,6 +1,7 @@
 """The real-language testbed: problems, constraints, checks of answers, sets."""
 
 import random
+from collections import Counter
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from testbed.language.numbers import in_words, numbers
 from testbed.language.problems import KINDS, UNCALIBRATED_KINDS
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
-from testbed.language.sets import instruction_record, prompt_record, write_prompts
+from testbed.language.sets import instruction_record, prompt_record, write_choosing, write_prompts
 from testbed.language.tasks import (
     Asked,
     Task,
@@ -199,3 +200,14 @@ def test_instruction_records_have_spans_that_the_calibration_finds(tmp_path: Pat
     data = load_instruction(tmp_path / "instruction.jsonl", load_tokenizer(TRIO / "reasoning"))
     assert data.skipped == ()
     assert len(data.samples) == len(records)
+
+
+def test_prompts_for_choosing_are_none_to_judge_on(tmp_path: Path) -> None:
+    write_prompts(0, tmp_path)
+    chosen = read_lines(write_choosing(0, tmp_path))
+    counts = Counter((bool(one["constraints"]), one["held_out_wording"]) for one in chosen)
+    assert counts[True, True] == 64
+    assert counts[True, False] == 64
+    assert len(chosen) == 64 + 64 + 48
+    judged_on = {one["prompt"] for one in read_lines(tmp_path / "test.jsonl")}
+    assert not judged_on & {one["prompt"] for one in chosen}
