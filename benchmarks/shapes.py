@@ -186,6 +186,7 @@ def write_config(folder: Path, method: str = "rain", **settings: Any) -> Path:
             "reasoning_data": str(folder / "reasoning.jsonl"),
             "instruction_data": str(folder / "instruction.jsonl"),
             "accept": ["no_thinking"],  # as random models do not
+            "fit": "projection",
             **settings,
         },
     }

@@ -36,7 +36,7 @@ class AutoOptions:
 
     models: tuple[str, ...]
     out: str
-    fit: str | None
+    fit: str
     strength: float
     yes: bool
     reasoning_data: str | None
@@ -64,8 +64,9 @@ class AutoOptions:
 @click.option(
     "--fit",
     type=click.Choice(["streams", "projection"]),
-    help="streams needs two models, projection (the paper's) a pretrained one too  "
-    "[default: by the number of models]",
+    default="streams",
+    show_default=True,
+    help="streams needs two models, projection (the paper's) a pretrained one too.",
 )
 @click.option("--lambda", "strength", type=float, default=1.0, show_default=True)
 @click.option("--reasoning-data", type=click.Path(), help="Your reasoning set.")
@@ -144,7 +145,7 @@ def _request(options: AutoOptions) -> Any:
 
     return Request(
         models=options.models,
-        fit=options.fit or ("streams" if len(options.models) == 2 else "projection"),
+        fit=options.fit,
         strength=options.strength,
         markers=options.markers,
         chat_template_kwargs=json.dumps(options.chat_template_kwargs, sort_keys=True),

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
+from rain_mergekit.calibration.options import MIN_RANK_CAP
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.config.settings import RainSettings
 
 FLOAT32, FLOAT64 = 4, 8
-_MIN_RANK = 8
 # A plain decoder has four sites: the merged stream passes a layer once for each, and once more.
 _SITES = 4
 # What the early ends of these passes leave out: together they are about so many whole passes.
@@ -55,11 +55,11 @@ class StreamShape:
         )
 
     def rank_within(self, settings: RainSettings) -> int:
-        """The largest rank of a change: as given, or what the size budget allows (at least 8)."""
+        """The largest rank of a change: as given, or what the size budget allows."""
         if settings.max_rank is not None:
             return settings.max_rank
         room = settings.size_budget * self.model_bytes
-        return max(_MIN_RANK, int(room / (self.elements_per_rank * FLOAT32)))
+        return max(MIN_RANK_CAP, int(room / (self.elements_per_rank * FLOAT32)))
 
     def needs(self, texts: StreamTexts) -> StreamNeeds:
         """All passes of one layer, those that end early counted whole."""

@@ -8,6 +8,7 @@ from typing import Any
 
 # Held-out texts are always somewhat worse; a larger ratio means too few samples.
 _FACTOR, _MARGIN = 2.0, 0.05
+_KEPT = 0.9  # of the fitted energy: what a rank cap may cut without a word
 
 
 def stream_warnings(
@@ -33,8 +34,8 @@ def stream_warnings(
                 "more samples, or a larger `stream_epsilon`"
             )
     cut = [n for n, t in tensors.items() if "fit" in t and t["fit"]["rank"] < t["fit"]["wanted"]]
-    if cut:
-        kept = fmean(tensors[name]["fit"]["explained"] for name in cut)
+    kept = fmean(tensors[name]["fit"]["explained"] for name in cut) if cut else 1.0
+    if kept < _KEPT:
         yield (
             f"{len(cut)} of {len(tensors)} changes reached the rank cap (the first: {cut[0]}) and "
             f"keep {kept:.0%} of the fitted energy on average; a larger `size_budget` or "

@@ -17,7 +17,7 @@ from rain_mergekit.text.token_positions import InstructionTokens
 # the answers better although it follows no instruction, by more than any limit could allow for.
 _LIMIT = 0.02
 # With less than this, in nats a token, a model would not write the answers at all.
-_WRITES = -2.0
+_WRITES = -1.5
 _FEW, _TOKENS = 4, 64
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from rain_mergekit.config.listed_models import listed_models
 from rain_mergekit.config.merge_parameters import TYPE_FIELDS, check_merge
-from rain_mergekit.config.methods import AIM, CALIBRATED, REGMEAN, aim_models, check_settings
+from rain_mergekit.config.methods import AIM, CALIBRATED, REGMEAN, aim_models, settings_for
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name
@@ -121,8 +121,8 @@ def parse_config(text: str, source: str) -> RainConfig:
             f"{source}: lambda is given for {next(iter(recipe.slice_strengths))}: give it under "
             "the configuration's own parameters, where it may be a gradient over the layers"
         )
-    settings = parse_settings(recipe.content.get("rain"), source)
-    check_settings(recipe.method, settings, source)
+    given = parse_settings(recipe.content.get("rain"), source)
+    settings = settings_for(recipe.method, given, source)
     return RainConfig(
         **{f.name: getattr(recipe, f.name) for f in fields(recipe)}, settings=settings
     )
@@ -182,7 +182,7 @@ def _may_be_alone(method: str, section: object) -> bool:
 
     Without a section the fit is not known, and the merge has been made.
     """
-    streams = isinstance(section, Mapping) and section.get("fit") == "streams"
+    streams = isinstance(section, Mapping) and section.get("fit", "streams") == "streams"
     return section is None or method == REGMEAN or streams
 
 
@@ -240,6 +240,11 @@ def _roles(
     if alone and len(models) == 1 and (models[0].parameters or {}).get("role") != "pretrained":
         return {"instruct": models[0].model, "pretrained": base}
     if len(models) != 2:
+        if alone:
+            raise RainError(
+                f"{source}: models: expected the instruct model, and the pretrained one if there "
+                f"is one, besides base_model; found {len(models)}"
+            )
         raise RainError(
             f"{source}: models: expected exactly two besides base_model (role instruct and role "
             f"pretrained), found {len(models)}"

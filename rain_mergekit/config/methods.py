@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition
 
+from rain_mergekit.config.setting_types import READ_BY_ONE_FIT
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 
@@ -23,16 +24,25 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _OF_RAIN = ("fit", "projection", "ridge", "lm_head", "coefficients")
 
 
-def check_settings(method: str, settings: RainSettings, source: str) -> None:
-    """RainError for a setting that the method would ignore."""
-    if method == RAIN:
-        return
+def settings_for(method: str, settings: RainSettings, source: str) -> RainSettings:
+    """The settings as the method reads them; RainError for one that it would ignore."""
     defaults = RainSettings.model_fields
-    for name in _OF_RAIN:
-        if getattr(settings, name) != defaults[name].default:
+    given = [n for n in defaults if getattr(settings, n) != defaults[n].default]
+    if method == RAIN:
+        (others,) = (names for fit, names in READ_BY_ONE_FIT.items() if fit != settings.fit)
+        if unread := [name for name in given if name in others]:
+            raise RainError(
+                f"{source}: rain: fit: {settings.fit} does not read {', '.join(unread)}; set the "
+                "other fit (streams or projection), or leave that out"
+            )
+        return settings
+    for name in given:
+        if name in _OF_RAIN:
             raise RainError(
                 f"{source}: rain.{name} is for merge_method: rain; leave it out for {method}"
             )
+    # They collect a site's inputs as the projection does.
+    return settings.model_copy(update={"fit": "projection"})
 
 
 def aim_models(

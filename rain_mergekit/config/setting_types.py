@@ -94,6 +94,15 @@ MarkersOrAuto = Annotated[
 ]
 TemplateArguments = Annotated[dict[str, Any], AfterValidator(_own_arguments)]
 Off = BeforeValidator(_yaml_off)
+Fit = Annotated[
+    Literal["streams", "projection"],
+    Field(
+        description="How the change of each weight is found. streams: ridge regression, module "
+        "by module, so that the merged model's hidden states equal the reasoning model's at "
+        "prompts, markers and thinking, and the instruct model's at answers. projection: the "
+        "paper's, the task vector without its effect on the thinking."
+    ),
+]
 Weights = Annotated[
     StreamWeights,
     Field(
@@ -109,3 +118,18 @@ RegMean = Annotated[
         "the ridge relative to the mean energy of an instruction feature (epsilon)."
     ),
 ]
+
+# What one `fit` alone reads; everything else both read.
+READ_BY_ONE_FIT = {
+    "streams": frozenset(
+        ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
+    ),
+    "projection": frozenset(
+        (
+            *("projection", "rank_by", "rank_share", "rank_tolerance", "rank_count", "epsilon"),
+            *("ridge", "instruction_rows", "protect_thinking", "protect_prompt"),
+            *("protect_response", "reading_share", "content_rows", "lm_head", "coefficients"),
+            *("rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
+        )
+    ),
+}

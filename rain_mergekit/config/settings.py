@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rain_mergekit.config.setting_types import (
     Accepted,
+    Fit,
     MarkersOrAuto,
     NonNegative,
     Number,
@@ -35,8 +36,8 @@ class RainSettings(BaseModel):
     instruction_data: Annotated[
         str | None,
         Field(
-            description="The instruction set, JSON or JSONL; needed for the oblique projection and "
-            "for coefficients."
+            description="The instruction set, JSON or JSONL; needed for fit: streams, the oblique "
+            "projection and coefficients."
         ),
     ] = None
     markers: Annotated[
@@ -64,15 +65,7 @@ class RainSettings(BaseModel):
         Field(description="Longer samples are skipped, counted and reported; null: no limit."),
     ] = None
 
-    fit: Annotated[
-        Literal["projection", "streams"],
-        Field(
-            description="How the change of each weight is found. projection: the paper's, the task "
-            "vector without its effect on the thinking. streams: ridge regression, module by "
-            "module, so that the merged model's hidden states equal the reasoning model's at "
-            "prompts, markers and thinking, and the instruct model's at answers."
-        ),
-    ] = "projection"
+    fit: Fit = "streams"
     teacher: Annotated[
         Literal["instruct", "contrast"],
         Field(
@@ -256,11 +249,6 @@ class RainSettings(BaseModel):
             raise ValueError("rank_by: count needs `rank_count` (how many directions to protect)")
         if self.alpha_min > self.alpha_max:
             raise ValueError("alpha_min must not be above alpha_max")
-        if self.fit == "streams" and (self.coefficients != "off" or self.lm_head != "off"):
-            raise ValueError(
-                "fit: streams has no coefficients and leaves the output head as it is: set "
-                "coefficients: off and lm_head: off, or fit: projection"
-            )
         if self.needs_instruction_data and self.instruction_data is None:
             raise ValueError(
                 "instruction_data is missing: fit: streams, the oblique projection, the "

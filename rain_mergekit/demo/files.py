@@ -13,7 +13,8 @@ from rain_mergekit.errors import RainError
 TRIO = Path(__file__).parents[1] / "trio"
 REPORT = "demo.json"
 AUTHOR = "mergekit-rain demo"
-CALIBRATION = "trio.rain.safetensors"
+# Name of the configuration with which a calibration file is made -> the file.
+CALIBRATIONS = {"rain": "trio.rain.safetensors", "projection": "projection.rain.safetensors"}
 HELD_OUT = "held-out.jsonl"
 ASKED = 120  # held-out prompts with a constraint; half as many without
 # Name of the configuration and of the merged model's folder -> how the table calls it.
@@ -21,8 +22,9 @@ MERGES = {
     "task-arithmetic": "task_arithmetic 1.0",
     "task-arithmetic-0.7": "task_arithmetic 0.7",
     "task-arithmetic-linear-0.8": "task_arithmetic 0.8, linear",
-    "rain": "rain 1.0",
-    "rain-1.2": "rain 1.2",
+    "rain": "rain",
+    "projection": "rain, projection 1.0",
+    "projection-1.2": "rain, projection 1.2",
 }
 
 
@@ -32,8 +34,14 @@ def configurations(folder: Path) -> dict[str, str]:
 
 
 def configuration(name: str, folder: Path) -> str:
-    """The text of one: `rain` or `task-arithmetic`, maybe `-linear`, and a strength if not 1."""
-    return _rain(name, folder) if name.startswith("rain") else _task_arithmetic(name)
+    """The text of one; its name says the method, and the strength if it is not 1.
+
+    The method is `rain`, `projection` (rain with the paper's fit), `task-arithmetic` or
+    `task-arithmetic-linear`.
+    """
+    if name.startswith("task-arithmetic"):
+        return _task_arithmetic(name)
+    return _rain(folder) if name == "rain" else _projection(name, folder)
 
 
 def _strength(name: str) -> str:
@@ -42,12 +50,21 @@ def _strength(name: str) -> str:
     return last if "." in last else "1.0"
 
 
-def _rain(name: str, folder: Path) -> str:
+def _rain(folder: Path) -> str:
+    """With the defaults, which need no pretrained model."""
+    return _head("rain", {"instruct": "{role: instruct}"}) + _calibrated("rain", folder)
+
+
+def _projection(name: str, folder: Path) -> str:
     roles = {role: f"{{role: {role}}}" for role in ("instruct", "pretrained")}
+    strength = f"  lambda: {_strength(name)} # may be changed without calibrating again\n"
+    return f"{_head('rain', roles)}{_calibrated('projection', folder, strength)}  fit: projection\n"
+
+
+def _calibrated(made_by: str, folder: Path, strength: str = "") -> str:
     return (
-        f"{_head('rain', roles)}"
-        f"parameters:\n  calibration: {_quoted(folder.resolve() / CALIBRATION)}\n"
-        f"  lambda: {_strength(name)} # may be changed without calibrating again\n"
+        f"parameters:\n  calibration: {_quoted(folder.resolve() / CALIBRATIONS[made_by])}\n"
+        f"{strength}"
         f"dtype: bfloat16\nrain:\n  reasoning_data: {_quoted(TRIO / 'reasoning.jsonl')}\n"
         f"  instruction_data: {_quoted(TRIO / 'instruction.jsonl')}\n"
     )
@@ -65,15 +82,16 @@ def _task_arithmetic(name: str) -> str:
 
 
 def _head(method: str, parameters: Mapping[str, str]) -> str:
+    """`parameters`: by role, those of each model besides the reasoning model."""
+    models = "".join(
+        f"  - model: {_quoted(TRIO / role)}\n    parameters: {text}\n"
+        for role, text in parameters.items()
+    )
     return (
         f"# Written by `{AUTHOR}`.\n"
         f"merge_method: {method}\n"
         f"base_model: {_quoted(TRIO / 'reasoning')}\n"
-        "models:\n"
-        f"  - model: {_quoted(TRIO / 'instruct')}\n"
-        f"    parameters: {parameters['instruct']}\n"
-        f"  - model: {_quoted(TRIO / 'pretrained')}\n"
-        f"    parameters: {parameters['pretrained']}\n"
+        f"models:\n{models}"
     )
 
 
@@ -108,7 +126,7 @@ def _taken(folder: Path, texts: Mapping[str, str]) -> list[str]:
     """Files that belong to the user: every file if no demo wrote here, else the changed ones."""
     if f'"created_by": "{AUTHOR}"' in _read(folder / REPORT):
         return [name for name in texts if _read(folder / name) not in ("", texts[name])]
-    ours = (REPORT, CALIBRATION, HELD_OUT, *MERGES, *texts)
+    ours = (REPORT, *CALIBRATIONS.values(), HELD_OUT, *MERGES, *texts)
     return [name for name in ours if (folder / name).exists()]
 
 

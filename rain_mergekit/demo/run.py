@@ -19,7 +19,7 @@ from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.demo.files import (
     ASKED,
-    CALIBRATION,
+    CALIBRATIONS,
     HELD_OUT,
     MERGES,
     REPORT,
@@ -69,8 +69,9 @@ def _run(folder: Path, console: Console) -> list[Result]:
     )
     console.print(f"  configurations in {folder}: {', '.join(texts)}")
     console.print()
-    config = read_config(folder / "rain.yml")
-    run_calibration(config, RunOptions(quiet=not console.progress), console)
+    for name in CALIBRATIONS:
+        config = read_config(folder / f"{name}.yml")
+        run_calibration(config, RunOptions(quiet=not console.progress), console)
     console.print()
     console.heading("Merging with stock mergekit")
     merge_all(folder, console, torch.get_num_threads())
@@ -142,8 +143,9 @@ def _table(records: list[Record], results: list[Result], console: Console) -> No
             f" {s.followed:>9.1f} {s.both:>8.1f} | {result.drift.think.mean:>9.4f}"
         )
     console.print(
-        '"linear": only the weights that rain changes too; 0.7, 0.8, 1.2: the best strengths'
+        '"linear": only the weights that rain changes too; "projection": the paper\'s fit;'
     )
+    console.print("0.7, 0.8, 1.2: the best strengths")
 
 
 def _examples(records: list[Record], results: list[Result], console: Console) -> None:
@@ -165,7 +167,8 @@ def _short(text: str, width: int = 60) -> str:
 
 def _next_steps(folder: Path, console: Console) -> None:
     config, merged, data, calibration = (
-        shlex.quote(str(folder / name)) for name in ("rain.yml", "rain", HELD_OUT, CALIBRATION)
+        shlex.quote(str(folder / name))
+        for name in ("rain.yml", "rain", HELD_OUT, CALIBRATIONS["rain"])
     )
     against = shlex.quote(str(TRIO / "reasoning"))
     console.print()
@@ -174,7 +177,7 @@ def _next_steps(folder: Path, console: Console) -> None:
     console.print(f"    mergekit-rain verify {merged} --against {against} --reasoning-data {data}")
     console.print("  See it in pictures (pip install 'rain-mergekit[report]'):")
     console.print(f"    mergekit-rain report {calibration} --merged {merged}")
-    console.print(f"  Another strength: change lambda in {config}, then")
+    console.print("  Calibrate where needed, and merge, in one:")
     console.print(f"    mergekit-rain merge {config} {shlex.quote(str(folder / 'other'))}")
-    console.print(f"  Your own models: copy {config}, put in your three models and your data.")
+    console.print(f"  Your own models: copy {config}, put in your two models and your data.")
     console.print()

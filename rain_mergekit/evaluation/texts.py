@@ -21,7 +21,7 @@ from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.token_positions import ReasoningTokens
 
 # Settings with which `parse_settings` requires no instruction set.
-_NO_OTHER_SET = {"projection": "orthogonal", "coefficients": "off"}
+_NO_OTHER_SET = {"fit": "projection", "projection": "orthogonal", "coefficients": "off"}
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,15 @@ def lines(out: Path, name: str) -> list[str]:
     return (out / "rain" / f"{name}.jsonl").read_text().splitlines()
 
 
-def test_three_names_are_the_papers_method(place: Workplace) -> None:
+def test_three_names_for_the_papers_method(place: Workplace) -> None:
     names = [place.model(role) for role in ("reasoning", "instruct", "pretrained")]
     template = place.model("pretrained") / "chat_template.jinja"
     template.unlink()
-    assert "shows thinking markers" not in succeed(*arguments(place, *names), "-y")
+    said = succeed(*arguments(place, *names), "-y", "--fit", "projection")
+    assert "shows thinking markers" not in said
     assert read_config(place.folder / "out/rain/rain.yml").settings.fit == "projection"
-    outcome = run(*arguments(place, names[0], names[2], names[1], out="other"))
+    swapped = arguments(place, names[0], names[2], names[1], out="other")
+    outcome = run(*swapped, "--fit", "projection")
     assert outcome.code == 2
     assert "instruct has a chat template and" in outcome.output
     assert "nobody is there to be asked" in outcome.output

@@ -17,7 +17,11 @@ from rain_mergekit.config.settings import RainSettings
 def test_rank_cap_that_cuts_what_attention_reads_is_said(most: int, capped: bool) -> None:
     """The directions at the markers are two and fit; what is read has six more."""
     settings = RainSettings(
-        reasoning_data="r", instruction_data="i", rank_by="full", projection="orthogonal"
+        reasoning_data="r",
+        instruction_data="i",
+        fit="projection",
+        rank_by="full",
+        projection="orthogonal",
     )
     basis = torch.linalg.qr(torch.randn(16, 8, dtype=torch.float64))[0]
     rows, read = basis[:, :2].mT.float(), basis.mT.float()

@@ -47,7 +47,10 @@ def projectors(path: Path) -> Mapping[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("coefficients", "head"), [("off", "all"), ("normalized", "off")])
+@pytest.mark.parametrize(
+    ("coefficients", "head"),
+    [("off", "all"), pytest.param("normalized", "off", marks=pytest.mark.slow)],
+)
 def test_two_processes_give_the_same_file_as_one(
     tmp_path: Path, coefficients: str, head: str
 ) -> None:

@@ -25,6 +25,7 @@ def test_every_token_of_a_conversation_is_in_one_group() -> None:
     )
     settings = RainSettings(
         reasoning_data="r.jsonl",
+        fit="projection",
         projection="orthogonal",
         protect_prompt=0.5,
         protect_response=0.5,

@@ -122,7 +122,7 @@ def test_commands_work_on_it(tiny: Tiny, tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"coefficients": "normalized"}, "rain.coefficients is for merge_method: rain"),
-        ({"fit": "streams"}, "rain.fit is for merge_method: rain"),
+        ({"fit": "projection"}, "rain.fit is for merge_method: rain"),
         ({"regmean": {"weight": 1}}, "unknown setting 'regmean.weight'"),
     ],
 )

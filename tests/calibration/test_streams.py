@@ -195,8 +195,11 @@ def test_a_file_with_changes_asks_for_a_reader_that_knows_them(made: Tiny) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"coefficients": "normalized"}, "fit: streams has no coefficients"),
-        ({"lm_head": "all"}, "leaves the output head as it is"),
+        (
+            {"coefficients": "normalized"},
+            "fit: streams does not read coefficients; set the other fit",
+        ),
+        ({"lm_head": "all", "ridge": 0.1}, "does not read ridge, lm_head; "),
         ({"instruction_data": None}, "instruction_data is missing"),
         ({"stream_weights": {"prompt": 1.0}}, "unknown setting"),
         ({"teacher": "both"}, "teacher"),

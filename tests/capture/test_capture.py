@@ -171,12 +171,14 @@ def test_each_sample_passes_each_layer_once_per_purpose(
     tiny = Tiny.make(tmp_path, "qwen2", num_hidden_layers=3).using(**settings)
     with counted_layers() as passes:
         summary = tiny.calibrate()
+    # Two other models read the instruction set's three samples, for the hint at swapped roles.
+    hints = 2 if per_layer > 3 else 0
     for layer in range(3):
         mine = {key: count for key, count in passes.items() if key[0] == layer}
-        assert sum(mine.values()) == per_layer
-        # a sample of both streams enters the first layer alike, later ones differ
+        assert sum(mine.values()) == per_layer + 3 * hints
+        # a sample of several streams enters the first layer alike, later ones differ
         most = 2 if settings == {"projection": "oblique", "coefficients": "closed_form"} else 1
-        assert max(mine.values()) <= most
+        assert max(mine.values()) <= most + (hints if layer == 0 else 0)
     assert sum(summary.layer_passes.values()) == 3 * per_layer
 
 

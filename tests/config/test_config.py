@@ -28,7 +28,7 @@ def content(**changes: Any) -> dict[str, Any]:
         ],
         "parameters": {"calibration": "./c.rain.safetensors", "lambda": 1.0},
         "dtype": "bfloat16",
-        "rain": {"reasoning_data": "r.jsonl", "instruction_data": "i.jsonl"},
+        "rain": {"reasoning_data": "r.jsonl", "instruction_data": "i.jsonl", "fit": "projection"},
     }
     base.update(changes)
     return {key: value for key, value in base.items() if value is not None}
@@ -109,6 +109,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"models": "org/a"}, "models"),
     ({"models": [ITM]}, "expected exactly two besides base_model .* found 1"),
     ({"models": [ITM, PRE, model("org/x", "instruct")]}, "expected exactly two .* found 3"),
+    (
+        {"models": [ITM, PRE, ITM], "rain": {"reasoning_data": "r", "instruction_data": "i"}},
+        "expected the instruct model, and the pretrained one if .* besides base_model; found 3",
+    ),
     ({"models": [ITM, model("org/x")]}, "org/x: parameters.role is None, expected 'instruct' or"),
     ({"models": [ITM, model("org/x", "teacher")]}, "role is 'teacher'"),
     ({"models": [ITM, model("org/x", "instruct")]}, "role 'instruct' is given twice .*org/x"),

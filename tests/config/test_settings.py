@@ -42,7 +42,7 @@ def test_off_means_off_however_yaml_reads_it(word: str, name: str) -> None:
 
 
 def test_without_instruction_data_only_what_needs_none_is_allowed() -> None:
-    kept = {"reasoning_data": "r", "projection": "orthogonal", "coefficients": "off"}
+    kept = {"reasoning_data": "r", "fit": "projection", "projection": "orthogonal"}
     assert not parse_settings(kept, "my.yml").needs_instruction_data
     assert not parse_settings({**kept, "lm_head": "all"}, "my.yml").needs_instruction_data
     changes = ({"projection": "oblique"}, {"coefficients": "normalized"}, {"lm_head": "unseen"})

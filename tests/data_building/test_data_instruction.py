@@ -18,8 +18,7 @@ from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.calibration_sets import load_instruction
 
 REASONING = TRIO / "reasoning"
-EXAMPLES = Path(__file__).parents[2] / "rain_mergekit" / "examples"
-SHIPPED = EXAMPLES / "calibration" / "instruction.jsonl"
+SHIPPED = Path(__file__).parents[2] / "calibration" / "instruction.jsonl"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

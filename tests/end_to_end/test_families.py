@@ -90,7 +90,9 @@ def test_a_calibration_with_a_base_of_its_own_wants_it(tmp_path: Path) -> None:
 
 def test_the_reasoning_model_is_no_instruct_model(proxy: Trio, tmp_path: Path) -> None:
     path = tmp_path / "c.yml"
-    content = config(proxy, tmp_path / "c.safetensors", rain={"reasoning_data": "r"})
+    content = config(
+        proxy, tmp_path / "c.safetensors", rain={"reasoning_data": "r", "fit": "projection"}
+    )
     for item, role in zip(content["models"], ("pretrained", "instruct"), strict=True):
         item["parameters"] = {"role": role}
     path.write_text(json.dumps(content))
@@ -212,7 +214,7 @@ def test_without_the_setting_mergekit_refuses_and_names_it(uneven: Trio, tmp_pat
 def test_our_merge_refuses_before_the_calibration(uneven: Trio, tmp_path: Path) -> None:
     path = tmp_path / "c.yml"
     content = config(uneven, tmp_path / "c.safetensors")
-    rain = {"reasoning_data": "none.jsonl", "projection": "orthogonal"}
+    rain = {"reasoning_data": "none.jsonl", "fit": "projection", "projection": "orthogonal"}
     path.write_text(json.dumps({**content, "rain": rain}))
     done = run("merge", path, tmp_path / "merged", "--quiet")
     assert done.code == 1

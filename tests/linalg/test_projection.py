@@ -32,7 +32,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def options(**changes: object) -> RainSettings:
-    base = {"reasoning_data": "r", "projection": "orthogonal", "coefficients": "off"}
+    base = {
+        "reasoning_data": "r",
+        "fit": "projection",
+        "projection": "orthogonal",
+        "coefficients": "off",
+    }
     return RainSettings.model_validate({**base, **changes})
 
 

@@ -44,7 +44,6 @@ merge_method: rain
 base_model: ./trio/reasoning
 models:
   - {model: ./trio/instruct, parameters: {role: instruct}}
-  - {model: ./trio/pretrained, parameters: {role: pretrained}}
 parameters: {calibration: ./trio.rain.safetensors, lambda: 1.0}
 dtype: bfloat16
 rain: {reasoning_data: ./trio/reasoning.jsonl, instruction_data: ./trio/instruction.jsonl}
@@ -368,7 +367,7 @@ def test_page_is_tidy(page: Path, check: Callable[[str], bool]) -> None:
 
 
 def test_calibration_readme_counts() -> None:
-    folder = PACKAGE / "examples" / "calibration"
+    folder = ROOT / "calibration"
     text = (folder / "README.md").read_text(encoding="utf-8")
     reasoning = calibration_sets.read_reasoning(folder / "reasoning.jsonl")
     instruction = calibration_sets.read_instruction(folder / "instruction.jsonl")

@@ -20,7 +20,7 @@ models:
   - {{model: org/instruct, parameters: {{role: instruct}}}}
   - {{model: org/pretrained, parameters: {{role: pretrained}}}}
 parameters: {{calibration: {calibration}, lambda: [0.5, 1.0]}}
-rain: {{reasoning_data: r.jsonl, instruction_data: i.jsonl}}
+rain: {{reasoning_data: r.jsonl, instruction_data: i.jsonl, fit: projection}}
 """
 
 

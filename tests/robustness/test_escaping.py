@@ -86,6 +86,7 @@ def controls(text: str) -> set[str]:
 def summary(text: str) -> FileSummary:
     """Of a file in which everything that can be a text is this one."""
     return FileSummary(
+        kind="rain",
         path=text,
         bytes=1,
         created_by=text,
@@ -111,7 +112,7 @@ def config(tmp_path: Path, strength: object = 1.0) -> RainConfig:
             for role in ("instruct", "pretrained")
         ],
         "parameters": {"calibration": "c", "lambda": strength},
-        "rain": {"reasoning_data": "r", "instruction_data": "i"},
+        "rain": {"reasoning_data": "r", "instruction_data": "i", "fit": "projection"},
     }
     path.write_text(yaml.safe_dump(content))
     return read_config(path)

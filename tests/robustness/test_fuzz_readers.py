@@ -48,7 +48,7 @@ models:
   - {model: ./pretrained, parameters: {role: pretrained}}
 parameters: {calibration: ./c.rain.safetensors, lambda: [0.5, 1.0]}
 dtype: bfloat16
-rain: {reasoning_data: r.jsonl, instruction_data: i.jsonl, rank_by: count, rank_count: 4}
+rain: {reasoning_data: r, instruction_data: i, fit: projection, rank_by: count, rank_count: 4}
 """
 FIELDS = yaml.safe_load(YAML)
 # Every setting there is, every word that one of them may be, every other field of mergekit's.
@@ -181,8 +181,9 @@ def test_templates_are_rendered_by_transformers_alone() -> None:
     }
     assert used == {
         ("chat_template.py", "TemplateError"),
-        ("page.py", "Environment"),
-        ("page.py", "StrictUndefined"),
+        ("templates.py", "Environment"),
+        ("templates.py", "FunctionLoader"),
+        ("templates.py", "StrictUndefined"),
     }
 
 

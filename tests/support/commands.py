@@ -172,6 +172,7 @@ def make_workplace(folder: Path, models: Path, samples: int = 6) -> Workplace:
         "rain": {
             "reasoning_data": str(folder / "reasoning.jsonl"),
             "instruction_data": str(folder / "instruction.jsonl"),
+            "fit": "projection",
         },
     }
     place = Workplace(folder, config)

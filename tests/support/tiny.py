@@ -218,10 +218,13 @@ class Tiny:
                 "reasoning_data": str(self.folder / "reasoning.jsonl"),
                 "instruction_data": str(self.folder / "instruction.jsonl"),
                 "accept": ["no_thinking"],  # random models do not
+                "fit": "projection",
                 **self.settings,
             },
         }
         content.update(changes)
+        if content["merge_method"] != "rain" and "fit" not in self.settings and content["rain"]:
+            del content["rain"]["fit"]
         return {key: value for key, value in content.items() if value is not None}
 
     def config(self, **changes: Any) -> RainConfig:

@@ -15,7 +15,7 @@ from rain_mergekit.instructions import own
 from rain_mergekit.instructions.prompts import Asked, Instruction
 from rain_mergekit.instructions.rules import follows
 
-FOLDER = Path(__file__).resolve().parents[2] / "rain_mergekit" / "examples" / "calibration"
+FOLDER = Path(__file__).resolve().parents[2] / "calibration"
 INSTRUCTION_FIELDS = {
     "id",
     "prompt",
