@@ -558,6 +558,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("models.reasoning.revision", 3, "revision"),
     ("models.reasoning.fingerprint", "00", "fingerprint"),
     ("models.reasoning.fingerprint.weights", 0, "weights"),
+    ("kind", "ties", "'kind' must be one of rain, regmean, aim"),
     ("sites", [], "'sites' must be an object"),
     ("sites.a", None, r"'sites\.a'"),
     ("sites.a.width", 0, "whole number of at least 1"),
