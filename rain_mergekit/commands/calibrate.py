@@ -73,7 +73,8 @@ def calibrate(options: CalibrateOptions) -> None:
 
     CONFIG is the YAML of the merge with a `rain:` section. Relative paths in it are taken from the
     working folder, as mergekit does. An interrupted run goes on when started again. After it,
-    `mergekit-yaml CONFIG OUT` merges at any `lambda` without another calibration.
+    `mergekit-yaml CONFIG OUT` merges; with fit: projection at any `lambda`, without another
+    calibration.
     """
     from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
