@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from commands import Workplace, everything, make_models, make_workplace, refused, run, succeed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny import shard
 
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.models.checkpoint import Checkpoint
@@ -192,14 +193,7 @@ def test_a_preview_has_the_shapes_and_none_of_the_room(
 ) -> None:
     folder, goal = place.model("reasoning"), place.folder / "preview"
     weights = load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    parts = (names[:3], names[3:])
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate(parts)}
-    for shard, members in shards.items():
-        save_file({n: weights[n] for n in members}, folder / shard)
-    (folder / "model.safetensors").unlink()
-    index = {n: shard for shard, members in shards.items() for n in members}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shard(folder)
     goal.mkdir()
     with model_hub.hub({"acme/reasoning": folder}) as found:
         model_hub.use(found, monkeypatch, place.folder / "cache")
@@ -207,7 +201,7 @@ def test_a_preview_has_the_shapes_and_none_of_the_room(
     assert seen.commit == model_hub.COMMIT
     assert seen.missing == sum(t.numel() * t.element_size() for t in weights.values())
     copy = Checkpoint(parse_reference(seen.folder))
-    assert copy.shapes(names) == {n: tuple(t.shape) for n, t in weights.items()}
+    assert copy.shapes(sorted(weights)) == {n: tuple(t.shape) for n, t in weights.items()}
     used = sum(p.stat().st_blocks * 512 for p in goal.glob("*.safetensors"))
     assert used < seen.missing / 4
 

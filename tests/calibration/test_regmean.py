@@ -48,6 +48,12 @@ def made(tiny: Tiny, *, plain: bool = False) -> CalibrationFile:
     return CalibrationFile.open(tiny.path)
 
 
+@pytest.fixture(scope="module")
+def anchored(tiny: Tiny) -> tuple[Tiny, CalibrationFile]:
+    tiny = tiny.using("anchored.rain.safetensors", **EXACT)
+    return tiny, made(tiny)
+
+
 def expected(tiny: Tiny, module: str, role: str) -> Tensor:
     """W_R + Δ G_I (G_I + g I + s G_R)⁻¹ from whole forward passes in float64."""
     dense, name = Dense(tiny), f"{module}.weight"
@@ -64,9 +70,13 @@ def expected(tiny: Tiny, module: str, role: str) -> Tensor:
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["anchored", "plain"])
-def test_a_merge_is_the_dense_solution(tiny: Tiny, plain: bool, tmp_path: Path) -> None:
-    tiny = tiny.using(f"exact-{plain}.rain.safetensors", **EXACT)
-    file = made(tiny, plain=plain)
+def test_a_merge_is_the_dense_solution(
+    anchored: tuple[Tiny, CalibrationFile], plain: bool, tmp_path: Path
+) -> None:
+    tiny, file = anchored
+    if plain:
+        tiny = tiny.using("plain.rain.safetensors", **EXACT)
+        file = made(tiny, plain=True)
     assert file.kind == "regmean"
     found = merge(tmp_path, content(tiny, plain=plain)).weights()
     for module in MODULES:
@@ -79,8 +89,10 @@ def test_a_merge_is_the_dense_solution(tiny: Tiny, plain: bool, tmp_path: Path) 
     assert torch.equal(found[kept], tiny.weights("reasoning")[kept])
 
 
-def test_rank_follows_the_share_of_the_objective(tiny: Tiny) -> None:
-    full = made(tiny.using("full.rain.safetensors", **EXACT))
+def test_rank_follows_the_share_of_the_objective(
+    tiny: Tiny, anchored: tuple[Tiny, CalibrationFile]
+) -> None:
+    full = anchored[1]
     some = made(tiny.using("some.rain.safetensors", **EXACT | {"rank_by": "response_energy"}))
     for name, site in some.sites.items():
         assert site.rank < full.sites[name].rank
@@ -88,9 +100,10 @@ def test_rank_follows_the_share_of_the_objective(tiny: Tiny) -> None:
         assert 0.99 <= kept < 1
 
 
-def test_the_file_belongs_to_its_method(tiny: Tiny, tmp_path: Path) -> None:
-    tiny = tiny.using("kind.rain.safetensors", **EXACT)
-    file = made(tiny)
+def test_the_file_belongs_to_its_method(
+    anchored: tuple[Tiny, CalibrationFile], tmp_path: Path
+) -> None:
+    tiny, file = anchored
     version = load_metadata(file.path)["format_version"]
     assert version == str(VERSION)
     said = merge(tmp_path / "rain", content(tiny) | {"merge_method": "rain"}).error()

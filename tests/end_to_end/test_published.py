@@ -14,7 +14,6 @@ from architectures import make
 from commands import refused, run, succeed
 from merging import merge
 from published import CHECKPOINTS, ROLES, add_tensors, check_folder, published
-from safetensors.torch import load_file, save_file
 from tiny import Tiny, read_weights
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -205,12 +204,8 @@ def test_class_is_the_one_that_the_checkpoint_names(named: str, built: str) -> N
 def test_quantised_embedding_is_refused(tmp_path: Path, family: str, dialect: str) -> None:
     """It is copied, and converting it without its scales would give nonsense."""
     _, config = published(tmp_path, family, dialect)
-    path = tmp_path / "reasoning" / "model.safetensors"
-    weights = load_file(path)
-    name = "model.embed_tokens.weight"
-    weights[name] = weights[name].to(torch.float8_e4m3fn)
-    path.unlink()
-    save_file(weights, path, metadata={"format": "pt"})
+    folder, name = tmp_path / "reasoning", "model.embed_tokens.weight"
+    add_tensors(folder, **{name: read_weights(folder)[name].to(torch.float8_e4m3fn)})
     outcome = run("calibrate", config)
     assert outcome.code == 1
     assert f"reasoning: {name} is stored as F8_E4M3, expected a plain weight" in outcome.output

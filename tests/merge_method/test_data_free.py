@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from mergekit import merge_methods
 from mergekit.merge_methods.base import TensorGroup
 from merging import Outcome, Trio, merge
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny import read_weights, shard
 from torch import Tensor
 
 METHODS = ("opcm", "pcb", "wudi")
@@ -265,24 +265,9 @@ def test_a_sharded_checkpoint_gives_the_same_merge(method: str, tmp_path: Path) 
     shard(trio.instruct)
     done = merge(tmp_path / "parts", content(trio, method), "--out-shard-size", "10K")
     assert done.code == 0, done.output
-    files = sorted(done.folder.glob("model-*.safetensors"))
-    assert len(files) > 1
-    found = {k: v for file in files for k, v in load_file(file).items()}
+    assert len(list(done.folder.glob("model-*.safetensors"))) > 1
+    found = read_weights(done.folder)
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
-
-
-def shard(folder: Path) -> None:
-    """The checkpoint in two files and an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    places = {}
-    for number, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"model-{number:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def error(tmp_path: Path, trio: Trio, method: str, **changes: Any) -> str:

@@ -94,9 +94,10 @@ def contents(fresh: environments.Environment) -> set[Path]:
 
 
 @pytest.mark.slow
-def test_the_wheel_works_away_from_the_sources(built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_wheel_works_away_from_the_sources(
+    built: tuple[Path, Path], dependencies: Path, tmp_path: Path
+) -> None:
     """And nothing is left of it when it is uninstalled."""
-    dependencies = environments.link_dependencies(tmp_path / "dependencies")
     fresh = environments.create(tmp_path / "venv", dependencies)
     before = contents(fresh)
     fresh.install("pip", str(built[0]))

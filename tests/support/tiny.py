@@ -206,6 +206,7 @@ class Tiny:
 
     def content(self, **changes: Any) -> dict[str, Any]:
         """The YAML; `None` removes an entry."""
+        rain = changes.get("merge_method", "rain") == "rain"  # the other methods have no `fit`
         content = {
             "merge_method": "rain",
             "base_model": str(self.folder / "reasoning"),
@@ -218,13 +219,11 @@ class Tiny:
                 "reasoning_data": str(self.folder / "reasoning.jsonl"),
                 "instruction_data": str(self.folder / "instruction.jsonl"),
                 "accept": ["no_thinking"],  # random models do not
-                "fit": "projection",
+                **({"fit": "projection"} if rain else {}),
                 **self.settings,
             },
         }
         content.update(changes)
-        if content["merge_method"] != "rain" and "fit" not in self.settings and content["rain"]:
-            del content["rain"]["fit"]
         return {key: value for key, value in content.items() if value is not None}
 
     def config(self, **changes: Any) -> RainConfig:
@@ -264,6 +263,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for part in sorted(folder.glob("*.safetensors")):
         weights.update(load_file(part))
     return weights
+
+
+def shard(folder: Path) -> None:
+    """The checkpoint in two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_sets(folder: Path) -> None:
