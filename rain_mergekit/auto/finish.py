@@ -69,7 +69,8 @@ def measure_and_tell(job: Job, out: Path, config: RainConfig, console: Console) 
     """Measure the thinking unless that is done, write card and page; returns the verdict."""
     known = verification_record.load(out)
     if known is None:
-        reasoning, merged = open_model(config.reasoning, job.run.load), _opened(job, out)
+        reasoning = open_model(config.reasoning, job.run.load)
+        merged = open_checkpoint(str(out), job.run.load)
         held_out = out / HELD_OUT
         path = str(held_out if held_out.exists() else out / REASONING)
         how = VerifyOptions(job.run.load, job.run.device, job.run.dtype, job.run.activation_budget)
@@ -80,16 +81,13 @@ def measure_and_tell(job: Job, out: Path, config: RainConfig, console: Console) 
             console.print(line)
         _write_report(out, config, (reasoning, merged), found, console)
         verification_record.save(out, found.drift, data.path, data.sha256)
-        known = verification_record.load(out)
+        verdict = found.drift.verdict
+    else:
+        verdict = known.verdict
     write_card(out)
-    verdict = "at risk" if known is None else known.verdict
     console.heading(f"Verdict: {verify_text.MEANING[verdict]}")
     _next(out, config.settings.fit, console)
     return verdict
-
-
-def _opened(job: Job, out: Path) -> Checkpoint:
-    return open_checkpoint(str(out), job.run.load)
 
 
 def _write_report(

@@ -45,9 +45,8 @@ def run_auto(job: Job, console: Console, agreed: Callable[[], bool]) -> str | No
             roles, text, sets = _look(job, out, Path(place), console)
             if not before and not agreed():
                 return None
-            names = {role: one.pinned for role, one in roles.items()}
         keep(out, job.request)
-        _sets(job, out, names["reasoning"], sets, console)
+        _sets(job, out, roles["reasoning"].pinned, sets, console)
         with replacing(out / CONFIG) as file:
             file.write(text.encode())
     else:
@@ -67,7 +66,7 @@ def _look(
 ) -> tuple[Mapping[str, Candidate], str, Sets]:
     """The roles, the YAML, and the sets to begin with; says who is who and what it will take."""
     request = job.request
-    load, template = job.loading.options(), json.loads(request.chat_template_kwargs)
+    load, template = job.run.load, json.loads(request.chat_template_kwargs)
     found = []
     for number, name in enumerate(request.models):
         folder = place / str(number)
@@ -98,7 +97,7 @@ def _check(job: Job, roles: Mapping[str, Candidate], console: Console) -> tuple[
     folders = {role: one.seen.folder for role, one in roles.items()}
     shown = Markers.of(request.markers) if request.markers else reasoning.shown[0]
     labels = {role: one.name for role, one in roles.items()}
-    trust = job.loading.trust_remote_code
+    trust = job.run.load.trust_remote_code
     for text in check_tokenizers(folders, labels, shown.words, (), trust_remote_code=trust):
         console.warn(text)
     places = Places(Path("auto.rain.safetensors"), Path(sets.reasoning), Path(sets.instruction))

@@ -79,11 +79,10 @@ def _grams(text: str) -> Counter[str]:
     return Counter(plain[i : i + 3] for i in range(len(plain) - 2))
 
 
-def lay_out(sets: Sets, out: Path) -> str | None:
-    """Copy both sets into the folder of the result, some reasoning samples kept aside.
+def lay_out(sets: Sets, out: Path) -> None:
+    """Copy both sets into the folder of the result; a large one has some samples kept aside.
 
-    Returns the path of those, None where the set is too small for it. What is there stays: a
-    continued run has the same samples.
+    What is there stays: a continued run has the same samples.
     """
     samples: list[Any] = read_samples(sets.reasoning, lambda _source, value: value)[1]
     aside = _aside(len(samples))
@@ -95,7 +94,6 @@ def lay_out(sets: Sets, out: Path) -> str | None:
     for name, members in parts.items():
         if members and not (out / name).exists():
             write_samples(str(out / name), members)
-    return str(out / HELD_OUT) if aside else None
 
 
 def _aside(count: int) -> set[int]:

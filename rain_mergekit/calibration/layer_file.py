@@ -63,12 +63,13 @@ def write_part(path: Path, name: str, result: LayerResult) -> None:
         solved = [result.solved[site] for site in weight.sites]
         if solved[0].channels is not None:
             key = f"channels.{dotted(name, weight.sites[0])}"
-            scale = stored[key] = channel_scale(solved).to(STORED_DTYPE)
+            if key not in stored:  # weights that share their input share its scale
+                stored[key] = channel_scale(solved).to(STORED_DTYPE)
             tensors[dotted(name, weight.name)] |= {
                 "site": None,
                 "cols": key,
                 "tokens_seen": sum(one.positions for one in solved),
-                "taken_back": taken_back(scale),
+                "taken_back": taken_back(stored[key]),
             }
     if result.tokens is not None:
         stored[TOKENS] = result.tokens.to("cpu", STORED_DTYPE)

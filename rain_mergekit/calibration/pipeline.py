@@ -28,7 +28,7 @@ from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.methods import AIM, RAIN
+from rain_mergekit.config.method_names import AIM, RAIN
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
@@ -106,7 +106,7 @@ def _calibrate(
         if config.method != AIM:  # it is the reasoning model that ran
             noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
         subtracts = config.method == RAIN and config.settings.fit == "projection"
-        if subtracts and samples.instruction is not None:
+        if subtracts and world.rank == 0 and samples.instruction is not None:
             hint = swapped_answers_hint(trio, run.layerwise, samples.instruction.samples)
             advice += [hint] if hint else []
         parts = [read_part(work.part(index)) for index in range(run.parts)]

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.checks.thinking_likelihood import beside, last_states, log_likelihoods
+from rain_mergekit.checks.thinking_likelihood import (
+    beside,
+    last_states,
+    log_likelihoods,
+    shortest,
+)
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.system.evenly_spaced import evenly_spaced
@@ -18,7 +23,7 @@ from rain_mergekit.text.token_positions import InstructionTokens
 _LIMIT = 0.02
 # With less than this, in nats a token, a model would not write the answers at all.
 _WRITES = -1.5
-_FEW, _TOKENS = 4, 64
+_TOKENS = 64
 
 
 def swapped_answers_hint(
@@ -29,7 +34,7 @@ def swapped_answers_hint(
     Of a few short samples, each model reads all before an answer as the calibration does. None
     where the pretrained model is the reasoning model, or a vocabulary ends before the tokens do.
     """
-    few = sorted((s for s in samples if s.answer_start < len(s.input_ids) - 1), key=_length)[:_FEW]
+    few = shortest(s for s in samples if s.answer_start < len(s.input_ids) - 1)
     if not few or trio.pretrained.path == trio.reasoning.path:
         return None
     found = {
@@ -47,10 +52,6 @@ def swapped_answers_hint(
         f"{trio.instruct.reference} ({instruct:.3g}): are the two roles swapped? A hint alone, as "
         "some trios are like that"
     )
-
-
-def _length(sample: InstructionTokens) -> int:
-    return len(sample.input_ids)
 
 
 def _likelihood(

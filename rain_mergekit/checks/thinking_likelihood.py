@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.system.distributed import World
-from rain_mergekit.text.token_positions import ReasoningTokens
+from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
 # With mean probabilities below these a model does not think. Where the template leaves the opening
 # to the model, the testbed's reasoning models have 1.0, pretrained ones up to 0.48, instruct ones
@@ -32,6 +33,7 @@ OPEN_LIMIT, CLOSE_LIMIT = 0.7, 0.01
 # ones that both think may be level.
 LEVEL = 0.02
 _FEW, _TOKENS = 4, 64
+Tokens = TypeVar("Tokens", ReasoningTokens, InstructionTokens)
 _KINDS = ("close", "open", "thinking")
 _CLOSE, _OPEN, _THINKING = range(3)
 
@@ -140,22 +142,23 @@ def vocabulary(layerwise: LayerwiseModel) -> int:
     return int(text_config(layerwise.model.config).vocab_size)
 
 
-def shortest(samples: Sequence[ReasoningTokens]) -> list[ReasoningTokens]:
+def shortest(samples: Iterable[Tokens]) -> list[Tokens]:
     """The few shortest samples, on which the other two models are compared."""
     return sorted(samples, key=lambda sample: len(sample.input_ids))[:_FEW]
 
 
 def likelihood_of(
-    checkpoint: Checkpoint, layerwise: LayerwiseModel, samples: Sequence[ReasoningTokens]
+    layerwise: LayerwiseModel, samples: Sequence[ReasoningTokens]
 ) -> Likelihood | None:
-    """The same of another model of the trio, on the few shortest samples; a pass of its own.
+    """The same of any model, on the few shortest samples; a pass of its own.
 
     None if its vocabulary ends before the samples' tokens do.
     """
     few = shortest(samples)
-    other = beside(checkpoint, layerwise)
-    states = last_states(other, [sample.input_ids for sample in few])
-    return None if states is None else likelihood(other, few, states, World(layerwise.device), few)
+    states = last_states(layerwise, [sample.input_ids for sample in few])
+    if states is None:
+        return None
+    return likelihood(layerwise, few, states, World(layerwise.device), few)
 
 
 def beside(checkpoint: Checkpoint, layerwise: LayerwiseModel) -> LayerwiseModel:

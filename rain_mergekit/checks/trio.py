@@ -9,7 +9,7 @@ from typing import Any
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.checks.task_vector_size import check_task_vector
-from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood_of
+from rain_mergekit.checks.thinking_likelihood import Likelihood, beside, likelihood_of
 from rain_mergekit.checks.tokenizers import check_tokenizers
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage
@@ -101,7 +101,7 @@ def _others(
         if checkpoint.path == trio.reasoning.path:
             continue  # it stands for the pretrained one
         with naming_shortage(f"while the {role} model reads the reasoning set", CALIBRATION):
-            found = likelihood_of(checkpoint, layerwise, samples)
+            found = likelihood_of(beside(checkpoint, layerwise), samples)
         LOG.info("the %s model %s", role, found)
         if found is not None:
             yield role, found

@@ -179,17 +179,17 @@ def _templates(trio: Trio) -> Iterator[Finding]:
 
 def _relations(trio: Trio) -> Iterator[Finding]:
     """Distances of the models, and of the task vectors size and sign."""
-    models = _distinct(trio)
-    for (one, other), found in parents.relations(models).items():
+    rows = parents.shared_rows(_distinct(trio))
+    for (one, other), found in parents.relations(rows).items():
         near = f"distance {found.distance:.3g} of the norm, cosine {found.cosine:.4f}"
         yield Finding("relations", "note", f"{one} and {other}: {near}")
         if found.distance >= LARGEST:
             yield Finding("relations", "problem", f"{one} and {other} are not of one origin")
         elif not found.distance:
             yield Finding("relations", "problem", f"{one} and {other} have equal weights")
-    vectors = parents.task_vectors(trio.items())
-    if vectors is None:
+    if len(rows) < len(trio.items()):  # one model stands for two
         return
+    vectors = parents.task_vector_pair(*(rows[r] for r in ("instruct", "reasoning", "pretrained")))
     yield Finding(
         "relations",
         "note",
@@ -216,9 +216,8 @@ def _left_out(trio: Trio) -> Iterator[Finding]:
 
 
 def _calibration(config: RainConfig, trio: Trio, load: LoadOptions) -> Iterator[Finding]:
-    different = different_vocabularies(trio.items(), trio.config)
     for text in warnings_of(config, trio, []):
-        if not different or "vocabularies" not in text:  # reported above
+        if "vocabularies" not in text:  # reported above
             yield Finding("calibration", "warning", text)
     if config.calibration.exists():
         yield Finding("calibration", "note", f"{config.calibration} is there already")

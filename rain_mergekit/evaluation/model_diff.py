@@ -59,8 +59,7 @@ class ModelDiff:
     @property
     def relative(self) -> float:
         """||B - A|| / ||A|| over all tensors that both have."""
-        norm = math.hypot(*(one.norm for one in self.changes))
-        return math.hypot(*(one.change for one in self.changes)) / norm if norm else 0.0
+        return _together(self.changes)
 
     @property
     def kinds(self) -> dict[str, tuple[TensorChange, ...]]:
@@ -119,13 +118,12 @@ def diff_models(
 def compare_tensors(name: str, before: Tensor, after: Tensor) -> TensorChange:
     """Sums in float64, block of rows by block; of the rows that both have."""
     layer, kind = locate(name.removesuffix(".weight"))
-    rows = min(len(before), len(after)) if before.dim() else 1
-    pairs = ((before, after),) if not before.dim() else zip(
-        torch.split(before[:rows], _ROWS), torch.split(after[:rows], _ROWS), strict=True
-    )  # fmt: skip
+    before, after = (one if one.dim() else one[None] for one in (before, after))
+    rows = min(len(before), len(after))
     square = apart = other = product = 0.0
     changed = count = 0
-    for old, new in pairs:
+    blocks = (torch.split(one[:rows], _ROWS) for one in (before, after))
+    for old, new in zip(*blocks, strict=True):
         a, b = old.double(), new.double()
         square += float((a * a).sum())
         other += float((b * b).sum())

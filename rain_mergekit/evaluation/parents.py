@@ -36,19 +36,11 @@ class TaskVectorPair:
     agreement: float
 
 
-def relations(models: Mapping[str, Checkpoint]) -> dict[tuple[str, str], Relation]:
-    """Every pair of the models, by role, over up to 4 rows of up to 512 matrices of the layers."""
-    rows = _rows(models)
+def relations(rows: Mapping[str, Rows]) -> dict[tuple[str, str], Relation]:
+    """Every pair of the models whose rows these are, by role."""
     roles = list(rows)
     pairs = [(a, b) for i, a in enumerate(roles) for b in roles[i + 1 :]]
     return {(a, b): relation(rows[a], rows[b]) for a, b in pairs}
-
-
-def task_vectors(models: Mapping[str, Checkpoint]) -> TaskVectorPair | None:
-    """Size and sign of the two task vectors; None where one of the three models stands for two."""
-    if len({checkpoint.path for checkpoint in models.values()}) < 3:
-        return None
-    return task_vector_pair(*(_rows(models)[r] for r in ("instruct", "reasoning", "pretrained")))
 
 
 def relation(one: Rows, other: Rows) -> Relation:
@@ -76,11 +68,12 @@ def task_vector_pair(instruct: Rows, reasoning: Rows, pretrained: Rows) -> TaskV
     )
 
 
-def _rows(models: Mapping[str, Checkpoint]) -> dict[str, Rows]:
-    """Rows of the matrices that have the same shape in all models."""
+def shared_rows(models: Mapping[str, Checkpoint]) -> dict[str, Rows]:
+    """Up to 4 rows of up to 512 matrices of the layers that have the same shape in all models."""
     shared = frozenset.intersection(*(model.names for model in models.values()))
     shapes = [model.shapes(shared) for model in models.values()]
-    names = [n for n, s in shapes[0].items() if len(s) > 1 and all(o[n] == s for o in shapes)]
+    same = (n for n, s in shapes[0].items() if len(s) > 1 and all(o[n] == s for o in shapes))
+    names = sorted(same)  # every run takes the same ones
     found = sampled_rows([model.index for model in models.values()], names)
     return dict(zip(models, found, strict=True))
 

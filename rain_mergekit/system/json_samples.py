@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 _DIGITS = 100
+_BLOCK = 2**20
 LIMIT = 1024 * MIB  # a set is held in memory as a whole, a few times over
 StrPath = str | os.PathLike[str]
 
@@ -51,8 +52,12 @@ def read_text(path: StrPath) -> str:
 
 def file_digest(path: StrPath) -> str | None:
     """SHA-256 of a file's bytes, as `read_samples` gives it; None if they cannot be read."""
+    found = hashlib.sha256()
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with Path(path).open("rb") as file:
+            while block := file.read(_BLOCK):  # calibration files can be larger than the memory
+                found.update(block)
+        return found.hexdigest()
     except (OSError, ValueError):  # ValueError: a path that no file can have
         return None
 

@@ -100,10 +100,12 @@ def find_loop(numbered: Tensor) -> Loop | None:
     """
     best: Loop | None = None
     for period in range(1, min(len(numbered) // TIMES, _LONGEST_PERIOD) + 1):
-        start, run = _longest_run(numbered[period:] == numbered[:-period])
+        same, wanted = numbered[period:] == numbered[:-period], max(LENGTH, TIMES * period)
+        if int(same.count_nonzero()) + period < wanted:  # no run is longer: most periods end here
+            continue
+        start, run = _longest_run(same)
         length = run + period
-        long_enough = length >= max(LENGTH, TIMES * period)
-        if long_enough and (best is None or length > best.length + period):
+        if length >= wanted and (best is None or length > best.length + period):
             best = Loop(start, period, length)
     return best
 
