@@ -23,7 +23,7 @@ from mergekit.options import MergeOptions
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.config.merge_config import read_config
-from rain_mergekit.demo.files import ASKED, TRIO
+from rain_mergekit.demo.files import ASKED
 from rain_mergekit.demo.scoring import read_records, score
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
@@ -31,6 +31,7 @@ from rain_mergekit.merge_method.method import register
 from rain_mergekit.models.generation import generate, load_model
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.calibration_sets import load_reasoning
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.header_copy import Preview, preview
-from rain_mergekit.models.loading import LoadOptions, open_model, parse_reference
+from rain_mergekit.models.loading import LoadOptions, open_model, reference_of
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.text.marker_detection import shown_markers
 from rain_mergekit.text.markers import Markers
@@ -51,11 +51,7 @@ def look_at(name: str, place: Path, load: LoadOptions, template: Mapping[str, An
 
     Raises RainError if there is no such model, or it is none that can be read.
     """
-    reference = (
-        ModelReference.model_validate({"model": {"path": name}})
-        if Path(name).is_dir()
-        else parse_reference(name)
-    )
+    reference = reference_of(name)
     if reference.lora is not None:
         raise RainError(
             f"{name}: a model with an adapter: `mergekit-rain auto` takes whole models; write a "

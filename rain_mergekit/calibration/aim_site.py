@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rain_mergekit.calibration.protected_positions import INSTRUCTION
-from rain_mergekit.calibration.regmean_site import REASONING_TEXT
-from rain_mergekit.calibration.samples import Samples
-from rain_mergekit.calibration.site_solver import SiteResult
-from rain_mergekit.capture.streams import REASONING, StreamPlan
-from rain_mergekit.config.settings import RainSettings
-from rain_mergekit.linalg.factors import Factors
+from rain_mergekit.calibration.site_solver import SiteResult, unconstrained
 from rain_mergekit.linalg.row_collector import ChannelSums, RowCollector
-
-
-def plan_all_tokens(samples: Samples, _settings: RainSettings) -> list[StreamPlan]:
-    """Every token of both sets."""
-    sets = [(REASONING, REASONING_TEXT, samples.reasoning)]
-    plans = [
-        StreamPlan(name, data.samples, [{group: range(len(s.input_ids))} for s in data.samples])
-        for name, group, data in sets
-    ]
-    if samples.instruction is not None:
-        members = samples.instruction.samples
-        positions = [{INSTRUCTION: range(len(one.input_ids))} for one in members]
-        plans.append(StreamPlan(INSTRUCTION, members, positions))
-    return plans
 
 
 def measure_channels(
@@ -47,18 +28,7 @@ def measure_channels(
         assert isinstance(collector, ChannelSums)  # noqa: S101 - the rule makes them
         total += collector.total(width)
         count += collector.count
-    empty = torch.zeros(0, dtype=torch.float64)
-    return SiteResult(
-        width=width,
-        positions=count,
-        factors=Factors.empty(width),
-        spectrum=empty,
-        energies=empty,
-        kept_energy=0.0,
-        kept_response_energy=0.0,
-        capped=False,
-        channels=total / max(1, count),
-    )
+    return replace(unconstrained(width), positions=count, channels=total / max(1, count))
 
 
 def channel_scale(results: Iterable[SiteResult]) -> Tensor:

@@ -73,7 +73,7 @@ class CalibrationEngine:
     @cached_property
     def plans(self) -> list[StreamPlan]:
         """All samples of all streams."""
-        return self._rule.plan(self._samples, self._settings)
+        return self._rule.plan(self._samples)
 
     @cached_property
     def needs(self) -> tuple[ModelShape, Workload]:

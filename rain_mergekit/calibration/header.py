@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import rain_mergekit
-from rain_mergekit.config.methods import RAIN
+from rain_mergekit.config.method_names import RAIN
 from rain_mergekit.config.settings import RainSettings
 
 

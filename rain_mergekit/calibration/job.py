@@ -12,7 +12,7 @@ import rain_mergekit
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.methods import AIM
+from rain_mergekit.config.method_names import AIM
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import Trio, default_dtype, open_trio, read_model_config
 from rain_mergekit.models.tokenizer import tokenizer_digest

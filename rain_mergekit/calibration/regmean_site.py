@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from rain_mergekit.calibration.protected_positions import INSTRUCTION
 from rain_mergekit.calibration.samples import Samples
-from rain_mergekit.calibration.site_solver import SiteResult, unconstrained
+from rain_mergekit.calibration.site_solver import SiteResult, share_of, unconstrained
 from rain_mergekit.capture.streams import REASONING, StreamPlan, TokenSamples
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
@@ -22,18 +21,20 @@ from rain_mergekit.system.memory import trim_heap
 REASONING_TEXT = "reasoning text"
 
 
-def plan_texts(samples: Samples, settings: RainSettings) -> list[StreamPlan]:
-    """Tokens of whole texts of both sets, spread evenly, within the row limit."""
-    plans = [_plan(REASONING, REASONING_TEXT, samples.reasoning.samples, settings)]
+def plan_texts(samples: Samples, rows: int | None) -> list[StreamPlan]:
+    """Tokens of whole texts of both sets: `rows` of each set, spread evenly; None: every token."""
+    plans = [_plan(REASONING, REASONING_TEXT, samples.reasoning.samples, rows)]
     if samples.instruction is not None:
-        plans.append(_plan(INSTRUCTION, INSTRUCTION, samples.instruction.samples, settings))
+        plans.append(_plan(INSTRUCTION, INSTRUCTION, samples.instruction.samples, rows))
     return plans
 
 
-def _plan(name: str, group: str, members: TokenSamples, settings: RainSettings) -> StreamPlan:
-    rows = max(1, settings.regmean.rows // len(members))
-    positions = [{group: evenly_spaced(range(len(one.input_ids)), rows)} for one in members]
-    return StreamPlan(name, members, positions)
+def _plan(name: str, group: str, members: TokenSamples, rows: int | None) -> StreamPlan:
+    every = [range(len(one.input_ids)) for one in members]
+    if rows is None:
+        return StreamPlan(name, members, [{group: places} for places in every])
+    each = max(1, rows // len(members))
+    return StreamPlan(name, members, [{group: evenly_spaced(places, each)} for places in every])
 
 
 def solve_regmean(
@@ -65,19 +66,13 @@ def solve_regmean(
     full = settings.rank_by == "full"
     wanted = len(order) if full else count_for_share(gains[order], settings.rank_share)
     chosen = order[: min(wanted, max_rank)]
-    total = float(gains.sum())
     return SiteResult(
         width=width,
         positions=collectors[REASONING_TEXT].count,
         factors=found.factors(chosen),
         spectrum=found.ratios,
         energies=gains,
-        kept_energy=_share(found.weights, chosen),
-        kept_response_energy=float(gains[chosen].sum()) / total if total > 0 else 1.0,
+        kept_energy=share_of(found.weights, chosen, float(found.weights.sum())),
+        kept_response_energy=share_of(gains, chosen, float(gains.sum())),
         capped=len(chosen) < wanted,
     )
-
-
-def _share(weights: Tensor, chosen: Tensor) -> float:
-    total = float(weights.sum())
-    return float(torch.sum(weights[chosen])) / total if total > 0 else 1.0

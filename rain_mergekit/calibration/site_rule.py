@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from rain_mergekit.calibration.aim_site import measure_channels, plan_all_tokens
+from rain_mergekit.calibration.aim_site import measure_channels
 from rain_mergekit.calibration.protected_positions import (
     INSTRUCTION,
     READ,
@@ -25,7 +25,7 @@ from rain_mergekit.calibration.site_solver import (
     unconstrained,
 )
 from rain_mergekit.capture.streams import StreamPlan
-from rain_mergekit.config.methods import AIM, REGMEAN
+from rain_mergekit.config.method_names import AIM, REGMEAN
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.linalg.row_collector import ChannelSums, Group, RowCollector, weighted_rows
 from rain_mergekit.system.memory import trim_heap
@@ -43,7 +43,7 @@ class SiteRule:
     collector: what gathers the rows of a group.
     """
 
-    plan: Callable[[Samples, RainSettings], list[StreamPlan]]
+    plan: Callable[[Samples], list[StreamPlan]]
     groups: tuple[str, ...]
     solve: SolveSite
     collector: type[RowCollector] = RowCollector
@@ -53,11 +53,13 @@ def rule_of(method: str, settings: RainSettings) -> SiteRule:
     """The rule of a calibrated merge method."""
     texts = (REASONING_TEXT, INSTRUCTION)
     if method == REGMEAN:
-        return SiteRule(plan_texts, texts, partial(solve_regmean, settings=settings))
+        some = partial(plan_texts, rows=settings.regmean.rows)
+        return SiteRule(some, texts, partial(solve_regmean, settings=settings))
     if method == AIM:
-        return SiteRule(plan_all_tokens, texts, measure_channels, ChannelSums)
+        return SiteRule(partial(plan_texts, rows=None), texts, measure_channels, ChannelSums)
     groups = (*(group.name for group in protected_groups(settings)), *READ, INSTRUCTION)
-    return SiteRule(plan_streams, groups, partial(_solve_rain, settings=settings))
+    plan = partial(plan_streams, settings=settings)
+    return SiteRule(plan, groups, partial(_solve_rain, settings=settings))
 
 
 def _solve_rain(

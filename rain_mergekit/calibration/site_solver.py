@@ -120,8 +120,8 @@ def solve_site(
         factors=factors,
         spectrum=found.values,
         energies=energies,
-        kept_energy=_share(found.values, chosen, found.total),
-        kept_response_energy=_share(energies, chosen, float(energies.sum())),
+        kept_energy=share_of(found.values, chosen, found.total),
+        kept_response_energy=share_of(energies, chosen, float(energies.sum())),
         capped=capped,
     )
 
@@ -156,7 +156,8 @@ def _factors(
     return projection.orthogonal_factors(basis)
 
 
-def _share(energies: Tensor, chosen: Tensor, total: float) -> float:
+def share_of(energies: Tensor, chosen: Tensor, total: float) -> float:
+    """What the chosen ones have of `total`; 1 where that is zero."""
     return float(energies[chosen].sum()) / total if total > 0 else 1.0
 
 

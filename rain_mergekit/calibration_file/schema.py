@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from rain_mergekit.calibration_file.container import Entry
+from rain_mergekit.config.method_names import CALIBRATED, RAIN
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
@@ -14,8 +15,6 @@ VERSION = 3
 # The oldest version that can say what a file says: 2 added the factors A and B of a weight, 3 the
 # merge method that the file is for.
 _ADDED, _KIND = 2, 3
-RAIN, AIM = "rain", "aim"
-KINDS = (RAIN, "regmean", AIM)
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -99,8 +98,8 @@ def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Pla
         odd = sorted(set(digests) ^ set(entries))
         raise RainError(f"tensor_sha256 and the stored tensors differ: {odd[:3]!r}")
     kind = root.optional_text("kind") or RAIN
-    if kind not in KINDS:
-        root.fail("kind", f"one of {', '.join(KINDS)}", kind)
+    if kind not in CALIBRATED:
+        root.fail("kind", f"one of {', '.join(CALIBRATED)}", kind)
     models = {role: _model(root.table("models").table(role)) for role in ROLES}
     sites = {name: _site(fields) for name, fields in root.table("sites").tables()}
     tensors = {name: _tensor(fields, sites) for name, fields in root.table("tensors").tables()}

@@ -87,12 +87,12 @@ def ask(options: AskOptions) -> None:
     otherwise. An interrupted run goes on where it was. `mergekit-rain compare` reads the file.
     """
     from rain_mergekit.commands.answer_text import fault_lines  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.evaluation.answer_files import read_answers  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_files import chosen_prompts, read_answers  # noqa: PLC0415
     from rain_mergekit.evaluation.answer_summary import summary  # noqa: PLC0415
 
     console = options.talk.console(quiet=options.as_json)
     console.setup()
-    _ask(options, _prompts(options), console)
+    _ask(options, chosen_prompts(options.prompts, options.count), console)
     found = read_answers(options.output)
     if options.as_json:
         print_json("ask", summary(found))
@@ -100,19 +100,6 @@ def ask(options: AskOptions) -> None:
     for line in fault_lines([found]):
         console.print(line)
     console.print(f"Next: mergekit-rain compare OTHER.jsonl {options.output}")
-
-
-def _prompts(options: AskOptions) -> list[Asked]:
-    """The prompts; checked before anything that takes time."""
-    from rain_mergekit.evaluation.answer_files import own_prompts  # noqa: PLC0415
-    from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
-    from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
-    from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
-
-    found = own_prompts() if options.prompts is None else read_prompts(options.prompts)
-    chosen = list(evenly_spaced(found, options.count or len(found)))
-    check_rules(chosen)
-    return chosen
 
 
 def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:

@@ -16,6 +16,7 @@ from rain_mergekit.commands.options import (
     parse_mapping,
     pick_device,
     pick_dtype,
+    stacked,
 )
 
 if TYPE_CHECKING:
@@ -73,12 +74,7 @@ def asking_options(longer: str) -> Callable[[F], F]:
         dtype_option(),
     )
 
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
+    return stacked(*options)
 
 
 def _server_options() -> tuple[Callable[[Any], Any], ...]:

@@ -91,7 +91,9 @@ def compare(options: CompareOptions) -> None:
 
     console = options.talk.console(quiet=options.as_json)
     if options.html is not None:
-        _check_page(options.html)
+        from rain_mergekit.report.page_file import check_page  # noqa: PLC0415
+
+        check_page(options.html)
     first, *others = _read(options.answers)
     found = {other.name: _pair(first, other, options) for other in others}
     broken = {name: broken_bounds(pair[0], options.bounds) for name, pair in found.items()}
@@ -112,15 +114,6 @@ def compare(options: CompareOptions) -> None:
             )
     if any(broken.values()):
         click.get_current_context().exit(_WORSE)
-
-
-def _check_page(path: str) -> None:
-    """Refuse an unusable --html page before anything that takes time."""
-    from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
-    from rain_mergekit.report.page_file import protect_foreign  # noqa: PLC0415
-
-    require_matplotlib()
-    protect_foreign(path)
 
 
 def _read(paths: tuple[str, ...]) -> list[AnswerSet]:

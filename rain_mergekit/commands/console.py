@@ -70,6 +70,12 @@ class _Terminal(logging.Handler):
         click.echo(f"{record.levelname}: {clean_lines(record.getMessage())}", err=True)
 
 
+def shows_blocks() -> bool:
+    """Whether the output is a terminal whose encoding has the block characters."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    return sys.stdout.isatty() and encoding.startswith("utf")
+
+
 def _log_to_terminal(logger: logging.Logger, level: int) -> None:
     logger.setLevel(level)
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):

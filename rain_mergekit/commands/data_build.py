@@ -98,13 +98,10 @@ def _judge(
     candidate: Callable[[Any, Kept], Candidate],
 ) -> Callable[[Any, Written], Candidate]:
     """Keeps or drops an answer; markers None: those of the model here, or of a server's answer."""
-    from rain_mergekit.data_building.judge import keep  # noqa: PLC0415
-    from rain_mergekit.text.marker_detection import text_markers, tokenizer_markers  # noqa: PLC0415
+    from rain_mergekit.data_building.judge import keep, known_format  # noqa: PLC0415
+    from rain_mergekit.text.marker_detection import text_markers  # noqa: PLC0415
 
-    opens: bool | None = None
-    if (tokenizer := getattr(writer, "tokenizer", None)) is not None:
-        markers = markers or tokenizer_markers(tokenizer, template)
-        opens = writer.opens_block("probe", markers)  # type: ignore[attr-defined]
+    markers, opens = known_format(writer, markers, template)
 
     def judge(prompt: Any, written: Written) -> Candidate:
         found = markers or text_markers(written.text)

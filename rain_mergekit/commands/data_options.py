@@ -16,6 +16,7 @@ from rain_mergekit.commands.options import (
     loading_options,
     markers_option,
     output_options,
+    stacked,
     template_option,
 )
 
@@ -62,9 +63,4 @@ def building_options(default_output: str) -> Callable[[F], F]:
         output_options,
     )
 
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
+    return stacked(*options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,9 @@ def diff(options: DiffOptions) -> None:
     console = options.talk.console(quiet=options.as_json)
     console.setup()
     if options.html is not None:
-        _check_page(options.html)
+        from rain_mergekit.report.page_file import check_page  # noqa: PLC0415
+
+        check_page(options.html)
     load = options.loading.options()
     first, second = (open_checkpoint(name, load) for name in (options.first, options.second))
     total, quiet = len(first.names & second.names), not console.progress
@@ -62,7 +63,9 @@ def diff(options: DiffOptions) -> None:
     if options.as_json:
         print_json("diff", _content(options, found))
         return
-    for line in lines(found, blocks=_blocks()):
+    from rain_mergekit.commands.console import shows_blocks  # noqa: PLC0415
+
+    for line in lines(found, blocks=shows_blocks()):
         console.print(line)
     if options.html is not None:
         from rain_mergekit.report.diff_page import render  # noqa: PLC0415 - imports matplotlib
@@ -70,20 +73,6 @@ def diff(options: DiffOptions) -> None:
 
         write_page(options.html, render(options.first, options.second, found))
         console.print(f"Wrote {options.html}")
-
-
-def _check_page(path: str) -> None:
-    from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
-    from rain_mergekit.report.page_file import protect_foreign  # noqa: PLC0415
-
-    require_matplotlib()
-    protect_foreign(path)
-
-
-def _blocks() -> bool:
-    """Whether the output is a terminal whose encoding has the block characters."""
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    return sys.stdout.isatty() and encoding.startswith("utf")
 
 
 def lines(found: ModelDiff, *, blocks: bool) -> Iterator[str]:

@@ -13,12 +13,12 @@ import click
 
 from rain_mergekit.commands.options import Talk, output_options, typed
 from rain_mergekit.errors import RainError
-from rain_mergekit.system.shipped_files import shipped
+from rain_mergekit.system.shipped_files import TRIO, shipped
 
 _FOLDERS = {
     "configs": shipped("configs"),
     "calibration": shipped("calibration"),
-    "trio": Path(__file__).parents[1] / "trio",
+    "trio": TRIO,
 }
 _SHOWN = 3
 

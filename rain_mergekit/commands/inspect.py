@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -45,14 +44,10 @@ def inspect(calibration: str, *, as_json: bool) -> None:
     if as_json:
         print_json("inspect", asdict(summary))
         return
-    for line in _screen(summary, blocks=_terminal()):
+    from rain_mergekit.commands.console import shows_blocks  # noqa: PLC0415 - keeps --help fast
+
+    for line in _screen(summary, blocks=shows_blocks()):
         click.echo(line)
-
-
-def _terminal() -> bool:
-    """Whether the output is a terminal whose encoding has the block characters."""
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    return sys.stdout.isatty() and encoding.startswith("utf")
 
 
 def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:

@@ -64,6 +64,17 @@ class Talk:
 GROUPS: dict[str, type[Any]] = {"Loading": Loading, "Talk": Talk}
 
 
+def stacked(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator for several options, shown in this order."""
+
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
 def typed(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Call the command with one object of this dataclass, made of the values that click gives.
 

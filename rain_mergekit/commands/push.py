@@ -49,7 +49,6 @@ def push(options: PushOptions) -> None:
     console.setup()
     command = shlex.join(["mergekit-rain", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="rain-push-") as place:
-        (Path(place) / "rain").mkdir()
         folder = Path(options.merged)
         with moving_bar(max(1, _bytes(folder)), "preparing", console) as bar:
             upload = prepare(

@@ -63,6 +63,7 @@ def reproduce(options: ReproduceOptions) -> None:
     from mergekit.options import MergeOptions  # noqa: PLC0415
 
     from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415
+    from rain_mergekit.calibration_file.schema import ROLES  # noqa: PLC0415
     from rain_mergekit.checks.vocabulary_sizes import require_mergeable  # noqa: PLC0415
     from rain_mergekit.commands.merge import Making, fill, refuse_input  # noqa: PLC0415
     from rain_mergekit.commands.read_weights import digests_with_bar  # noqa: PLC0415
@@ -76,8 +77,7 @@ def reproduce(options: ReproduceOptions) -> None:
     device, load = pick_device(options.device), options.loading.options()
     folder = fetch(options.name, load.transformers_cache)
     record = read_record(folder)
-    roles = ("reasoning", "instruct", "pretrained")
-    given = {role: place for role in roles if (place := getattr(options, role)) is not None}
+    given = {role: place for role in ROLES if (place := getattr(options, role)) is not None}
     config = config_again(folder, calibration_in(folder, record), given)
     refuse_input(config, options.out)
     require_mergeable(config, load)

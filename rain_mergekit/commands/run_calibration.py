@@ -17,7 +17,7 @@ from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.commands.console import Console, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.methods import AIM
+from rain_mergekit.config.method_names import AIM
 from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.calibration_sets import DataSet

@@ -154,7 +154,7 @@ def verify(options: VerifyCommandOptions) -> None:
             console.print(line)
     drift = None if found is None else found.drift
     said = verdict(drift, answers.get("merged"), answers.get("reasoning"))
-    console.print(verify_text.measured_sentence(drift, answers))
+    console.print(f"Measured: {verify_text.measured(drift, answers)}")
     console.heading(f"Verdict: {verify_text.MEANING[said]}")
     if options.as_json:
         print_json("verify", verify_text.content(said, found, answers))
@@ -216,13 +216,6 @@ def _asked(options: VerifyCommandOptions) -> list[Asked]:
     count = options.generate or (_PROMPTS if options.reasoning_data is None else None)
     if not count:
         return []
-    from rain_mergekit.evaluation.answer_files import own_prompts  # noqa: PLC0415
-    from rain_mergekit.instructions.prompts import read_prompts  # noqa: PLC0415
-    from rain_mergekit.instructions.rules import check_rules  # noqa: PLC0415
-    from rain_mergekit.system.evenly_spaced import evenly_spaced  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_files import chosen_prompts  # noqa: PLC0415
 
-    path = options.prompts or options.reasoning_data
-    prompts = own_prompts() if path is None else read_prompts(path)
-    asked = list(evenly_spaced(prompts, count))
-    check_rules(asked)
-    return asked
+    return chosen_prompts(options.prompts or options.reasoning_data, count)

@@ -116,13 +116,13 @@ def content(
     drift = None if found is None else found.drift
     return {
         "verdict": verdict,
-        "measured": measured_sentence(drift, answers).removeprefix("Measured: "),
+        "measured": measured(drift, answers),
         "divergence": divergence,
         "answers": {name: asdict(one) for name, one in answers.items()},
     }
 
 
-def measured_sentence(drift: Drift | None, found: Mapping[str, Behaviour]) -> str:
+def measured(drift: Drift | None, found: Mapping[str, Behaviour]) -> str:
     """What the verdict rests on, in one line."""
     parts = [] if drift is None else [f"L_think {drift.think.mean:.3g}"]
     if found:
@@ -137,7 +137,7 @@ def measured_sentence(drift: Drift | None, found: Mapping[str, Behaviour]) -> st
             parts.append(f"followed {merged.obedient} of {merged.asked} (before {own.obedient})")
     else:
         parts.append("answers not measured (--generate)")
-    return "Measured: " + "; ".join(parts)
+    return "; ".join(parts)
 
 
 def _short(site: str) -> str:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from rain_mergekit.config.listed_models import listed_models
 from rain_mergekit.config.merge_parameters import TYPE_FIELDS, check_merge
-from rain_mergekit.config.methods import AIM, CALIBRATED, REGMEAN, aim_models, settings_for
+from rain_mergekit.config.method_names import AIM, CALIBRATED, REGMEAN
+from rain_mergekit.config.methods import aim_models, settings_for
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name

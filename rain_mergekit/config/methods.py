@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition
 
-from rain_mergekit.config.setting_types import READ_BY_ONE_FIT
+from rain_mergekit.config.method_names import AIM, RAIN, REGMEAN
+from rain_mergekit.config.setting_types import ONLY_FOR
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 
-RAIN, REGMEAN, AIM = "rain", "regmean", "aim"
-CALIBRATED = (RAIN, REGMEAN, AIM)
 _PLAIN = ("calibration", "lambda"), ("role",)
 # The parameters for all models, and those of each model.
 PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -29,8 +28,7 @@ def settings_for(method: str, settings: RainSettings, source: str) -> RainSettin
     defaults = RainSettings.model_fields
     given = [n for n in defaults if getattr(settings, n) != defaults[n].default]
     if method == RAIN:
-        (others,) = (names for fit, names in READ_BY_ONE_FIT.items() if fit != settings.fit)
-        if unread := [name for name in given if name in others]:
+        if unread := [n for n in given if ONLY_FOR.get(n, settings.fit) != settings.fit]:
             raise RainError(
                 f"{source}: rain: fit: {settings.fit} does not read {', '.join(unread)}; set the "
                 "other fit (streams or projection), or leave that out"

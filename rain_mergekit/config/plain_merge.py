@@ -17,7 +17,7 @@ from rain_mergekit.config.merge_config import (
     parse_yaml,
     read_text,
 )
-from rain_mergekit.config.methods import RAIN, REGMEAN
+from rain_mergekit.config.method_names import RAIN, REGMEAN
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.untrusted_input import shown
 
@@ -58,23 +58,18 @@ def read_any(path: str | Path) -> MergeRecipe | PlainMerge:
 
 
 def _plain(content: Mapping[str, Any], merge: MergeConfiguration, source: str) -> PlainMerge:
-    others = [item for item in merge.models or () if item.model != merge.base_model]
+    listed = zip(merge.models or (), content.get("models") or (), strict=True)
+    others = [(item, written) for item, written in listed if item.model != merge.base_model]
     if not others:
         raise RainError(
             f"{source}: merge_method is {shown(merge.merge_method)}: only merges that list whole "
             "models under `models:` can be described"
         )
-    named = {f"model {number}": item for number, item in enumerate(others, start=1)}
+    named = {f"model {number}": pair for number, pair in enumerate(others, start=1)}
     base = {} if merge.base_model is None else {"base": merge.base_model}
-    written = [item for item in content["models"] if _reference(item) != merge.base_model]
     return PlainMerge(
         method=merge.merge_method,
-        models={**base, **{name: item.model for name, item in named.items()}},
-        own={name: item.get("parameters") or {} for name, item in zip(named, written, strict=True)},
+        models={**base, **{name: item.model for name, (item, _) in named.items()}},
+        own={name: written.get("parameters") or {} for name, (_, written) in named.items()},
         parameters=content.get("parameters") or {},
     )
-
-
-def _reference(item: Mapping[str, Any]) -> ModelReference:
-    found: ModelReference = ModelReference.model_validate(item["model"])
-    return found

@@ -119,17 +119,12 @@ RegMean = Annotated[
     ),
 ]
 
-# What one `fit` alone reads; everything else both read.
-READ_BY_ONE_FIT = {
-    "streams": frozenset(
-        ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
-    ),
-    "projection": frozenset(
-        (
-            *("projection", "rank_by", "rank_share", "rank_tolerance", "rank_count", "epsilon"),
-            *("ridge", "instruction_rows", "protect_thinking", "protect_prompt"),
-            *("protect_response", "reading_share", "content_rows", "lm_head", "coefficients"),
-            *("rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
-        )
-    ),
-}
+# Settings that one `fit` alone reads; everything else both read.
+_STREAMS = ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
+_PROJECTION = (
+    *("projection", "rank_by", "rank_share", "rank_tolerance", "rank_count", "epsilon", "ridge"),
+    *("instruction_rows", "protect_thinking", "protect_prompt", "protect_response"),
+    *("reading_share", "content_rows", "lm_head", "coefficients", "rho", "alpha_min", "alpha_max"),
+    "leakage_from_thinking",
+)
+ONLY_FOR = dict.fromkeys(_STREAMS, "streams") | dict.fromkeys(_PROJECTION, "projection")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rain_mergekit.data_building.tasks import Written
+from rain_mergekit.data_building.tasks import Writer, Written
+from rain_mergekit.text.marker_detection import tokenizer_markers
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.thinking_blocks import split_thinking
 
@@ -21,6 +23,21 @@ class Kept:
     fields: dict[str, Any]
     thinking: str
     response: str
+
+
+def known_format(
+    writer: Writer, markers: Markers | None, template: Mapping[str, Any]
+) -> tuple[Markers | None, bool | None]:
+    """The thinking markers, and whether the chat template opens the block.
+
+    Of a model here; of one behind a server the given markers, and None. markers None: the model's.
+    template: arguments of the chat template.
+    """
+    tokenizer = getattr(writer, "tokenizer", None)
+    if tokenizer is None:
+        return markers, None
+    found = markers or tokenizer_markers(tokenizer, template)
+    return found, writer.opens_block("probe", found)  # type: ignore[attr-defined]
 
 
 def keep(written: Written, markers: Markers, *, opened_by_template: bool | None) -> Kept:

@@ -1,7 +1,5 @@
 """A model behind an OpenAI-compatible server: chat completions, several at a time.
 
-Requests go through urllib: which HTTP library comes with the hub's client depends on its version.
-
 Requests go through urllib: which HTTP library the hub's client brings depends on its version.
 """
 

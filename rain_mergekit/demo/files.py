@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.system.shipped_files import TRIO
 
-TRIO = Path(__file__).parents[1] / "trio"
 REPORT = "demo.json"
 AUTHOR = "mergekit-rain demo"
 # Name of the configuration with which a calibration file is made -> the file.

@@ -23,7 +23,6 @@ from rain_mergekit.demo.files import (
     HELD_OUT,
     MERGES,
     REPORT,
-    TRIO,
     claim,
     write_report,
 )
@@ -36,6 +35,7 @@ from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.generation import Answer, generate, load_model
 from rain_mergekit.models.loading import LoadOptions, read_model_config
 from rain_mergekit.models.tokenizer import load_tokenizer
+from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.calibration_sets import load_reasoning
 
 _MOST_TOKENS = 96

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rain_mergekit.data_building.collect import ask_all
 from rain_mergekit.data_building.journal import Journal
+from rain_mergekit.data_building.judge import known_format
 from rain_mergekit.data_building.tasks import Sampling, Task, Writer, Written
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.answer_measures import Measured, measure, reading_of
 from rain_mergekit.instructions.prompts import Asked, parse_prompt, read_prompts
+from rain_mergekit.instructions.rules import check_rules
+from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.system.json_fields import Fields
 from rain_mergekit.system.json_samples import JsonObject, read_text
-from rain_mergekit.text.marker_detection import text_markers, tokenizer_markers
+from rain_mergekit.text.marker_detection import text_markers
 from rain_mergekit.text.markers import Markers
 
 MADE_BY = "mergekit-rain ask"
@@ -42,13 +46,24 @@ class AnswerSet:
     head: Mapping[str, Any]
     answers: tuple[Answer, ...]
 
-    @property
+    @cached_property
     def by_prompt(self) -> dict[str, list[Answer]]:
         """The answers to each prompt; prompts in the order of their text."""
         found: dict[str, list[Answer]] = {}
         for answer in self.answers:
             found.setdefault(answer.asked.text, []).append(answer)
         return found
+
+
+def chosen_prompts(path: str | None, count: int | None) -> list[Asked]:
+    """So many prompts of the file, evenly spaced; None: the package's prompts, all of them.
+
+    RainError if the file cannot be read, or instructions in it cannot be checked here.
+    """
+    found = own_prompts() if path is None else read_prompts(path)
+    chosen = list(evenly_spaced(found, count or len(found)))
+    check_rules(chosen)
+    return chosen
 
 
 def own_prompts() -> list[Asked]:
@@ -87,10 +102,7 @@ def header(
     writer: Writer, sampling: Sampling, markers: Markers | None, template: Mapping[str, Any]
 ) -> dict[str, Any]:
     """How the answers were made; markers None: the model's, or found in a server's answers."""
-    opens: bool | None = None
-    if (tokenizer := getattr(writer, "tokenizer", None)) is not None:
-        markers = markers or tokenizer_markers(tokenizer, template)
-        opens = writer.opens_block("probe", markers)  # type: ignore[attr-defined]
+    markers, opens = known_format(writer, markers, template)
     return {
         "version": 1,
         **writer.identity,

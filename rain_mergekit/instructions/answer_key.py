@@ -124,9 +124,8 @@ def last_named(response: str, choices: Sequence[str]) -> str | None:
 
 
 def _in_order(parts: Sequence[str], response: str) -> bool:
-    words = plain(response).split()
-    rest = iter(words)
-    return all(any(word.strip(".,") == plain(part) for word in rest) for part in parts)
+    rest = iter(plain(response).split())
+    return all(any(word.strip(".,") == part for word in rest) for part in map(plain, parts))
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:

@@ -17,6 +17,7 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.config.method_names import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.merge_method.cache import CalibrationCache
 from rain_mergekit.merge_method.companion import (
@@ -28,7 +29,7 @@ from rain_mergekit.merge_method.companion import (
 )
 from rain_mergekit.merge_method.spec import Card, RainMergeError, reported, require_kind
 
-CARD = Card("aim", "AIM", "https://arxiv.org/abs/2502.02421")
+CARD = Card(AIM, "AIM", "https://arxiv.org/abs/2502.02421")
 _FILES = CalibrationCache()
 
 
@@ -120,7 +121,7 @@ class AimMerge(CompanionMerge):
         from rain_mergekit.merge_method.base_check import check_base  # noqa: PLC0415 - needs mergekit
 
         with reported(), torch.device("cpu"):
-            check_base(parameters["calibration"], "pretrained", group.base.id)
+            check_base(parameters["calibration"], group.base.id)
         return super().merge_group(group, **parameters)
 
 

@@ -15,18 +15,18 @@ from rain_mergekit.models.fingerprint import fingerprint
 _CHECKED: Recent[None] = Recent(8)
 
 
-def check_base(calibration: CalibrationFile, role: str, model: Hashable) -> None:
-    """Compare the fingerprint that is recorded for the role; RainError where it differs.
+def check_base(calibration: CalibrationFile, model: Hashable) -> None:
+    """Compare with the pretrained model's recorded fingerprint; RainError where it differs.
 
     Once for each file and model. Models that mergekit has not opened cannot be checked.
     """
-    _CHECKED.get((calibration, model), lambda: _check(calibration, role, model))
+    _CHECKED.get((calibration, model), lambda: _check(calibration, model))
 
 
-def _check(calibration: CalibrationFile, role: str, model: Hashable) -> None:
+def _check(calibration: CalibrationFile, model: Hashable) -> None:
     if not isinstance(model, ModelReference) or model not in LoaderCache.loaders:
         return
-    record = calibration.models[role]
+    record = calibration.models["pretrained"]
     folder = LoaderCache().get(model).index.base_path
     different = record.differences(fingerprint(folder)) if record.fingerprint else []
     if different:

@@ -27,6 +27,7 @@ from rain_mergekit.merge_method.spec import (
     checked_parameter,
     mistaken_names,
     reported,
+    require_once,
 )
 from rain_mergekit.system.untrusted_input import finite_number, shown
 
@@ -132,9 +133,7 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
                 raise RainError(
                     f"merge_method: {name} needs a model besides base_model under `models:`{where}"
                 )
-            if len(set(input_ids)) != len(input_ids):
-                twice = sorted({str(m) for m in input_ids if list(input_ids).count(m) > 1})
-                raise RainError(f"given more than once: {', '.join(twice)}{where}")
+            require_once(input_ids, where)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; a new one like the base's."""

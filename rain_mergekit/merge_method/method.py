@@ -16,6 +16,7 @@ from torch import Tensor
 from rain_mergekit import _autoload
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
+from rain_mergekit.config.method_names import RAIN
 from rain_mergekit.config.roles import assign_roles, is_proxy, proxy_roles
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
@@ -23,7 +24,6 @@ from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
 from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.merge_method.spec import (
-    NAME,
     Card,
     Planned,
     rain_spec,
@@ -53,7 +53,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     Everything that the calibration file does not list stays the base model's, bit for bit.
     """
 
-    card = Card(NAME, "RAIN-Merging", "https://arxiv.org/abs/2602.22538")
+    card = Card(RAIN, "RAIN-Merging", "https://arxiv.org/abs/2602.22538")
 
     def __init__(self) -> None:
         self._planned = Planned()
@@ -102,7 +102,7 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         others = [model for model in input_ids if model != base_id]
         whole = group_name is None or _SLICE.search(group_name) is not None
         with reported():
-            require_inputs(self.card.name, input_ids, others, base_id, group_name)
+            require_inputs(self.card.name, input_ids, base_id, group_name)
             if len(others) > 2 or (whole and not others):
                 raise RainError(
                     f"merge_method: {self.card.name} merges exactly two models into base_model, "
@@ -278,10 +278,8 @@ def register() -> None:
     from rain_mergekit.merge_method import aim, opcm, pcb, regmean, wudi  # noqa: PLC0415 - see above
 
     known = {method.spec.name for method in registry.registered_methods()}
-    for kind in (RainMerge, regmean.RegMeanMerge):
-        if kind.card.name not in known:
-            registry.register(kind())
-    for method in (aim.METHOD, opcm.METHOD, pcb.METHOD, wudi.METHOD):
+    companions = (aim.METHOD, opcm.METHOD, pcb.METHOD, wudi.METHOD)
+    for method in (RainMerge(), regmean.RegMeanMerge(), *companions):
         if method.spec.name not in known:
             registry.register(method)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.schema import AIM, ROLES, TensorPlan
+from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
+from rain_mergekit.config.method_names import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.merged_weight import merged_weight

@@ -33,9 +33,6 @@ class Card:
     paper: str
 
 
-NAME = "rain"
-
-
 class RainMergeError(RainError, click.ClickException):
     """What stops a merge; mergekit's commands print it as one `Error:` and exit with 1."""
 
@@ -164,7 +161,6 @@ def require_kind(calibration: CalibrationFile, method: str) -> None:
 def require_inputs(
     method: str,
     ids: Sequence[Hashable],
-    others: Sequence[Hashable],
     base: Hashable | None,
     group: str | None,
 ) -> None:
@@ -174,6 +170,11 @@ def require_inputs(
     where = f" ({group})" if group else ""
     if base not in ids:
         raise RainError(f"the reasoning model (base_model {base}) is not among the inputs{where}")
-    if len(set(ids)) != len(ids) or len(others) != len(ids) - 1:
+    require_once(ids, where)
+
+
+def require_once(ids: Sequence[Hashable], where: str) -> None:
+    """RainError if a model is given twice; `where` ends the message."""
+    if len(set(ids)) != len(ids):
         twice = sorted({str(model) for model in ids if list(ids).count(model) > 1})
         raise RainError(f"given more than once: {', '.join(twice)}{where}")

@@ -22,7 +22,7 @@ from rain_mergekit.models.side_files import HUB_CODE, HUB_PATTERNS
 from rain_mergekit.models.source import named
 from rain_mergekit.system.untrusted_input import read_regular
 
-_SMALL = ("*.json", "tokenizer.model", *HUB_PATTERNS)
+_SMALL = ("*.json", *HUB_PATTERNS)
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 

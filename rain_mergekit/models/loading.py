@@ -20,9 +20,14 @@ from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
 
 def open_checkpoint(name: str, options: LoadOptions) -> Checkpoint:
     """The model of that reference, or in that folder; RainError if it cannot be found."""
+    return open_model(reference_of(name), options)
+
+
+def reference_of(name: str) -> ModelReference:
+    """The reference of a folder, or what `parse_reference` reads; RainError as there."""
     if Path(name).is_dir():  # a folder's name may contain characters with a meaning in a reference
-        return open_model(ModelReference.model_validate({"model": {"path": name}}), options)
-    return open_model(parse_reference(name), options)
+        return ModelReference.model_validate({"model": {"path": name}})
+    return parse_reference(name)
 
 
 def parse_reference(name: str) -> ModelReference:

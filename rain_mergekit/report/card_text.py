@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from rain_mergekit.calibration_file.summary import Data
+from rain_mergekit.calibration_file.summary import Data, FileSummary
 from rain_mergekit.evaluation.verification_record import VerificationRecord
 from rain_mergekit.report.public_names import public_name
 from rain_mergekit.system.terminal_safe import clean
@@ -24,6 +26,19 @@ print(chat(question, max_new_tokens=4096)[0]["generated_text"][-1]["content"])
 def two_columns(rows: Iterable[tuple[str, str]]) -> str:
     """A Markdown table without a heading."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
+
+
+def opening_rows(strength: Any, summary: FileSummary) -> Iterator[tuple[str, str]]:
+    """The models by role and the strength, as rows of the table."""
+    for role, reference in summary.models.items():
+        yield f"{role} model", model_link(reference)
+    yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
+
+
+def data_rows(summary: FileSummary) -> Iterator[tuple[str, str]]:
+    """The calibration sets, as rows of the table."""
+    for name, data in summary.data.items():
+        yield f"calibration, {name} data", data_set(data)
 
 
 def measurement(found: VerificationRecord) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,16 +12,17 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
 from rain_mergekit.calibration_file.summary import FileSummary, summarise
 from rain_mergekit.config.merge_config import MergeRecipe, parse_recipe, read_recipe
-from rain_mergekit.config.methods import RAIN, REGMEAN
+from rain_mergekit.config.method_names import RAIN, REGMEAN
 from rain_mergekit.config.plain_merge import PlainMerge, read_any
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
 from rain_mergekit.report.card_text import (
     USAGE,
     code,
-    data_set,
+    data_rows,
     measurement,
     model_link,
+    opening_rows,
     two_columns,
 )
 from rain_mergekit.report.front_matter import with_fields, with_tags
@@ -179,12 +179,8 @@ def section(
 
 
 def _rows(config: MergeRecipe, summary: FileSummary) -> Iterator[tuple[str, str]]:
-    for role, reference in summary.models.items():
-        yield f"{role} model", model_link(reference)
-    strength = config.strength
-    yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
-    for name, data in summary.data.items():
-        yield f"calibration, {name} data", data_set(data)
+    yield from opening_rows(config.strength, summary)
+    yield from data_rows(summary)
     if summary.matching is not None:
         yield "stream matching", _matching(summary.matching, summary.settings)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rain_mergekit.report.extra import require_matplotlib
 from rain_mergekit.system.atomic_file import destination, refuse_foreign, replacing
 
 
@@ -12,6 +13,12 @@ def protect_foreign(output: str) -> None:
         with path.open("rb") as file:
             ours = file.read(9).upper().startswith(b"<!DOCTYPE")
     refuse_foreign(output, "an HTML page", "name another file", ours=ours)
+
+
+def check_page(output: str) -> None:
+    """RainError if no page can be drawn, or not there; asked before anything that takes time."""
+    require_matplotlib()
+    protect_foreign(output)
 
 
 def write_page(output: str, page: str) -> None:

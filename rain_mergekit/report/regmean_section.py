@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
@@ -13,9 +12,10 @@ from rain_mergekit.evaluation.verification_record import VerificationRecord
 from rain_mergekit.report.card_text import (
     USAGE,
     code,
-    data_set,
+    data_rows,
     measurement,
     model_link,
+    opening_rows,
     two_columns,
 )
 
@@ -43,14 +43,11 @@ def regmean_section(
 
 
 def _rows(strength: Any, summary: FileSummary) -> Iterator[tuple[str, str]]:
-    for role, reference in summary.models.items():
-        yield f"{role} model", model_link(reference)
-    yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
+    yield from opening_rows(strength, summary)
     settings = summary.settings.get("regmean")
     weight = settings.get("thinking_weight") if isinstance(settings, dict) else None
     yield "weight s of the reasoning set", code("not recorded" if weight is None else weight)
-    for name, data in summary.data.items():
-        yield f"calibration, {name} data", data_set(data)
+    yield from data_rows(summary)
     if summary.sites:
         ranks = fmean(site.rank for site in summary.sites)
         kept = fmean(1.0 if site.response is None else site.response for site in summary.sites)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
+TRIO = _PACKAGE / "trio"  # three small models with their own sets
 _IN_THE_WHEEL = _PACKAGE / "examples"
 
 

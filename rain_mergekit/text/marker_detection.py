@@ -48,8 +48,7 @@ def find_markers(
 
 def written_markers(path: StrPath) -> Markers:
     """The known markers that a set's verbatim outputs show; `<think>` where that is not clear."""
-    found = _written(_outputs(path), ())
-    return found[0] if len(found) == 1 else Markers()
+    return _only(_written(_outputs(path), ()))
 
 
 def shown_markers(
@@ -67,13 +66,15 @@ def tokenizer_markers(
     tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
 ) -> Markers:
     """The known markers of this model, without a set; `<think>` where that is not clear."""
-    found = shown_markers(tokenizer, chat_template_kwargs)
-    return found[0] if len(found) == 1 else Markers()
+    return _only(shown_markers(tokenizer, chat_template_kwargs))
 
 
 def text_markers(*texts: str) -> Markers:
     """The known markers in these outputs; `<think>` where there are none, or of several kinds."""
-    found = _written(texts, ())
+    return _only(_written(texts, ()))
+
+
+def _only(found: Sequence[Markers]) -> Markers:
     return found[0] if len(found) == 1 else Markers()
 
 

@@ -43,11 +43,6 @@ def foreign_share(prompt: str, text: str) -> float:
     return count / total if count >= LEAST_LETTERS else 0.0
 
 
-def switches(prompt: str, text: str) -> bool:
-    """Whether the text leaves the scripts of its prompt: more than 2 % of its letters."""
-    return foreign_share(prompt, text) > LEAST_SHARE
-
-
 @lru_cache(maxsize=4096)
 def _script(char: str) -> str:
     """The first word of a letter's name in Unicode; "" for what is no letter."""

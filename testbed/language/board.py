@@ -15,14 +15,15 @@ from testbed.language.judging import Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
 from testbed.language.sets import write_choosing
+from testbed.puzzles.records import read_lines
 
 LOG = logging.getLogger(__name__)
 ROLES = ("pretrained", "reasoning", "instruct")
 STEPS = 1.4  # how much further the grid goes where its last strength is the best one
 MOST_STEPS = 2
 SEED = 0  # of the prompts that settings are chosen on
-SETTINGS_PLAIN = 32  # of these, without a constraint
-CHOOSING_PLAIN = 16  # they only decide between strengths that are equal in both
+CHOOSING_PLAIN = 32  # of these, without a constraint
+VALIDATION_PLAIN = 16  # they only decide between strengths that are equal in both
 Found = dict[str, Any]
 
 
@@ -40,7 +41,7 @@ class Board:
             self.trio / "reasoning",
             self.trio / "validation.jsonl",
             divergence=False,
-            plain=CHOOSING_PLAIN,
+            plain=VALIDATION_PLAIN,
         )
 
     @cached_property
@@ -49,7 +50,7 @@ class Board:
             self.trio / "reasoning",
             write_choosing(SEED, self.trio),
             divergence=False,
-            plain=SETTINGS_PLAIN,
+            plain=CHOOSING_PLAIN,
         )
 
     @cached_property
@@ -81,28 +82,27 @@ class Board:
     def row(self, row: Row) -> Found:
         """Choose the strength where there is a choice, then judge."""
         if len(row.strengths) == 1:
-            found = self._numbers(row, row.strengths[0], "test")
-            said = {"name": row.name, "rain": dict(row.rain), "strength": row.strengths[0]}
-            return self._write(row.slug, {**found, **said})
+            return self._write(row.slug, self._judged(row, row.strengths[0], "test"))
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
         while (more := further(swept, row.most)) is not None and len(swept) < (
             len(row.strengths) + MOST_STEPS
         ):
             swept[more] = self._numbers(row, more, "validation")
         best = max(swept, key=lambda s: _merit(swept[s]))
-        found = self._numbers(row, best, "test")
-        said = {"name": row.name, "rain": dict(row.rain), "strength": best}
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
-        return self._write(row.slug, {**found, **said, "swept": brief})
+        return self._write(row.slug, {**self._judged(row, best, "test"), "swept": brief})
 
     def attempt(self, row: Row) -> Found:
         """A row on prompts that settings may be chosen on, never on the test prompts."""
-        strength = row.strengths[0]
-        found = self._numbers(row, strength, "choosing")
-        said = {"name": row.name, "rain": dict(row.rain), "strength": strength}
         sets = ("reasoning", "instruction")
-        samples = {kind: _lines(self.trio / f"{kind}.jsonl") for kind in sets}
-        return self._write(f"choosing/{row.slug}", {**found, **said, "samples": samples})
+        samples = {kind: len(read_lines(self.trio / f"{kind}.jsonl")) for kind in sets}
+        found = self._judged(row, row.strengths[0], "choosing")
+        return self._write(f"choosing/{row.slug}", {**found, "samples": samples})
+
+    def _judged(self, row: Row, strength: float, split: str) -> Found:
+        """The numbers, and what they are of."""
+        said = {"name": row.name, "rain": dict(row.rain), "strength": strength}
+        return {**self._numbers(row, strength, split), **said}
 
     def _numbers(self, row: Row, strength: float, split: str) -> Found:
         judge: Judge = getattr(self, split)
@@ -140,11 +140,6 @@ class Board:
         text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
         return kept
-
-
-def _lines(path: Path) -> int:
-    with path.open(encoding="utf-8") as file:
-        return sum(1 for _ in file)
 
 
 def _merit(found: Mapping[str, Any]) -> tuple[float, float]:

@@ -18,8 +18,9 @@ from mergekit.config import MergeConfiguration
 from watching import untouched
 
 from rain_mergekit.config.merge_config import read_config
-from rain_mergekit.demo.files import ASKED, CALIBRATIONS, MERGES, TRIO, claim, configurations
+from rain_mergekit.demo.files import ASKED, CALIBRATIONS, MERGES, claim, configurations
 from rain_mergekit.demo.scoring import Record, is_correct, is_followed, read_records, score
+from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.thinking_blocks import Thought
 
 RAIN, PROJECTION, STRONGER = "rain", "rain, projection 1.0", "rain, projection 1.2"

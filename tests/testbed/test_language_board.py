@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rain_mergekit.demo.files import TRIO
+from rain_mergekit.system.shipped_files import TRIO
 from testbed.language.board import further
 from testbed.language.generating import generate
 from testbed.language.judging import cached

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rain_mergekit.demo.files import TRIO
+from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.calibration_sets import load_instruction
 from testbed.language.constraints import CONSTRAINTS, UNCALIBRATED_CONSTRAINTS, together
 from testbed.language.generating import Output
