@@ -8,7 +8,7 @@ from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition
 
 from rain_mergekit.config.method_names import AIM, RAIN, REGMEAN
-from rain_mergekit.config.setting_types import ONLY_FOR
+from rain_mergekit.config.setting_types import READERS
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 
@@ -19,26 +19,31 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     REGMEAN: _PLAIN,
     AIM: (("calibration", "lambda", "omega", "merge", "density", "shuffle"), ("role", "weight")),
 }
-# Settings that choose how rain protects; regmean leaves none of that open.
-_OF_RAIN = ("fit", "projection", "ridge", "lm_head", "coefficients")
 
 
 def settings_for(method: str, settings: RainSettings, source: str) -> RainSettings:
     """The settings as the method reads them; RainError for one that it would ignore."""
-    defaults = RainSettings.model_fields
-    given = [n for n in defaults if getattr(settings, n) != defaults[n].default]
+    defaults, reader = RainSettings.model_fields, settings.fit if method == RAIN else method
+    given = [name for name in defaults if getattr(settings, name) != defaults[name].default]
+    unread = [name for name in given if reader not in READERS.get(name, (reader,))]
+    for name in unread:
+        owner = REGMEAN if name == REGMEAN else RAIN
+        if owner != method:
+            raise RainError(
+                f"{source}: rain.{name} is for merge_method: {owner}; leave it out for {method}"
+            )
+    if unread:
+        raise RainError(
+            f"{source}: rain: fit: {settings.fit} does not read {', '.join(unread)}; set the "
+            "other fit (streams or projection), or leave that out"
+        )
     if method == RAIN:
-        if unread := [n for n in given if ONLY_FOR.get(n, settings.fit) != settings.fit]:
-            raise RainError(
-                f"{source}: rain: fit: {settings.fit} does not read {', '.join(unread)}; set the "
-                "other fit (streams or projection), or leave that out"
-            )
         return settings
-    for name in given:
-        if name in _OF_RAIN:
-            raise RainError(
-                f"{source}: rain.{name} is for merge_method: rain; leave it out for {method}"
-            )
+    if method == REGMEAN and settings.rank_by not in ("response_energy", "full"):
+        raise RainError(
+            f"{source}: rain.rank_by: {settings.rank_by} is for merge_method: rain; regmean takes "
+            "response_energy or full"
+        )
     # They collect a site's inputs as the projection does.
     return settings.model_copy(update={"fit": "projection"})
 

@@ -15,6 +15,8 @@ from pydantic import (
     Tag,
 )
 
+from rain_mergekit.config.method_names import REGMEAN
+
 
 def _no_truth(value: object) -> object:
     """Refuse booleans as numbers: pydantic reads `true` as 1, and YAML reads `yes` as true."""
@@ -119,12 +121,18 @@ RegMean = Annotated[
     ),
 ]
 
-# Settings that one `fit` alone reads; everything else both read.
+# Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
 _PROJECTION = (
-    *("projection", "rank_by", "rank_share", "rank_tolerance", "rank_count", "epsilon", "ridge"),
-    *("instruction_rows", "protect_thinking", "protect_prompt", "protect_response"),
-    *("reading_share", "content_rows", "lm_head", "coefficients", "rho", "alpha_min", "alpha_max"),
-    "leakage_from_thinking",
+    *("projection", "rank_tolerance", "rank_count", "epsilon", "ridge", "instruction_rows"),
+    *("protect_thinking", "protect_prompt", "protect_response", "reading_share", "content_rows"),
+    *("lm_head", "coefficients", "rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
 )
-ONLY_FOR = dict.fromkeys(_STREAMS, "streams") | dict.fromkeys(_PROJECTION, "projection")
+READERS: Mapping[str, tuple[str, ...]] = {
+    "fit": ("streams", "projection"),
+    **dict.fromkeys(_STREAMS, ("streams",)),
+    **dict.fromkeys(_PROJECTION, ("projection",)),
+    **dict.fromkeys(("rank_by", "rank_share"), ("projection", REGMEAN)),
+    **dict.fromkeys(("max_rank", "size_budget"), ("streams", "projection", REGMEAN)),
+    "regmean": (REGMEAN,),
+}

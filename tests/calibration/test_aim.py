@@ -216,3 +216,19 @@ def test_bad_parameters_are_one_line(
 def test_roles_are_needed_to_calibrate(tiny: Tiny) -> None:
     with pytest.raises(RainError, match="merge_method: aim needs two besides base_model"):
         tiny.config(merge_method="aim")
+
+
+@pytest.mark.parametrize(
+    ("settings", "owner"),
+    [
+        ({"stream_weights": {"prompts": 1.0}}, "rain"),
+        ({"max_rank": 8}, "rain"),
+        ({"regmean": {"rows": 64}}, "regmean"),
+    ],
+)
+def test_settings_of_others_are_refused(tiny: Tiny, settings: dict[str, Any], owner: str) -> None:
+    (name,) = settings
+    changes = {key: content(tiny)[key] for key in ("merge_method", "base_model", "models")}
+    said = f"rain.{name} is for merge_method: {owner}; leave it out for aim"
+    with pytest.raises(RainError, match=said):
+        tiny.using("refused.safetensors", **settings).config(**changes)

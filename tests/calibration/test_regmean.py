@@ -135,7 +135,10 @@ def test_commands_work_on_it(tiny: Tiny, tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"coefficients": "normalized"}, "rain.coefficients is for merge_method: rain"),
-        ({"fit": "projection"}, "rain.fit is for merge_method: rain"),
+        ({"fit": "projection"}, "rain.fit is for merge_method: rain; leave it out for regmean"),
+        ({"teacher_strength": 0.5}, "rain.teacher_strength is for merge_method: rain"),
+        ({"epsilon": 0.2}, "rain.epsilon is for merge_method: rain"),
+        ({"rank_by": "energy"}, "rain.rank_by: energy is for merge_method: rain; regmean takes"),
         ({"regmean": {"weight": 1}}, "unknown setting 'regmean.weight'"),
     ],
 )
