@@ -16,14 +16,15 @@ _SHOWN = 240  # characters of an answer
 
 def fault_lines(sets: Sequence[AnswerSet]) -> Iterator[str]:
     """What users would complain of, a row a fault and a column a model."""
-    from rain_mergekit.evaluation.answer_summary import FAULTS, fault_counts, means  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_measures import FAULTS  # noqa: PLC0415
+    from rain_mergekit.evaluation.answer_summary import fault_counts, means  # noqa: PLC0415
 
     counts, averages = [fault_counts(one) for one in sets], [means(one) for one in sets]
     wide = max(12, *(len(one.name) + 2 for one in sets))
     answers = "".join(f"{len(one.answers):>{wide}}" for one in sets)
     yield f"{'':<26}" + "".join(f"{one.name:>{wide}}" for one in sets)
     yield f"{'answers':<26}{answers}"
-    for fault in FAULTS:
+    for fault in (fault.name for fault in FAULTS):
         cells = [one.get(fault) for one in counts]
         if any(cells):
             shown = ("-" if cell is None else f"{cell.found}/{cell.of}" for cell in cells)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rain_mergekit.data_building.tasks import Written
@@ -171,25 +171,34 @@ def _lengths(
     return total * share, total * (1 - share)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What users complain of. seen: whether an answer has it; None where it cannot have it."""
+
+    name: str
+    seen: Callable[[Measured], bool | None]
+
+
+def _not(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+# In the order in which tables have them.
+FAULTS = (
+    Fault("no thinking block", lambda m: not m.opened),
+    Fault("block never closed", lambda m: m.opened and not m.closed and m.finished),
+    Fault("cut off while thinking", lambda m: m.opened and not m.closed and not m.finished),
+    Fault("empty block", lambda m: m.empty),
+    Fault("several blocks", lambda m: m.blocks > 1),
+    Fault("no response", lambda m: m.closed and not m.answering),
+    Fault("answer cut off", lambda m: m.opened and m.closed and not m.finished),
+    Fault("loop", lambda m: m.looped),
+    Fault("other language", lambda m: m.switched),
+    Fault("wrong answer", lambda m: _not(m.correct)),
+    Fault("instruction not followed", lambda m: _not(m.obedient)),
+)
+
+
 def faults(found: Measured) -> Iterator[str]:
-    """The faults of an answer, in words; none for a good one."""
-    if (broken := _broken(found)) is not None:
-        yield broken
-    checks = {
-        "empty block": found.empty,
-        "several blocks": found.blocks > 1,
-        "no response": found.closed and not found.answering,
-        "loop": found.looped,
-        "other language": found.switched,
-        "wrong answer": found.correct is False,
-        "instruction not followed": found.obedient is False,
-    }
-    yield from (name for name, seen in checks.items() if seen)
-
-
-def _broken(found: Measured) -> str | None:
-    if not found.opened:
-        return "no thinking block"
-    if not found.closed:
-        return "block never closed" if found.finished else "cut off while thinking"
-    return None if found.finished else "answer cut off"
+    """The names of the faults of an answer; none for a good one."""
+    return (fault.name for fault in FAULTS if fault.seen(found))

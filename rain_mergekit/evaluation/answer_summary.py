@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
-from rain_mergekit.evaluation.answer_measures import faults
+from rain_mergekit.evaluation.answer_measures import FAULTS, faults
 from rain_mergekit.evaluation.comparison import METRICS, prompt_means
-
-# In the order in which tables have them.
-FAULTS = (
-    *("no thinking block", "block never closed", "cut off while thinking", "empty block"),
-    *("several blocks", "no response", "answer cut off", "loop", "other language"),
-    *("wrong answer", "instruction not followed"),
-)
-
 
 @dataclass(frozen=True)
 class FaultCount:
@@ -29,14 +20,13 @@ class FaultCount:
 
 def fault_counts(answers: AnswerSet) -> dict[str, FaultCount]:
     """For every fault that some answer can have."""
-    counts = Counter(fault for one in answers.answers for fault in faults(one.measured))
-    asked = [one.measured for one in answers.answers]
-    able = {
-        "wrong answer": sum(one.correct is not None for one in asked),
-        "instruction not followed": sum(one.obedient is not None for one in asked),
-    }
-    found = {name: FaultCount(counts[name], able.get(name, len(asked))) for name in FAULTS}
-    return {name: count for name, count in found.items() if count.of}
+    measured = [one.measured for one in answers.answers]
+    found = {}
+    for fault in FAULTS:
+        seen = [value for one in measured if (value := fault.seen(one)) is not None]
+        if seen:
+            found[fault.name] = FaultCount(sum(seen), len(seen))
+    return found
 
 
 def means(answers: AnswerSet) -> dict[str, float]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
-from rain_mergekit.evaluation.answer_measures import faults
-from rain_mergekit.evaluation.answer_summary import FAULTS, fault_counts, means
+from rain_mergekit.evaluation.answer_measures import FAULTS, faults
+from rain_mergekit.evaluation.answer_summary import fault_counts, means
 from rain_mergekit.evaluation.comparison import Difference, Example
 from rain_mergekit.report import comparison_figures
 from rain_mergekit.report.picture import Picture
@@ -27,9 +27,9 @@ def render(sets: Sequence[AnswerSet], pairs: Pairs) -> str:
     """The page as HTML text; the first set is the one that the others are compared with."""
     counts = {one.name: fault_counts(one) for one in sets}
     rows = [
-        (fault, [counts[one.name].get(fault) for one in sets])
+        (fault.name, [counts[one.name].get(fault.name) for one in sets])
         for fault in FAULTS
-        if any(fault in found for found in counts.values())
+        if any(fault.name in found for found in counts.values())
     ]
     return fill(
         "comparison.html",
