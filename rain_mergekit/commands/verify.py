@@ -120,8 +120,9 @@ def verify(options: VerifyCommandOptions) -> None:
 
     L_think is the mean KL divergence at the think positions: the markers and the tokens around
     them. Up to 0.01 the format is kept; above 0.05, or if --generate shows more broken thinking
-    blocks or loops than chance explains, it is damaged (exit code 3). One layer of each model is
-    in memory at a time; answers need them whole.
+    blocks, loops, other languages, wrong answers or instructions not followed than chance
+    explains, it is damaged (exit code 3). One layer of each model is in memory at a time; answers
+    need them whole.
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.run_verification import ask_both, measure_on  # noqa: PLC0415
@@ -155,7 +156,7 @@ def verify(options: VerifyCommandOptions) -> None:
     drift = None if found is None else found.drift
     said = verdict(drift, answers.get("merged"), answers.get("reasoning"))
     console.print(f"Measured: {verify_text.measured(drift, answers)}")
-    console.heading(f"Verdict: {verify_text.MEANING[said]}")
+    console.heading(f"Verdict: {verify_text.verdict_line(said, answers)}")
     if options.as_json:
         print_json("verify", verify_text.content(said, found, answers))
     if options.card and found is not None and data is not None:

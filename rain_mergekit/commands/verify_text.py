@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 MOST_LAYERS = 12
+_CURE = (
+    "lower `lambda` or protect more (rank_share, max_rank); with fit: streams lower "
+    "`teacher_strength` or calibrate on more samples"
+)
 MEANING = {
     "kept": "the thinking format is kept",
     "at risk": "the thinking format is at risk: generate some answers before using it (--generate)",
-    "damaged": "the thinking format is damaged: expect missing close markers; "
-    "lower `lambda` or protect more (rank_share, max_rank); with fit: streams lower "
-    "`teacher_strength` or calibrate on more samples",
+    "damaged": f"the thinking format is damaged: expect missing close markers; {_CURE}",
 }
 
 
@@ -43,6 +45,32 @@ def drift_lines(found: Drift) -> Iterator[str]:
     for name, place, text in places:
         yield f"  {name:<8} {place.mean:<10.3g} {place.positions:>7} positions, {text}"
     yield f"  worst sample at think positions: {found.worst_source} ({found.worst:.3g})"
+
+
+def verdict_line(verdict: str, answers: Mapping[str, Behaviour]) -> str:
+    """The verdict in words; by what was seen in answers, where they are the reason."""
+    found = reasons(answers)
+    if not found:
+        return MEANING[verdict]
+    cure = "" if verdict == "at risk" else f"; {_CURE}"
+    return f"{verdict}: its answers are worse than before ({', '.join(found)}){cure}"
+
+
+def reasons(answers: Mapping[str, Behaviour]) -> list[str]:
+    """What is worse in the merged model's answers beyond chance, with both numbers."""
+    from rain_mergekit.evaluation.answers import longer, worse  # noqa: PLC0415 - imports scipy
+
+    if not answers:
+        return []
+    merged, own = answers["merged"], answers["reasoning"]
+    found = [
+        f"{count.name} {count.found(merged)} of {count.of(merged)}, before {count.found(own)} of "
+        f"{count.of(own)}"
+        for count in worse(merged, own)
+    ]
+    if longer(merged, own):
+        found.append(f"tokens of the typical answer {merged.middle:.0f}, before {own.middle:.0f}")
+    return found
 
 
 def layer_lines(layers: Sequence[LayerDrift], *, all_of_them: bool) -> Iterator[str]:
@@ -117,6 +145,7 @@ def content(
     return {
         "verdict": verdict,
         "measured": measured(drift, answers),
+        "worse": reasons(answers),
         "divergence": divergence,
         "answers": {name: asdict(one) for name, one in answers.items()},
     }

@@ -10,6 +10,7 @@ from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
 from rain_mergekit.evaluation.answer_measures import FAULTS, faults
 from rain_mergekit.evaluation.comparison import METRICS, prompt_means
 
+
 @dataclass(frozen=True)
 class FaultCount:
     """Answers with a fault, of those that can have it (a wrong answer needs a key)."""

@@ -1,17 +1,18 @@
-"""Counts over a model's answers: complete thinking blocks, loops, instructions followed."""
+"""Counts over a model's answers, and what a merged model does worse than the reasoning model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from scipy.stats import fisher_exact
 
 from rain_mergekit.evaluation.answer_measures import Measured
 
-# More broken blocks than the reasoning model's count as damage below this p-value.
+# What chance would show less often than this, in any of the counts together, is damage.
 SIGNIFICANCE = 0.05
+LONGER = 2.0  # times the tokens of the reasoning model: worth a look, whatever they say
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Behaviour:
     unopened: no thinking block; unclosed: the turn ended in the middle of one; empty: nothing in
     it; cut: the token limit came before the close marker, so that nothing is known of the block.
     tokens: mean length of the blocks that were closed, None if there is none; length: of all that
-    was written. instructions, followed, obedient: instructions that a rule can check, those
-    followed, and prompts with all of theirs followed, out of `asked` prompts that have any.
-    keys, correct: prompts whose answer is known, and those answered rightly.
+    was written; middle: its median. instructions, followed, obedient: instructions that a rule can
+    check, those followed, and prompts with all of theirs followed, out of `asked` prompts that have
+    any. keys, correct: prompts whose answer is known, and those answered rightly.
     """
 
     prompts: int
@@ -42,6 +43,7 @@ class Behaviour:
     keys: int = 0
     correct: int = 0
     length: float = 0.0
+    middle: float = 0.0
 
     @property
     def broken(self) -> int:
@@ -80,6 +82,7 @@ def behaviour(answers: Sequence[Measured]) -> Behaviour:
         keys=len(keys),
         correct=sum(bool(one.correct) and _responds(one) for one in keys),
         length=fmean(one.tokens for one in answers) if answers else 0.0,
+        middle=median(one.tokens for one in answers) if answers else 0.0,
     )
 
 
@@ -87,19 +90,50 @@ def _responds(one: Measured) -> bool:
     return one.opened and one.closed
 
 
-def breaks_more(merged: Behaviour, reasoning: Behaviour) -> bool:
-    """Whether the merged model breaks more blocks than the reasoning model, and not by chance.
+@dataclass(frozen=True)
+class Count:
+    """So many of `of` answers, by a count of `Behaviour`; bad: more of them is worse."""
 
-    Fisher's exact test, one-sided, on the prompts whose answers were not cut.
+    name: str
+    found: Callable[[Behaviour], int]
+    of: Callable[[Behaviour], int]
+    bad: bool = True
+
+
+# In the order in which messages name them. Of an answer that was cut nothing is known of its block.
+COUNTS = (
+    Count("broken blocks", lambda b: b.broken, lambda b: b.prompts - b.cut),
+    Count("several blocks", lambda b: b.several, lambda b: b.prompts),
+    Count("loops", lambda b: b.looped, lambda b: b.prompts),
+    Count("cut off while thinking", lambda b: b.cut, lambda b: b.prompts),
+    Count("other language", lambda b: b.switched, lambda b: b.prompts),
+    Count("right answers", lambda b: b.correct, lambda b: b.keys, bad=False),
+    Count("instructions followed", lambda b: b.obedient, lambda b: b.asked, bad=False),
+)
+
+
+def worse(merged: Behaviour, reasoning: Behaviour) -> list[Count]:
+    """What the merged model does worse than the reasoning model, and not by chance.
+
+    Fisher's exact test, one-sided, of each count; at 5 % for all of them together (Bonferroni),
+    those left out in which both models are as good or as bad in every answer.
     """
-    table = [[one.broken, one.prompts - one.cut - one.broken] for one in (merged, reasoning)]
-    return _more(table)
+    pairs = [[_bad(count, one) for one in (merged, reasoning)] for count in COUNTS]
+    told = [any(bad for bad, _ in pair) and any(good for _, good in pair) for pair in pairs]
+    level = SIGNIFICANCE / max(sum(told), 1)
+    return [
+        count
+        for count, pair, counts in zip(COUNTS, pairs, told, strict=True)
+        if counts and float(fisher_exact(pair, alternative="greater").pvalue) < level
+    ]
 
 
-def loops_more(merged: Behaviour, reasoning: Behaviour) -> bool:
-    """The same for answers that loop, of all."""
-    return _more([[one.looped, one.prompts - one.looped] for one in (merged, reasoning)])
+def _bad(count: Count, one: Behaviour) -> tuple[int, int]:
+    """Bad answers and good ones."""
+    found, of = count.found(one), count.of(one)
+    return (found, of - found) if count.bad else (of - found, found)
 
 
-def _more(table: list[list[int]]) -> bool:
-    return float(fisher_exact(table, alternative="greater").pvalue) < SIGNIFICANCE
+def longer(merged: Behaviour, reasoning: Behaviour) -> bool:
+    """Whether the typical answer takes at least twice as many tokens as before."""
+    return merged.middle >= LONGER * reasoning.middle > 0

@@ -15,7 +15,7 @@ from rain_mergekit.data_building.local import LocalWriter
 from rain_mergekit.data_building.tasks import Sampling, Task, Written
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.answer_measures import Measured, Reading, measure
-from rain_mergekit.evaluation.answers import Behaviour, breaks_more, loops_more
+from rain_mergekit.evaluation.answers import Behaviour, longer, worse
 from rain_mergekit.evaluation.comparable import check_same_tokens
 from rain_mergekit.evaluation.divergence import Drift
 from rain_mergekit.evaluation.layerwise_drift import (
@@ -129,11 +129,14 @@ def answers_of(
 
 
 def verdict(drift: Drift | None, merged: Behaviour | None, reasoning: Behaviour | None) -> str:
-    """`kept`, `at risk` or `damaged`: by L_think, and by blocks that were broken and by loops.
+    """`kept`, `at risk` or `damaged`: by L_think, and by what the answers show.
 
-    drift None: it was not measured, and answers decide alone.
+    Whatever is worse than before, and not by chance, is damage; answers that are twice as long put
+    it at risk. drift None: it was not measured, and answers decide alone.
     """
-    pair = () if merged is None or reasoning is None else (merged, reasoning)
-    if pair and (breaks_more(*pair) or loops_more(*pair)):
+    found = "kept" if drift is None else drift.verdict
+    if merged is None or reasoning is None:
+        return found
+    if worse(merged, reasoning):
         return "damaged"
-    return "kept" if drift is None else drift.verdict
+    return "at risk" if found == "kept" and longer(merged, reasoning) else found

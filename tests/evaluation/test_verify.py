@@ -27,7 +27,7 @@ from rain_mergekit.data_building.tasks import Written
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import layerwise_drift
 from rain_mergekit.evaluation.answer_measures import Measured, Reading, measure
-from rain_mergekit.evaluation.answers import Behaviour, behaviour, breaks_more
+from rain_mergekit.evaluation.answers import Behaviour, behaviour, worse
 from rain_mergekit.evaluation.divergence import Drift, Place
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.marker_distance import REACH
@@ -334,34 +334,58 @@ def test_behaviour_counts() -> None:
     assert found.asked == found.instructions == 0
 
 
-def counts(prompts: int, unclosed: int, cut: int = 0) -> Behaviour:
-    return Behaviour(prompts, 0, unclosed, 0, cut, None, 0, 0, 0, 0)
+def counts(prompts: int, unclosed: int = 0, cut: int = 0, **more: Any) -> Behaviour:
+    return replace(Behaviour(prompts, 0, unclosed, 0, cut, None, 0, 0, 0, 0), **more)
+
+
+CALM = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
 
 
 @pytest.mark.parametrize(
-    ("merged", "reasoning", "worse"),
+    ("merged", "reasoning", "seen"),
     [
-        (counts(50, 0), counts(50, 0), False),
-        (counts(50, 1), counts(50, 0), False),
-        (counts(50, 10), counts(50, 0), True),
-        (counts(50, 10), counts(50, 9), False),
-        (counts(4, 4), counts(4, 0), True),
-        (counts(50, 0, cut=50), counts(50, 0), False),
+        (counts(50), counts(50), []),
+        (counts(50, 1), counts(50), []),
+        (counts(50, 10), counts(50), ["broken blocks"]),
+        (counts(50, 10), counts(50, 9), []),
+        (counts(4, 4), counts(4), ["broken blocks"]),
+        (counts(50, cut=50), counts(50), ["cut off while thinking"]),
+        (counts(50, cut=50), counts(50, cut=50), []),
+        (counts(50, looped=10), counts(50), ["loops"]),
+        (counts(50, looped=1), counts(50), []),
+        (counts(50, several=9), counts(50), ["several blocks"]),
+        (counts(50, switched=9), counts(50), ["other language"]),
+        (counts(50, keys=40, correct=20), counts(50, keys=40, correct=35), ["right answers"]),
+        (counts(50, keys=40, correct=30), counts(50, keys=40, correct=35), []),
+        (counts(50, keys=40, correct=35), counts(50, keys=40, correct=20), []),
+        (counts(9, asked=9, obedient=1), counts(9, asked=9, obedient=9), ["instructions followed"]),
+        (counts(50, looped=9, switched=9), counts(50), ["loops", "other language"]),
     ],
-)
-def test_broken_blocks_beyond_chance(merged: Behaviour, reasoning: Behaviour, worse: bool) -> None:
-    assert breaks_more(merged, reasoning) is worse
-    calm = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
-    assert verdict(calm, merged, reasoning) == ("damaged" if worse else "kept")
-    assert verdict(calm, None, None) == "kept"
+)  # fmt: skip
+def test_worse_beyond_chance(merged: Behaviour, reasoning: Behaviour, seen: list[str]) -> None:
+    assert [count.name for count in worse(merged, reasoning)] == seen
+    assert verdict(CALM, merged, reasoning) == ("damaged" if seen else "kept")
+    assert verdict(CALM, None, None) == verdict(None, counts(9), counts(9)) == "kept"
 
 
-def test_loops_beyond_chance() -> None:
-    calm = Drift(Place(0, 1), Place(0, 1), Place(0, 1), 1, "", 0.0)
-    loops, none = replace(counts(50, 0), looped=10), counts(50, 0)
-    assert verdict(calm, loops, none) == "damaged"
-    assert verdict(calm, replace(none, looped=1), none) == "kept"
-    assert verdict(None, none, none) == "kept"
+def test_chance_seldom_calls_a_merge_worse() -> None:
+    """Two models that are alike: of 7 counts together, less than 5 % of pairs differ."""
+    torch.manual_seed(0)
+    rates = torch.tensor([0.1, 0.1, 0.05, 0.1, 0.1, 0.6, 0.5])
+    drawn = torch.binomial(torch.full((400, 2, 7), 60.0), rates.expand(400, 2, 7)).int().tolist()
+    named = ("unclosed", "several", "looped", "empty", "switched", "correct", "obedient")
+    pairs = [
+        [counts(60, keys=60, asked=60, **dict(zip(named, row, strict=True))) for row in pair]
+        for pair in drawn
+    ]
+    assert sum(bool(worse(*pair)) for pair in pairs) < 0.05 * len(pairs)
+
+
+def test_answers_of_twice_the_length_are_a_risk() -> None:
+    short, long = counts(9, middle=50.0), counts(9, middle=100.0)
+    assert verdict(CALM, long, short) == "at risk"
+    assert verdict(CALM, replace(long, middle=99.0), short) == "kept"
+    assert verdict(CALM, short, long) == verdict(CALM, long, counts(9)) == "kept"
 
 
 def test_verify_without_any_file() -> None:
