@@ -27,7 +27,10 @@ from rain_mergekit.system.json_samples import file_digest
 # Where the data lie does not matter; their digests are compared instead.
 _PATHS = ("reasoning_data", "instruction_data")
 # Settings added later, with the value that gives the earlier behaviour.
-_AS_BEFORE = {"lm_head": "off", "regmean": RegMeanSettings().model_dump(mode="json")}
+_AS_BEFORE = {
+    "lm_head": "off",
+    "regmean": RegMeanSettings().model_dump(mode="json"),
+}
 
 
 @dataclass(frozen=True)

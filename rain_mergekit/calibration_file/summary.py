@@ -15,6 +15,7 @@ from typing import Any
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site, kinds, locate, place, site_modules
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
+from rain_mergekit.config.presets import beside, preset_of
 from rain_mergekit.config.settings import RainSettings
 
 _DATA = ("reasoning", "instruction")
@@ -43,6 +44,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class PresetUse:
+    """The preset that was named, the settings given beside it, and where it is not its model."""
+
+    name: str
+    beside: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FileSummary:
     """Everything that `inspect` shows.
 
@@ -64,6 +74,7 @@ class FileSummary:
     warnings: tuple[str, ...]
     matching: Matching | None = None
     taken_back: tuple[float, ...] = ()
+    preset: PresetUse | None = None
 
 
 def summarise(file: CalibrationFile) -> FileSummary:
@@ -87,7 +98,15 @@ def summarise(file: CalibrationFile) -> FileSummary:
         warnings=tuple(dict.fromkeys(header.get("warnings") or ())),
         matching=matching(file),
         taken_back=tuple(_taken_back(header["tensors"])),
+        preset=_preset(settings),
     )
+
+
+def _preset(settings: Mapping[str, Any]) -> PresetUse | None:
+    found = preset_of(settings)
+    if found is None:
+        return None
+    return PresetUse(settings["preset"], beside(settings), found.limits)
 
 
 def _taken_back(tensors: Mapping[str, Any]) -> Iterator[float]:
@@ -99,15 +118,19 @@ def _taken_back(tensors: Mapping[str, Any]) -> Iterator[float]:
 
 
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from this version's defaults or are unknown to it."""
+    """The settings that differ from this version's defaults or are unknown to it.
+
+    Also those that are the default again beside a preset.
+    """
     fields = RainSettings.model_fields
     required = {name for name, field in fields.items() if field.is_required()}
     paths = {*required, "instruction_data"}  # shown with the data
     defaults = RainSettings.model_construct().model_dump(mode="json")
+    own = beside(settings)
     return {
         name: value
         for name, value in settings.items()
-        if name not in paths and (name not in defaults or defaults[name] != value)
+        if name not in paths and (name not in defaults or defaults[name] != value or name in own)
     }
 
 

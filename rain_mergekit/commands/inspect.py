@@ -63,10 +63,7 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
             _head("Data"),
             *_table([row for k, v in summary.data.items() for row in _data(k, v)]),
         ]
-    changed = [(name, json.dumps(value)) for name, value in summary.changed.items()]
-    lines += [_head("Settings that differ from the defaults")]
-    nothing = "  none" if summary.settings else "  not recorded"
-    lines += _table(changed) if changed else [nothing]
+    lines += _settings(summary)
     if summary.taken_back:
         low, high = min(summary.taken_back), max(summary.taken_back)
         lines += [_head("Channels: share of an even change taken back at omega 0.4")]
@@ -80,8 +77,27 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     if summary.warnings:
         lines.append(click.style("Warnings", bold=True, fg="yellow"))
         for text in summary.warnings:
-            lines += wrap(clean(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
+            lines += _wrapped(text)
     return lines
+
+
+def _settings(summary: FileSummary) -> list[str]:
+    own = () if summary.preset is None else summary.preset.beside
+    changed = [
+        (name, json.dumps(value) + (", beside the preset" if name in own else ""))
+        for name, value in summary.changed.items()
+    ]
+    nothing = ["  none" if summary.settings else "  not recorded"]
+    lines = [_head("Settings that differ from the defaults")]
+    lines += _table(changed) if changed else nothing
+    if summary.preset is not None:
+        lines.append(_head(f"Where preset: {summary.preset.name} is not what it is named after"))
+        lines += [line for text in summary.preset.limits for line in _wrapped(text)]
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return wrap(clean(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def _head(text: str) -> str:

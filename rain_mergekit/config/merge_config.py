@@ -17,6 +17,7 @@ from rain_mergekit.config.listed_models import listed_models
 from rain_mergekit.config.merge_parameters import TYPE_FIELDS, check_merge
 from rain_mergekit.config.method_names import AIM, CALIBRATED, REGMEAN
 from rain_mergekit.config.methods import aim_models, settings_for
+from rain_mergekit.config.presets import expanded
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.config.type_names import type_name
@@ -183,7 +184,8 @@ def _may_be_alone(method: str, section: object) -> bool:
 
     Without a section the fit is not known, and the merge has been made.
     """
-    streams = isinstance(section, Mapping) and section.get("fit", "streams") == "streams"
+    whole = expanded(section)
+    streams = isinstance(whole, Mapping) and whole.get("fit", "streams") == "streams"
     return section is None or method == REGMEAN or streams
 
 

@@ -23,6 +23,11 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def settings_for(method: str, settings: RainSettings, source: str) -> RainSettings:
     """The settings as the method reads them; RainError for one that it would ignore."""
+    if method == RAIN and settings.preset is not None and settings.fit != "projection":
+        raise RainError(
+            f"{source}: rain: preset: {settings.preset} is a way to project, and fit: "
+            f"{settings.fit} is another method; leave out one of the two"
+        )
     defaults, reader = RainSettings.model_fields, settings.fit if method == RAIN else method
     given = [name for name in defaults if getattr(settings, name) != defaults[name].default]
     unread = [name for name in given if reader not in READERS.get(name, (reader,))]

@@ -105,6 +105,13 @@ Fit = Annotated[
         "paper's, the task vector without its effect on the thinking."
     ),
 ]
+PresetName = Annotated[
+    Literal["paper", "published"] | None,
+    Field(
+        description="A name for a group of settings: paper, the paper's method; published, as near "
+        "to its published scripts as these settings come. One given beside it wins."
+    ),
+]
 Weights = Annotated[
     StreamWeights,
     Field(
@@ -124,7 +131,15 @@ RegMean = Annotated[
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
 _PROJECTION = (
-    *("projection", "rank_tolerance", "rank_count", "epsilon", "ridge", "instruction_rows"),
+    *(
+        "preset",
+        "projection",
+        "rank_tolerance",
+        "rank_count",
+        "epsilon",
+        "ridge",
+        "instruction_rows",
+    ),
     *("protect_thinking", "protect_prompt", "protect_response", "reading_share", "content_rows"),
     *("lm_head", "coefficients", "rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
 )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rain_mergekit.config.presets import expanded
 from rain_mergekit.config.setting_types import (
     Accepted,
     Fit,
@@ -14,6 +15,7 @@ from rain_mergekit.config.setting_types import (
     Number,
     Off,
     PositiveInt,
+    PresetName,
     RegMean,
     RegMeanSettings,
     Share,
@@ -65,6 +67,7 @@ class RainSettings(BaseModel):
         Field(description="Longer samples are skipped, counted and reported; null: no limit."),
     ] = None
 
+    preset: PresetName = None
     fit: Fit = "streams"
     teacher: Annotated[
         Literal["instruct", "contrast"],
@@ -243,6 +246,8 @@ class RainSettings(BaseModel):
         ),
     ] = ()
 
+    _expanded = model_validator(mode="before")(expanded)
+
     @model_validator(mode="after")
     def _consistent(self) -> RainSettings:
         if self.rank_by == "count" and self.rank_count is None:
@@ -259,7 +264,7 @@ class RainSettings(BaseModel):
 
     def numbers(self) -> dict[str, Any]:
         """All settings on which the numbers in the calibration file depend, as JSON has them."""
-        return self.model_dump(mode="json", exclude={"accept"})
+        return self.model_dump(mode="json", exclude={"accept", "preset"})
 
     @property
     def marker_texts(self) -> Markers | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching
-from rain_mergekit.calibration_file.summary import FileSummary, summarise
+from rain_mergekit.calibration_file.summary import FileSummary, PresetUse, summarise
 from rain_mergekit.config.merge_config import MergeRecipe, parse_recipe, read_recipe
 from rain_mergekit.config.method_names import RAIN, REGMEAN
 from rain_mergekit.config.plain_merge import PlainMerge, read_any
@@ -184,11 +184,18 @@ def _rows(config: MergeRecipe, summary: FileSummary) -> Iterator[tuple[str, str]
     if summary.matching is not None:
         yield "stream matching", _matching(summary.matching, summary.settings)
     else:
+        if summary.preset is not None:
+            yield "preset", _preset(summary.preset)
         yield "projection", _projection(summary)
         yield "head coefficients", code(summary.settings.get("coefficients", "not recorded"))
     if (head := summary.settings.get("lm_head", "off")) != "off":
         yield "output head, merged and projected too", code(head)
     yield "calibrated with", code(summary.created_by)
+
+
+def _preset(found: PresetUse) -> str:
+    beside = f", but {', '.join(map(code, found.beside))} given beside it" if found.beside else ""
+    return code(found.name) + beside
 
 
 def _matching(found: Matching, settings: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rain_mergekit.config.presets import PRESETS, beside
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.config.settings_parser import parse_settings
 from rain_mergekit.errors import RainError
@@ -102,6 +103,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"alpha_min": 2.0, "alpha_max": 1.0}, "alpha_min must not be above alpha_max"),
     ({"alpha_max": INF}, "alpha_max"),
     ({"leakage_from_thinking": "perhaps"}, "leakage_from_thinking"),
+    ({"preset": "Paper"}, "preset: Input should be 'paper' or 'published'"),
+    ({"preset": ["paper"]}, "preset"),
+    ({"preset": "paper", "rho": -1}, "rho"),
     ({7: "a number as a name"}, "7"),
 ]
 
@@ -134,6 +138,23 @@ def test_yes_is_no_number(name: str, *, value: bool) -> None:
     """YAML reads `yes` and `on` as true, and Python takes true for 1."""
     with pytest.raises(RainError, match=f"{name}: Input should be a number, got {value}"):
         parse(**{name: value})
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_is_its_settings_written_out(name: str) -> None:
+    written = parse(**PRESETS[name].settings)
+    assert parse(preset=name).numbers() == written.numbers()
+    assert written.preset is None
+    assert written.projection == "orthogonal"
+    assert PRESETS[name].limits
+
+
+def test_what_is_given_beside_a_preset_wins() -> None:
+    settings = parse(preset="paper", coefficients=False, rank_share=0.8, rho=0.5)
+    assert (settings.coefficients, settings.rank_share) == ("off", 0.8)
+    assert beside(settings.model_dump(mode="json")) == ("coefficients", "rank_share")
+    assert not beside(parse(preset="paper").model_dump(mode="json"))
+    assert not beside(parse(rank_share=0.8).model_dump(mode="json"))
 
 
 def test_several_mistakes_are_told_at_once() -> None:

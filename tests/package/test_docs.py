@@ -209,6 +209,10 @@ def test_settings_page_is_what_the_code_accepts() -> None:
     assert before
     assert after
     assert table == settings_table.table(), "run: python tests/support/settings_table.py"
+    ends = settings_table.PRESETS_BEGIN, settings_table.PRESETS_END
+    _, presets, after = settings_table.parts(settings_table.PAGE.read_text(encoding="utf-8"), *ends)
+    assert after
+    assert presets == settings_table.presets(), "run: python tests/support/settings_table.py"
 
 
 def test_every_setting_is_described() -> None:

@@ -1,4 +1,4 @@
-"""The table of docs/settings.md, from RainSettings.
+"""The table of docs/settings.md, from RainSettings, and what it says of the presets.
 
 `python tests/support/settings_table.py` writes it.
 
@@ -14,11 +14,14 @@ from typing import Any
 
 import yaml
 
+from rain_mergekit.config.presets import PRESETS
 from rain_mergekit.config.settings import RainSettings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 BEGIN = "<!-- made from rain_mergekit/config/settings.py: begin -->\n"
 END = "<!-- made from rain_mergekit/config/settings.py: end -->\n"
+PRESETS_BEGIN = "<!-- presets, made from rain_mergekit/config/presets.py: begin -->\n"
+PRESETS_END = "<!-- presets: end -->\n"
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false"}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -70,17 +73,36 @@ def _yaml(value: object) -> str:
     return text.removesuffix("\n").removesuffix("\n...").strip("'")
 
 
-def parts(text: str) -> tuple[str, str, str]:
-    """Split the page into what is before, in, and after the table."""
-    before, _, rest = text.partition(BEGIN)
-    inside, _, after = rest.partition(END)
+def presets() -> str:
+    """The settings of each preset in a table, and where it is not what it is named after."""
+    names = list(dict.fromkeys(name for one in PRESETS.values() for name in one.settings))
+    lines = ["| setting | " + " | ".join(f"`{name}`" for name in PRESETS) + " |"]
+    lines.append("|---" * (len(PRESETS) + 1) + "|")
+    for name in names:
+        values = [one.settings.get(name) for one in PRESETS.values()]
+        cells = ["" if value is None else f"`{_yaml(value)}`" for value in values]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for name, one in PRESETS.items():
+        lines += ["", f"Where `{name}` differs from what it is named after:", ""]
+        lines += [f"- {text}." for text in one.limits]
+    return "\n".join(lines) + "\n"
+
+
+def parts(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
+    """Split the page into what is before, in, and after a part made by this."""
+    before, _, rest = text.partition(begin)
+    inside, _, after = rest.partition(end)
     return before, inside, after
 
 
 def write() -> None:
-    """Put the table into its place on the page."""
-    before, _, after = parts(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
+    """Put both into their places on the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    made = ((BEGIN, END, table()), (PRESETS_BEGIN, PRESETS_END, presets()))
+    for begin, end, content in made:
+        before, _, after = parts(text, begin, end)
+        text = f"{before}{begin}{content}{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
