@@ -56,7 +56,7 @@ def anchored(tiny: Tiny) -> tuple[Tiny, CalibrationFile]:
 
 def expected(tiny: Tiny, module: str, role: str) -> Tensor:
     """W_R + Δ G_I (G_I + g I + s G_R)⁻¹ from whole forward passes in float64."""
-    dense, name = Dense(tiny), f"{module}.weight"
+    dense, name = Dense(tiny.using()), f"{module}.weight"
     grams = {}
     for kind in ("reasoning", "instruction"):
         rows = torch.cat([inputs[module] for inputs in dense.features[kind]])
@@ -108,7 +108,7 @@ def test_the_file_belongs_to_its_method(
     assert version == str(VERSION)
     said = merge(tmp_path / "rain", content(tiny) | {"merge_method": "rain"}).error()
     assert "is for merge_method: regmean, not rain" in said
-    found = compare(tiny.config(), LoadOptions())
+    found = compare(tiny.using(tiny.calibration).config(), LoadOptions())
     assert "it is for merge_method: regmean" in found.differences
     again = compare(tiny.config(merge_method="regmean"), LoadOptions())
     assert again.current
