@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,9 @@ from benchmarks.merging import Cost, forked_merge
 from benchmarks.shapes import Shape, make_trio
 from rain_mergekit.calibration_file.writer import write_calibration
 
+BASE = "task_arithmetic"
 METHODS: dict[str, dict[str, Any]] = {
-    "task_arithmetic": {"weight": 1.0, "lambda": 0.7},
+    BASE: {"weight": 1.0, "lambda": 0.7},
     "ties": {"weight": 1.0, "density": 0.6},
     "opcm": {},
     "pcb": {},
@@ -39,10 +41,12 @@ def main() -> None:
         home = Path(folder)
         make_trio(home, shape)
         METHODS["aim"]["calibration"] = str(channels(home))
-        for method, parameters in METHODS.items():
+        wanted = [BASE, *(method for method in options.methods if method != BASE)]
+        for method in wanted:
+            parameters = METHODS[method]
             (home / f"{method}.yml").write_text(yaml.safe_dump(config(home, method, parameters)))
-        found = measured(home, options.repeats)
-    base = found["task_arithmetic"]
+        found = measured(home, wanted, options.repeats)
+    base = found[BASE]
     print(f"width {shape.hidden}, {shape.layers} layers, {shape.model_bytes / 2**20:.0f} MiB")
     for method, cost in found.items():
         ratios = (f"{name} {cost[name] / base[name]:.2f}" for name in base)
@@ -54,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     return parser.parse_args()
 
 
@@ -86,9 +91,9 @@ def channels(home: Path) -> Path:
     return home / "c.aim.safetensors"
 
 
-def measured(home: Path, repeats: int) -> dict[str, Cost]:
+def measured(home: Path, methods: Sequence[str], repeats: int) -> dict[str, Cost]:
     """The medians of each method; every turn goes through all of them."""
-    runs: dict[str, list[Cost]] = {method: [] for method in METHODS}
+    runs: dict[str, list[Cost]] = {method: [] for method in methods}
     for _ in range(repeats):
         for method, costs in runs.items():
             costs.append(forked_merge(home, method))

@@ -34,7 +34,6 @@ REGISTRY = "mergekit.merge_methods.registry"
 METHOD = "rain_mergekit.merge_method.method"
 
 LOG = logging.getLogger(__name__)
-_deferred = False
 
 
 def install() -> None:
@@ -54,25 +53,10 @@ def install() -> None:
         _report(error)
 
 
-def resume() -> None:
-    """Register now if the registry came up in the middle of the import of the method.
-
-    The last line of `rain_mergekit.merge_method.method` calls this. When that module is imported
-    before mergekit is, its import of mergekit's base classes executes the registry, and `register`
-    does not exist yet.
-    """
-    if _deferred:
-        _register()
-
-
 def _register() -> None:
     """Import the method and register it; a failure is logged and goes no further."""
-    global _deferred  # noqa: PLW0603 - one flag between two points of one import
     try:
-        method = importlib.import_module(METHOD)
-        _deferred = not _ready(METHOD) and not hasattr(method, "register")
-        if not _deferred:
-            method.register()
+        importlib.import_module(METHOD).register()
     except Exception as error:  # noqa: BLE001 - merges by other methods must go on
         _report(error)
 

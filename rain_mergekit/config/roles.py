@@ -57,7 +57,7 @@ def is_proxy(references: Mapping[str, str]) -> bool:
 
 
 def proxy_roles(
-    model: Hashable, explicit: str | None, recorded: Mapping[str, str]
+    model: Hashable, explicit: str | None, recorded: Mapping[str, str], method: str
 ) -> dict[str, Hashable]:
     """The roles where the reasoning model stands for the pretrained one too.
 
@@ -65,6 +65,7 @@ def proxy_roles(
         model: the one model besides the base model.
         explicit: its configured role, or None.
         recorded: the model reference that the calibration recorded for each of the three roles.
+        method: the merge method, for the message.
 
     Raises:
         RainError: the calibration was made with a pretrained model of its own, or `model` has the
@@ -72,7 +73,7 @@ def proxy_roles(
     """
     if not is_proxy(recorded):
         raise RainError(
-            "merge_method: rain merges exactly two models into base_model, one with "
+            f"merge_method: {method} merges exactly two models into base_model, one with "
             f"`role: instruct` and one with `role: pretrained`; found 1: {model} (the calibration "
             f"was made with {_list(recorded)})"
         )

@@ -1,6 +1,8 @@
-"""The merged weight of one matrix, in row blocks: Eq. 16, a fitted low-rank change, or both."""
+"""The merged weight in row blocks: Eq. 16, a fitted low-rank change, or scaled task vectors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -85,11 +87,56 @@ def merged_weight(
     return result
 
 
+def summed_weight(
+    base: Tensor,
+    tuned: Sequence[tuple[Tensor, float]],
+    cols: Tensor | None,
+    strength: float,
+    input_axis: int = -1,
+) -> Tensor:
+    """Compute W_B + λ (Σ w_i (W_i - W_B)) S_col.
+
+    Args:
+        base: W_B, of any shape.
+        tuned: W_i and w_i.
+        cols: S_col (d_in); None for ones, and required to be so for less than two dimensions.
+        strength: λ.
+        input_axis: the axis of the input features, -1 or -2.
+
+    Returns:
+        A new tensor like W_B; computed in float32, or in float64 for float64 weights.
+    """
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    result = torch.empty_like(base, memory_format=torch.contiguous_format)
+    width = base.shape[-1] if base.dim() > 1 else base.numel()
+    out, origin = result.view(-1, width), base.reshape(-1, width)
+    others = [(tensor.reshape(-1, width), weight) for tensor, weight in tuned]
+    scale = torch.ones(1, 1) if cols is None else cols[None] if input_axis == -1 else cols[:, None]
+    scale = scale.to(base.device, dtype) * _strength(strength, dtype)
+    if input_axis == -2:  # each matrix has all input features as its rows
+        scale = scale.repeat(out.shape[0] // scale.shape[0], 1)
+    step = max(1, _block_elements(out) // width)
+    space = torch.empty(3, min(step, out.shape[0]), width, dtype=dtype, device=base.device)
+    for start in range(0, out.shape[0], step):
+        block = slice(start, start + step)
+        own, total, delta = space[:, : out[block].shape[0]]
+        own.copy_(origin[block])
+        total.zero_()
+        for tensor, weight in others:
+            total.add_(delta.copy_(tensor[block]).sub_(own), alpha=weight)
+        total *= scale if input_axis == -1 else scale[block]
+        out[block] = own.add_(total)
+    return result
+
+
 def _strength(value: float, dtype: torch.dtype) -> float:
     """λ in the type of the computation: infinite if out of range (torch would raise an error)."""
     return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 def _block_rows(out: Tensor) -> int:
-    elements = BLOCK_ELEMENTS if out.device.type == "cpu" else BLOCK_ELEMENTS_GPU
-    return max(MIN_BLOCK_ROWS, elements // max(1, out.shape[1]))
+    return max(MIN_BLOCK_ROWS, _block_elements(out) // max(1, out.shape[1]))
+
+
+def _block_elements(out: Tensor) -> int:
+    return BLOCK_ELEMENTS if out.device.type == "cpu" else BLOCK_ELEMENTS_GPU

@@ -1,4 +1,4 @@
-"""Shared by the data-free methods: they merge task vectors into the pretrained model."""
+"""Shared by the companions that merge task vectors into the pretrained model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,9 @@ from torch import Tensor
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.merge_method.spec import (
-    Card,
-    RainMergeError,
-    checked_parameter,
-    mistaken_names,
-    reported,
-    require_once,
-)
-from rain_mergekit.system.untrusted_input import finite_number, shown
+from rain_mergekit.merge_method.merge_errors import reported
+from rain_mergekit.merge_method.parameters import checked_parameter, mistaken_names, number
+from rain_mergekit.merge_method.spec import Card, require_once
 
 _EMBEDDINGS = ("wte", "wpe")
 _HEADS = ("embed_out",)
@@ -82,19 +76,37 @@ class TaskVectors:
 
 # From the task vectors and the shared parameters to what is added to W_B.
 Kernel = Callable[[TaskVectors, Mapping[str, Any]], Tensor]
+# From all models' tensors and the parameters to the merged tensor, like the base's.
+Merge = Callable[[TensorGroup, Mapping[str, Any]], Tensor]
+
+
+def by_task_vectors(kernel: Kernel) -> Merge:
+    """W_B + what the kernel makes of the task vectors, computed in float32 and cast once."""
+
+    def merge(group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+        base: Tensor = group.base.tensor
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        weights = parameters["weight"]
+        deltas = tuple(
+            (entry.tensor.to(wide.dtype) - wide).mul_(weights[entry.id]) for entry in group.non_base
+        )
+        vectors = TaskVectors(group.metadata.name or "", deltas)
+        return kernel(vectors, parameters).add_(wide).to(base.dtype)
+
+    return merge
 
 
 class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
-    """W_B + what the kernel makes of the task vectors, computed in float32 and cast once."""
+    """A method that merges tuned models into their pretrained one, `base_model`."""
 
     def __init__(
         self,
         card: Card,
-        kernel: Kernel,
+        merge: Merge,
         parameters: Sequence[ParameterSpec],
         per_model: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
-        self.card, self._kernel = card, kernel
+        self.card, self._merged = card, merge
         scope = ParameterScope.NON_BASE
         each = [checked_parameter("weight", float, scope, 1.0, number("weight"))]
         each += [
@@ -142,20 +154,15 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
 
     def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
         base: Tensor = group.base.tensor
-        wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        name, weights = group.metadata.name or "", parameters["weight"]
-        deltas = [
-            (entry.tensor.to(wide.dtype) - wide).mul_(weights[entry.id]) for entry in group.non_base
-        ]
         if not base.numel():
             return base.clone()
         try:
-            merged = self._kernel(TaskVectors(name, tuple(deltas)), parameters).add_(wide)
+            merged = self._merged(group, parameters)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if all(finite(entry.tensor) for entry in group.entries):
                 raise
             raise RainError(_not_finite(group)) from None
-        merged = merged.to(base.dtype)
+        name = group.metadata.name
         if finite(merged):  # as it is not whenever an input is not: no pass over those is needed
             return merged
         if all(finite(entry.tensor) for entry in group.entries):
@@ -174,45 +181,3 @@ def _not_finite(group: TensorGroup) -> str:
 
 def _is_embedding(part: str) -> bool:
     return part in _EMBEDDINGS or ("embed" in part and part not in _HEADS)
-
-
-def number(
-    name: str, low: float = -float("inf"), high: float = float("inf"), *, above: bool = False
-) -> Callable[[Any], float]:
-    """A check for a finite number from `low` to `high`; above: `low` itself is excluded."""
-
-    def check(value: object) -> float:
-        found = finite_number(value)
-        if found is None or not low <= found <= high or (above and found == low):
-            limits = _limits(low, high, above=above)
-            raise RainMergeError(f"{name} must be a finite number{limits}, found {shown(value)}")
-        return found
-
-    return check
-
-
-def _limits(low: float, high: float, *, above: bool) -> str:
-    if high < float("inf"):
-        return f" {'above' if above else 'from'} {low:g} to {high:g}"
-    if low > -float("inf"):
-        return f" of at least {low:g}"
-    return ""
-
-
-def one_of(name: str, *choices: str) -> Callable[[Any], str]:
-    """A check for one of a few words."""
-
-    def check(value: object) -> str:
-        if value not in choices:
-            wanted = " or ".join(choices)
-            raise RainMergeError(f"{name} must be {wanted}, found {shown(value)}")
-        return str(value)
-
-    return check
-
-
-def shared(
-    name: str, default: object, check: Callable[[Any], Any], kind: type = float
-) -> ParameterSpec:
-    """A parameter that all models share; it may be a list over the layers, or filters."""
-    return checked_parameter(name, kind, ParameterScope.SHARED, default, check)

@@ -15,13 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rain_mergekit.merge_method.companion import (
-    CompanionMerge,
-    TaskVectors,
-    number,
-    one_of,
-    shared,
-)
+from rain_mergekit.merge_method.companion import CompanionMerge, TaskVectors, by_task_vectors
+from rain_mergekit.merge_method.parameters import number, one_of, shared
 from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("opcm", "OPCM", "https://arxiv.org/abs/2501.09522")
@@ -114,7 +109,7 @@ def _norm(tensor: Tensor) -> float:
 
 METHOD = CompanionMerge(
     CARD,
-    opcm_delta,
+    by_task_vectors(opcm_delta),
     (
         shared("alpha", 0.5, number("alpha", 0.0, 1.0)),
         shared("normalize", "tensor", one_of("normalize", "tensor", "none"), str),

@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rain_mergekit.merge_method.companion import (
-    CompanionMerge,
-    TaskVectors,
-    number,
-    shared,
-)
+from rain_mergekit.merge_method.companion import CompanionMerge, TaskVectors, by_task_vectors
+from rain_mergekit.merge_method.parameters import number, shared
 from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("pcb", "PCB-Merging", "https://arxiv.org/abs/2410.02396")
@@ -75,7 +71,7 @@ def _threshold(score: Tensor, density: float) -> Tensor:
 
 METHOD = CompanionMerge(
     CARD,
-    pcb_delta,
+    by_task_vectors(pcb_delta),
     (
         shared("density", 0.6, number("density", 0.0, 1.0, above=True)),
         shared("lambda", 0.8, number("lambda")),

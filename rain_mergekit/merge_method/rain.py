@@ -6,14 +6,12 @@ import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike, fspath
 from typing import Any
 
 import torch
 from mergekit.merge_methods.base import GroupMergeMethod, TensorGroup
 from torch import Tensor
 
-from rain_mergekit import _autoload
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import ROLES, TensorPlan
 from rain_mergekit.config.method_names import RAIN
@@ -23,15 +21,9 @@ from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
 from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
-from rain_mergekit.merge_method.spec import (
-    Card,
-    Planned,
-    rain_spec,
-    reported,
-    require_inputs,
-    require_kind,
-    role_name,
-)
+from rain_mergekit.merge_method.merge_errors import reported
+from rain_mergekit.merge_method.parameters import calibration_for, role
+from rain_mergekit.merge_method.spec import Card, Planned, rain_spec, require_inputs
 
 _SLICE = re.compile(r"\.slices\[\d+\]$")
 # Under `--multi-gpu` a GPU is the default device; files must still be read to the CPU.
@@ -44,6 +36,8 @@ STRENGTH_OF_STREAMS = (
     "lambda 1: other strengths are often worse on both sides; set rain.teacher_strength and "
     "calibrate again instead"
 )
+CARD = Card(RAIN, "RAIN-Merging", "https://arxiv.org/abs/2602.22538")
+_ROLE = role("instruct", "pretrained")
 LOG = logging.getLogger(__name__)
 
 
@@ -53,9 +47,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     Everything that the calibration file does not list stays the base model's, bit for bit.
     """
 
-    card = Card(RAIN, "RAIN-Merging", "https://arxiv.org/abs/2602.22538")
-
-    def __init__(self) -> None:
+    def __init__(self, card: Card = CARD) -> None:
+        self.card = card
         self._planned = Planned()
         self._files = CalibrationCache()
         self._bases = BasisCache()
@@ -64,26 +57,14 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         self.spec = rain_spec(self.card, self._calibration, self._role)
 
     def _calibration(self, value: object) -> CalibrationFile:
-        with reported():
-            calibration = self._open(value)
-            require_kind(calibration, self.card.name)
+        calibration = calibration_for(self.card.name, self._files, value)
         self._planned.calibration, self._planned.roles = calibration, ()
         return calibration
 
-    def _open(self, value: object) -> CalibrationFile:
-        if isinstance(value, CalibrationFile):
-            return value
-        if isinstance(value, (str, PathLike)) and str(value):
-            return self._files.open(str(fspath(value)))
-        raise RainError(
-            f"merge_method: {self.card.name} needs `parameters: {{calibration: PATH}}`, the file "
-            "that `mergekit-rain calibrate CONFIG` writes" + (f"; found {value!r}" if value else "")
-        )
-
     def _role(self, value: object) -> str | None:
-        role = role_name(value)
-        self._planned.roles += (role,)
-        return role
+        found = _ROLE(value)
+        self._planned.roles += (found,)
+        return found
 
     def validate_inputs(
         self,
@@ -124,7 +105,8 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         recorded = _recorded(calibration)
         models: dict[str, Hashable] = {"reasoning": base, "pretrained": base}
         if len(others) == 1:
-            models |= proxy_roles(others[0], explicit.get(others[0]), recorded)
+            explicit_role = explicit.get(others[0])
+            models |= proxy_roles(others[0], explicit_role, recorded, self.card.name)
         else:
             models |= assign_roles(others, explicit, recorded)
         key = (calibration, *sorted((role, model) for role, model in models.items()))
@@ -224,21 +206,21 @@ def _recorded(calibration: CalibrationFile) -> dict[str, str]:
 
 
 def _check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> None:
-    from rain_mergekit.merge_method.compatibility import check_models  # noqa: PLC0415 - see register
+    from rain_mergekit.merge_method.compatibility import check_models  # noqa: PLC0415 - transformers
 
     with torch.device(_HOST):
         check_models(calibration, models)
 
 
 def _check_source(model: Hashable, name: str, tensor: Tensor) -> None:
-    from rain_mergekit.merge_method.compatibility import check_source  # noqa: PLC0415 - see register
+    from rain_mergekit.merge_method.compatibility import check_source  # noqa: PLC0415 - transformers
 
     with torch.device(_HOST):
         check_source(model, name, tensor)
 
 
 def _check_tokens(model: Hashable, name: str, tensor: Tensor, rows: Tensor | None) -> None:
-    from rain_mergekit.merge_method.compatibility import check_tokens  # noqa: PLC0415 - see register
+    from rain_mergekit.merge_method.compatibility import check_tokens  # noqa: PLC0415 - transformers
 
     if rows is not None:  # otherwise all are treated alike, in any order
         with torch.device(_HOST):
@@ -266,22 +248,4 @@ def _warn_of_unused(group: TensorGroup, name: str) -> None:
             )
 
 
-def register() -> None:
-    """Make rain and its companions known to mergekit in this process; again is harmless.
-
-    A name that mergekit has already stays mergekit's. While mergekit is being imported this runs
-    in the middle of it, so nothing that needs the rest of mergekit may be imported before a merge
-    starts.
-    """
-    from mergekit.merge_methods import registry  # noqa: PLC0415
-
-    from rain_mergekit.merge_method import aim, opcm, pcb, regmean, wudi  # noqa: PLC0415 - see above
-
-    known = {method.spec.name for method in registry.registered_methods()}
-    companions = (aim.METHOD, opcm.METHOD, pcb.METHOD, wudi.METHOD)
-    for method in (RainMerge(), regmean.RegMeanMerge(), *companions):
-        if method.spec.name not in known:
-            registry.register(method)
-
-
-_autoload.resume()
+METHOD = RainMerge(CARD)

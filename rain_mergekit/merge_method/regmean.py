@@ -8,11 +8,7 @@ with graded factors, which the calibration file holds. Δ = W_I - W_R is RegMean
 from __future__ import annotations
 
 from rain_mergekit.config.method_names import REGMEAN
-from rain_mergekit.merge_method.method import RainMerge
+from rain_mergekit.merge_method.rain import RainMerge
 from rain_mergekit.merge_method.spec import Card
 
-
-class RegMeanMerge(RainMerge):
-    """Everything that the calibration file does not list stays the base model's, bit for bit."""
-
-    card = Card(REGMEAN, "RegMean", "https://arxiv.org/abs/2212.09849")
+METHOD = RainMerge(Card(REGMEAN, "RegMean", "https://arxiv.org/abs/2212.09849"))

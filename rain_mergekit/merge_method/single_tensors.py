@@ -13,7 +13,7 @@ from rain_mergekit.config.method_names import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.merged_weight import merged_weight
-from rain_mergekit.merge_method.method import RainMerge
+from rain_mergekit.merge_method.rain import RainMerge
 from rain_mergekit.models.merge_names import Names
 from rain_mergekit.models.model_tensors import ModelTensors
 

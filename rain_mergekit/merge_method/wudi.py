@@ -13,12 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rain_mergekit.merge_method.companion import (
-    CompanionMerge,
-    TaskVectors,
-    number,
-    shared,
-)
+from rain_mergekit.merge_method.companion import CompanionMerge, TaskVectors, by_task_vectors
+from rain_mergekit.merge_method.parameters import number, shared
 from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("wudi", "WUDI-Merging, closed form", "https://arxiv.org/abs/2503.08099")
@@ -74,4 +70,6 @@ def _inverse(system: Tensor) -> Tensor:
     return inverse
 
 
-METHOD = CompanionMerge(CARD, wudi_delta, (shared("lambda", 0.6, number("lambda")),))
+METHOD = CompanionMerge(
+    CARD, by_task_vectors(wudi_delta), (shared("lambda", 0.6, number("lambda")),)
+)

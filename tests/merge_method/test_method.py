@@ -31,8 +31,8 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.merged_weight import BLOCK_ELEMENTS, MIN_BLOCK_ROWS, merged_weight
+from rain_mergekit.merge_method.merge_errors import RainMergeError
 from rain_mergekit.merge_method.method import RainMerge, register
-from rain_mergekit.merge_method.spec import RainMergeError
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
