@@ -93,11 +93,11 @@ class FeatureRows:
         return torch.cat([part @ right for part in self._row_blocks()])
 
     def transposed_times(self, left: Tensor) -> Tensor:
-        """X^T left (d x k) for left n x k float64."""
+        """X^T left (d x k) float64, for left n x k."""
         result = self._zeros(self.shape[1], left.shape[1])
         start = 0
         for part in self._row_blocks():
-            result.addmm_(part.mT, left[start : start + part.shape[0]])
+            result.addmm_(part.mT, left[start : start + part.shape[0]].to(STATISTICS_DTYPE))
             start += part.shape[0]
         return result
 

@@ -158,7 +158,7 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
             return base.clone()
         try:
             merged = self._merged(group, parameters)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        except (torch.linalg.LinAlgError, RainError):  # type: ignore[attr-defined]
             if all(finite(entry.tensor) for entry in group.entries):
                 raise
             raise RainError(_not_finite(group)) from None

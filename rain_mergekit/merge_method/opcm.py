@@ -8,20 +8,20 @@ the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rain_mergekit.linalg.feature_rows import STATISTICS_DTYPE, FeatureRows
+from rain_mergekit.linalg.projection import spectrum
 from rain_mergekit.merge_method.companion import CompanionMerge, TaskVectors, by_task_vectors
 from rain_mergekit.merge_method.parameters import number, one_of, shared
 from rain_mergekit.merge_method.spec import Card
 
 CARD = Card("opcm", "OPCM", "https://arxiv.org/abs/2501.09522")
-_DTYPE = torch.float64
-_BLOCK_ELEMENTS = 2**22
 
 
 def opcm_delta(vectors: TaskVectors, parameters: Mapping[str, Any]) -> Tensor:
@@ -53,19 +53,16 @@ def outside(total: Tensor, delta: Tensor, alpha: float) -> Tensor:
     """
     if total.shape[0] < total.shape[1]:
         return outside(total.mT, delta.mT, alpha).mT
-    values, right = _right_side(_product(total, total))
-    if not values.numel():
+    found, rows = spectrum(total), FeatureRows.of(total)
+    if not found.count:
         return delta
+    values, right = found.values.sqrt(), found.vectors
     scaled = right / values
-    inner = scaled.mT @ _product(total, delta) @ right
+    inner = scaled.mT @ rows.transposed_times(delta) @ right
     r = kept_directions(values, alpha)
     removed = torch.diag(inner.diagonal())
     removed[:r, :r] = inner[:r, :r]
-    change = scaled @ removed @ right.mT
-    result = torch.empty_like(delta)
-    for rows in _blocks(total):
-        result[rows] = delta[rows].to(_DTYPE) - total[rows].to(_DTYPE) @ change
-    return result
+    return delta - rows.times(scaled @ removed @ right.mT).to(delta.dtype)
 
 
 def kept_directions(values: Tensor, alpha: float) -> int:
@@ -80,31 +77,8 @@ def kept_directions(values: Tensor, alpha: float) -> int:
     return int((shares <= alpha).sum())
 
 
-def _right_side(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values above rounding, largest first, and right singular vectors."""
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0), vectors.flip(1)
-    cutoff = float(squares[0].clamp(min=0)) * squares.numel() * torch.finfo(_DTYPE).eps
-    count = int((squares > cutoff).sum())
-    return squares[:count].sqrt(), vectors[:, :count]
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Leftᵀ right (d, d) in float64, over blocks of rows."""
-    width = left.shape[1]
-    result = torch.zeros(width, width, dtype=_DTYPE, device=left.device)
-    for rows in _blocks(left):
-        result.addmm_(left[rows].to(_DTYPE).mT, right[rows].to(_DTYPE))
-    return result
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // matrix.shape[1])
-    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
-
-
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=_DTYPE))
+    return float(torch.linalg.vector_norm(tensor, dtype=STATISTICS_DTYPE))
 
 
 METHOD = CompanionMerge(

@@ -28,7 +28,7 @@ def pcb_delta(vectors: TaskVectors, parameters: Mapping[str, Any]) -> Tensor:
 
 def balanced(deltas: Sequence[Tensor], density: float) -> Tensor:
     """τ of task vectors of one shape; in the logarithm, where softmax would lose its digits."""
-    scores = [_score(deltas, index) for index in range(len(deltas))]
+    scores = _scores(deltas)
     top = max(float(score.max()) for score in scores)
     total, weights = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for delta, score in zip(deltas, scores, strict=True):
@@ -38,21 +38,29 @@ def balanced(deltas: Sequence[Tensor], density: float) -> Tensor:
     return torch.where(weights > 0, total.div_(weights), 0.0)
 
 
-def _score(deltas: Sequence[Tensor], index: int) -> Tensor:
-    """log β of one model."""
-    own = deltas[index]
-    inter = _softmax(own * deltas[0])
-    for other in deltas[1:]:
-        inter += _softmax(own * other)
-    logits = _to_unit(own.square()).mul_(len(deltas))
-    logits -= logits.flatten().logsumexp(0)
-    return logits.add_(inter.log_())
+def _scores(deltas: Sequence[Tensor]) -> list[Tensor]:
+    """log β of each model; the product of two task vectors counts for both."""
+    inter = [torch.zeros_like(delta) for delta in deltas]
+    intra = []
+    for first, delta in enumerate(deltas):
+        square = _to_unit(delta.square())
+        intra.append(_normalised(square * len(deltas)))
+        inter[first] += _softmax(square)
+        for second in range(first + 1, len(deltas)):
+            both = _softmax(_to_unit(delta * deltas[second]))
+            inter[first] += both
+            inter[second] += both
+    return [logits.add_(sums.log_()) for logits, sums in zip(intra, inter, strict=True)]
 
 
-def _softmax(products: Tensor) -> Tensor:
-    """softmax(norm(x)) times the number of elements, so that the numbers are near one."""
-    logits = _to_unit(products)
-    return logits.sub_(logits.flatten().logsumexp(0) - math.log(logits.numel())).exp_()
+def _softmax(logits: Tensor) -> Tensor:
+    """softmax(x) times the number of elements, so that the numbers are near one; in place."""
+    return _normalised(logits).add_(math.log(logits.numel())).exp_()
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """log softmax(x), in place."""
+    return logits.sub_(logits.flatten().logsumexp(0))
 
 
 def _to_unit(values: Tensor) -> Tensor:

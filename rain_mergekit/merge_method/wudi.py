@@ -8,6 +8,7 @@ The published code takes 300 steps of Adam from Σ τ_i on the same loss instead
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -43,14 +44,11 @@ def least_interference(deltas: Sequence[Tensor]) -> Tensor:
 
 def _by_inputs(units: Sequence[tuple[float, Tensor]]) -> Tensor:
     """(Σ n_i A_i G_i)(Σ G_i)⁺ with A_i = τ_i / n_i and G_i = A_iᵀ A_i (d_in, d_in)."""
-    width = units[0][1].shape[1]
-    system = units[0][1].new_zeros(width, width)
-    for _, unit in units:
-        system.addmm_(unit.mT, unit)
-    inverse = _inverse(system)
+    grams = [unit.mT @ unit for _, unit in units]
+    inverse = _inverse(reduce(torch.add, grams))
     result = torch.zeros_like(units[0][1])
-    for norm, unit in units:
-        result.addmm_(unit, (unit.mT @ unit) @ inverse, alpha=norm)
+    for (norm, unit), gram in zip(units, grams, strict=True):
+        result.addmm_(unit, gram @ inverse, alpha=norm)
     return result
 
 
