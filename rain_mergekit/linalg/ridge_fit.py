@@ -20,7 +20,8 @@ class RidgeSums:
 
     gram: G = Σ w_i x_i x_iᵀ (d, d). cross: by weight, C = Σ w_i e_i x_iᵀ (d_out, d). energy: by
     weight, Σ w_i ‖e_i‖². x_i is what the merged model's module receives, e_i what its output lacks
-    of the target. Products are computed in the dtype of the rows and added up in float64.
+    of the target. Products are computed in float32 at least, because a few features are far larger
+    than the others and the rounding of a 16-bit product would hide these; sums are float64.
     """
 
     def __init__(self, width: int, outputs: Mapping[str, int], device: torch.device) -> None:
@@ -44,13 +45,12 @@ class RidgeSums:
         """Add the rows that still wait to the sums."""
         if not self._rows:
             return
-        roots = torch.cat([weights for _, weights, _ in self._rows]).sqrt()
-        inputs = torch.cat([rows for rows, _, _ in self._rows])
-        roots = roots.to(inputs)[:, None]
+        inputs = _exact(torch.cat([rows for rows, _, _ in self._rows]))
+        roots = torch.cat([weights for _, weights, _ in self._rows]).sqrt().to(inputs)[:, None]
         inputs = inputs * roots
         self.gram += inputs.mT @ inputs
         for name in self.cross:
-            errors = torch.cat([one[name] for _, _, one in self._rows]) * roots
+            errors = _exact(torch.cat([one[name] for _, _, one in self._rows])) * roots
             self.cross[name] += errors.mT @ inputs
             self.energy[name] += float(torch.linalg.vector_norm(errors, dtype=SUM_DTYPE)) ** 2
         self._rows.clear()
@@ -146,10 +146,11 @@ class RidgeRows:
 
     def add(self, inputs: Tensor, errors: Mapping[str, Tensor], weights: Tensor) -> None:
         """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
+        inputs = _exact(inputs)
         roots = weights.sqrt().to(inputs)[:, None]
         self._inputs.append(inputs * roots)
         for name, rows in self._errors.items():
-            rows.append(errors[name] * roots)
+            rows.append(_exact(errors[name]) * roots)
             self.energy[name] += float(torch.linalg.vector_norm(rows[-1], dtype=SUM_DTYPE)) ** 2
 
     def changes(self, epsilon: float, max_rank: int, share: float) -> dict[str, LowRankChange]:
@@ -194,6 +195,11 @@ class _Factor:
     def solve(self, right: Tensor) -> Tensor:
         """(M + g I)⁻¹ right."""
         return torch.cholesky_solve(right, self.lower)
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """The rows in float32, or in float64 if they are."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _leading(product: Tensor) -> tuple[Tensor, Tensor]:

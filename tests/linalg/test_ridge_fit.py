@@ -60,6 +60,18 @@ def test_at_full_rank_it_is_the_formula(kind: str, shape: tuple[int, int, int]) 
 
 
 @pytest.mark.parametrize("kind", ["sums", "rows"])
+def test_rows_in_bfloat16_lose_no_more_than_their_own_rounding(kind: str) -> None:
+    """Two massive activations that move together; a product rounded to 16 bits hides the rest."""
+    inputs, errors, weights = problem(400, 24, 5)
+    inputs[:, 0] *= 20
+    inputs[:, 1] += inputs[:, 0]
+    data = inputs.bfloat16(), errors.bfloat16(), weights
+    expected, _ = dense(data[0].double(), data[1].double(), weights, 1e-4)
+    found = solve(kind, data, 1e-4, 1000).matrix.numpy()
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_low_rank_is_the_best_one_in_the_metric(kind: str, shape: tuple[int, int, int]) -> None:
     """Eckart and Young: the best rank-r approximation of D (G + g I)^½, taken back."""
