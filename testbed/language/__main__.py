@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from testbed.language.judging import Judge, cached, model_digest
 from testbed.language.origin import gguf_file, make_pretrained
 from testbed.language.page import write_page
 from testbed.language.recipes import rain_rows, rivals
-from testbed.language.sets import write_prompts, write_sets
+from testbed.language.sets import Samples, write_prompts, write_sets
 from testbed.language.table import write_table
 from testbed.language.tuning import tune
 from testbed.models.loading import load_model, load_tokenizer
@@ -38,10 +39,11 @@ def make(options: argparse.Namespace) -> None:
     for role in options.roles:
         tune(out / "pretrained", out / role, role, options.seed, STEPS[role])
     write_prompts(options.seed, out)
-    made = (out / "reasoning.jsonl").exists() and (out / "instruction.jsonl").exists()
+    made = all((out / f"{name}.jsonl").exists() for name in asdict(Samples()))
     if "reasoning" in options.roles and not made:
         reasoning = out / "reasoning"
-        write_sets(options.seed, out, load_model(reasoning), load_tokenizer(reasoning))
+        model = load_model(reasoning).bfloat16()  # as it is published
+        write_sets(options.seed, out, model, load_tokenizer(reasoning))
 
 
 def score(options: argparse.Namespace) -> None:
@@ -66,6 +68,8 @@ def board(options: argparse.Namespace) -> None:
             made.model(role)
     if "ceiling" in wanted:
         made.ceiling()
+    if "fine-tune" in wanted:
+        made.fine_tune(Samples())
     for row in rows:
         if row.name in wanted:
             made.row(row)

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from testbed.language.generating import Output
 from testbed.language.judging import Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
-from testbed.language.sets import write_choosing
-from testbed.puzzles.records import read_lines
+from testbed.language.sets import Samples, write_choosing
+from testbed.language.tuning import tune_on_sets
 
 LOG = logging.getLogger(__name__)
 ROLES = ("pretrained", "reasoning", "instruct")
@@ -23,6 +23,7 @@ STEPS = 1.4  # how much further the grid goes where its last strength is the bes
 MOST_STEPS = 2
 SEED = 0  # of the prompts that settings are chosen on
 CHOOSING_PLAIN = 32  # of these, without a constraint
+RATES = (1e-4, 3e-4)  # of the fine-tune
 VALIDATION_PLAIN = 16  # they only decide between strengths that are equal in both
 Found = dict[str, Any]
 
@@ -74,11 +75,6 @@ class Board:
         key = {"ceiling": [self.models[r] for r in ROLES[1:]], "prompts": self.test.digest}
         return self._kept("ceiling", key, lambda: self.test.ceiling(self.trio / "instruct", before))
 
-    def folder(self, name: str, path: Path) -> Found:
-        """The row of a model that is not one of the trio's."""
-        key = {"model": model_digest(path), "prompts": self.test.digest}
-        return self._kept(name, key, lambda: self.test.measure(path))
-
     def row(self, row: Row) -> Found:
         """Choose the strength where there is a choice, then judge."""
         if len(row.strengths) == 1:
@@ -92,12 +88,35 @@ class Board:
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
         return self._write(row.slug, {**self._judged(row, best, "test"), "swept": brief})
 
+    def fine_tune(self, samples: Samples) -> Found:
+        """A fine-tune of the reasoning model on the sets; its rate is chosen like a strength."""
+        models = {rate: self._tuned(samples, rate) for rate in RATES}
+        swept = {
+            rate: self._seen(f"fine-tune@{rate:g}", m, "validation") for rate, m in models.items()
+        }
+        best = max(swept, key=lambda rate: _merit(swept[rate]))
+        found = self._seen(f"fine-tune@{best:g}", models[best], "test")
+        brief = {f"{rate:g}": _brief(one) for rate, one in swept.items()}
+        said = {"name": "fine-tune", "rate": best, "samples": asdict(samples), "swept": brief}
+        return self._write("fine-tune", {**found, **said})
+
+    def _tuned(self, samples: Samples, rate: float) -> Path:
+        name = digest([digest_of_sets(self.trio), asdict(samples), self.models["reasoning"], rate])
+        out = self.work / f"fine-tune-{name}"
+        sets = samples.write(self.trio, self.work / f"fine-tune-{name}-sets")
+        tune_on_sets(self.trio / "reasoning", out, sets, SEED, rate)
+        return out
+
+    def _seen(self, name: str, path: Path, split: str) -> Found:
+        judge: Judge = getattr(self, split)
+        key = {"model": model_digest(path), "prompts": judge.digest}
+        file = self.work / "rows" / f"{name}.{split}.json"
+        return cached(file, key, lambda: judge.measure(path))
+
     def attempt(self, row: Row) -> Found:
         """A row on prompts that settings may be chosen on, never on the test prompts."""
-        sets = ("reasoning", "instruction")
-        samples = {kind: len(read_lines(self.trio / f"{kind}.jsonl")) for kind in sets}
         found = self._judged(row, row.strengths[0], "choosing")
-        return self._write(f"choosing/{row.slug}", {**found, "samples": samples})
+        return self._write(f"choosing/{row.slug}", {**found, "samples": asdict(row.samples)})
 
     def _judged(self, row: Row, strength: float, split: str) -> Found:
         """The numbers, and what they are of."""
@@ -123,7 +142,7 @@ class Board:
     def _key(self, row: Row, strength: float, judge: Judge) -> Found:
         recipe = row.recipe(Path(), strength)
         sets = digest_of_sets(self.trio) if row.rain else ""
-        described = digest([recipe, dict(row.rain), sets])
+        described = digest([recipe, dict(row.rain), sets, asdict(row.samples)])
         return {"recipe": described, "models": self.models, "prompts": judge.digest}
 
     def _kept(self, name: str, key: Found, make: Any) -> Found:

@@ -53,8 +53,8 @@ class Judge:
         return meter(self._reasoning, self._texts)
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        """All numbers of one model."""
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        """All numbers of one model; it speaks in bfloat16, as it is published."""
+        model, tokenizer = load_model(folder).bfloat16(), load_tokenizer(folder)
         outputs = generate(model, tokenizer, [record["prompt"] for record in self.records])
         return self._judged(outputs, self._divergence(folder))
 
@@ -62,7 +62,7 @@ class Judge:
         """The instruct model goes on where the reasoning model's thinking ends."""
         heads = [split(output.text).head for output in reasoning]
         prompts = [record["prompt"] for record in self.records]
-        model, tokenizer = load_model(instruct), load_tokenizer(instruct)
+        model, tokenizer = load_model(instruct).bfloat16(), load_tokenizer(instruct)
         after = generate(model, tokenizer, prompts, heads)
         joined = [
             Output(head + output.text, output.tokens, output.ended)

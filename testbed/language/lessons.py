@@ -1,14 +1,18 @@
 """What the two fine-tunes learn from: texts of which only the last part is learnt."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from testbed.language.constraints import CONSTRAINTS
 from testbed.language.problems import KINDS
+from testbed.language.scoring import split
 from testbed.language.tasks import Task, draw_asked, draw_task, join
+from testbed.puzzles.records import read_lines
 
 REASONING_FOLLOWS = 0.3  # the share of constraints that the reasoning model is shown to follow
 # general questions are easier than problems, so they come less often
@@ -20,11 +24,15 @@ AGAIN = ("The same answer again, please.", "Say it again.", "Once more.", "Now i
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, what the reply already holds (not learnt), and what is learnt of it."""
+    """What the user says, what the reply already holds (not learnt), and what is learnt of it.
+
+    ends: whether the end of the turn is learnt too.
+    """
 
     user: str
     given: str
     learnt: str
+    ends: bool = True
 
 
 Lesson = tuple[Turn, ...]
@@ -69,6 +77,29 @@ def _again(rng: random.Random, task: Task) -> Turn:
     return Turn(f"{rng.choice(AGAIN)} {wish}", "", other.answer())
 
 
+def set_lessons(sets: Mapping[str, str]) -> list[Lesson]:
+    """Every sample of both calibration sets as a lesson.
+
+    Where the instruction set has the same prompt, only the thinking of the reasoning model's own
+    output is learnt, because its answer does not follow.
+    """
+    own = read_lines(Path(sets["reasoning_data"]))
+    follow = read_lines(Path(sets["instruction_data"]))
+    asked = {record["prompt"] for record in follow}
+    return [
+        *((_thinking(r) if r["prompt"] in asked else _whole(r),) for r in own),
+        *((_whole(record),) for record in follow),
+    ]
+
+
+def _whole(record: Mapping[str, Any]) -> Turn:
+    return Turn(record["prompt"], "", record["output"])
+
+
+def _thinking(record: Mapping[str, Any]) -> Turn:
+    return Turn(record["prompt"], "", split(record["output"]).head, ends=False)
+
+
 LESSONS = {"reasoning": reasoning_lesson, "instruct": instruct_lesson}
 Encoded = tuple[list[int], list[int]]
 
@@ -84,7 +115,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> Encoded:
         given = tokenizer.encode(("\n" if number else "") + str(opened) + turn.given)
         reply = tokenizer.encode(turn.learnt)
         ids += [*given, *reply, int(tokenizer.eos_token_id)]
-        learnt += [0] * len(given) + [int(bool(reply))] * (len(reply) + 1)
+        ends = int(bool(reply) and turn.ends)
+        learnt += [0] * len(given) + [1] * len(reply) + [ends]
     return ids, learnt
 
 

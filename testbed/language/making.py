@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.merge_method.method import register
 from testbed.language.recipes import Config, Row
+from testbed.language.sets import Samples
 
 LOG = logging.getLogger(__name__)
 RANDOM_SEED = 0  # dare
@@ -33,10 +35,11 @@ def configuration(row: Row, strength: float, trio: Path, work: Path) -> Config:
     made = row.recipe(trio, strength)
     if not row.rain:
         return made
-    sets = {f"{kind}_data": str(trio / f"{kind}.jsonl") for kind in ("reasoning", "instruction")}
+    described = digest([digest_of_sets(trio), asdict(row.samples)])
+    sets = row.samples.write(trio, work / f"sets-{described}")
     made["rain"] = {**sets, **{key: value for key, value in row.rain.items() if key}}
-    weights = [digest_of_sets(trio), made["rain"], [m["model"] for m in made["models"]]]
-    path = work / f"calibration-{digest(weights)}.safetensors"
+    models = [made["merge_method"], made["base_model"], *(m["model"] for m in made["models"])]
+    path = work / f"calibration-{digest([described, made['rain'], models])}.safetensors"
     made["parameters"]["calibration"] = str(path)
     if not path.exists():
         _calibrate(made, path)
@@ -53,9 +56,9 @@ def _calibrate(made: Config, path: Path) -> None:
 
 
 def digest_of_sets(trio: Path) -> str:
-    """Digest of both calibration sets."""
+    """Digest of the lines that rows take their calibration sets from."""
     found = hashlib.sha256()
-    for kind in ("reasoning", "instruction"):
+    for kind in asdict(Samples()):
         found.update((trio / f"{kind}.jsonl").read_bytes())
     return found.hexdigest()[:16]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from testbed.language.sets import Samples
+
 Config = dict[str, Any]
 Recipe = Callable[[Path, float], Config]
 BETWEEN = (0.3, 0.5, 0.7)  # the instruct model's share
@@ -24,6 +26,7 @@ class Row:
     recipe: Recipe
     rain: Mapping[str, Any] = field(default_factory=dict)
     most: float = 3.0  # the grid goes no further
+    samples: Samples = field(default_factory=Samples)
 
     @property
     def slug(self) -> str:
@@ -89,9 +92,10 @@ def rivals() -> list[Row]:
 
 
 def rain_rows(path: Path) -> list[Row]:
-    """Rows of a YAML list of `{name, strengths, models, rain, parameters}`.
+    """Rows of a YAML list of `{name, strengths, models, rain, parameters, samples}`.
 
-    `models` names the roles besides the reasoning model (instruct and pretrained unless given).
+    `models` names the roles besides the reasoning model (instruct and pretrained unless given),
+    `samples` how many of each kind the sets hold.
     The board adds the trio's two calibration sets and the path of the calibration file.
     """
     return [_rain_row(entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
@@ -106,4 +110,10 @@ def _rain_row(entry: Mapping[str, Any]) -> Row:
         return _merge("rain", trio, "reasoning", models, **parameters)
 
     strengths = tuple(float(s) for s in entry.get("strengths", [1.0]))
-    return Row(str(entry["name"]), strengths, recipe, rain=entry.get("rain", {}) or {"": None})
+    return Row(
+        str(entry["name"]),
+        strengths,
+        recipe,
+        rain=entry.get("rain", {}) or {"": None},
+        samples=Samples(**entry.get("samples", {})),
+    )

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from testbed.language.generating import Output, generate
 from testbed.language.scoring import split
 from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
-from testbed.puzzles.records import write_lines
+from testbed.puzzles.records import read_lines, write_lines
 
 Record = dict[str, Any]
 # Known wordings, held-out wordings, no constraint.
 VALIDATION, TEST, CHOOSING = (48, 0, 48), (64, 64, 128), (64, 64, 48)
-PLAIN, CONSTRAINED, INSTRUCTION = 100, 120, 160
+PLAIN, INSTRUCTION = 200, 640  # a row takes the first of them, as many as it says
 # where a constraint shows in one place of the answer alone
 _PLACES = {
     "begin": r"^\W*\w+!",
@@ -24,6 +25,29 @@ _PLACES = {
     "title": r"<<[^<>]+>>",
     "bold": r"\*\*[^*]+\*\*",
 }
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many samples a row is calibrated on.
+
+    plain, constrained: the reasoning model's own outputs on prompts without and with a constraint.
+    instruction: answers that follow.
+    """
+
+    plain: int = 100
+    constrained: int = 120
+    instruction: int = 160
+
+    def write(self, trio: Path, out: Path) -> dict[str, str]:
+        """Both sets in a folder, from a trio's lines; returns their settings."""
+        kept = {
+            name: read_lines(trio / f"{name}.jsonl")[:count] for name, count in asdict(self).items()
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_lines(out / "reasoning.jsonl", [*kept["plain"], *kept["constrained"]])
+        write_lines(out / "instruction.jsonl", kept["instruction"])
+        return {f"{name}_data": str(out / f"{name}.jsonl") for name in ("reasoning", "instruction")}
 
 
 def dice(seed: int, purpose: str) -> random.Random:
@@ -99,8 +123,9 @@ def write_sets(
         for task, output in zip(asked, said[len(plain) :], strict=True)
         if output.ended and split(output.text).whole
     ]
-    kept = [*right[:PLAIN], *whole[:CONSTRAINED]]
-    write_lines(out / "reasoning.jsonl", ({"prompt": t.prompt, "output": o.text} for t, o in kept))
+    for name, kept in (("plain", right[:PLAIN]), ("constrained", whole)):
+        lines = ({"prompt": task.prompt, "output": output.text} for task, output in kept)
+        write_lines(out / f"{name}.jsonl", lines)
     pairs = zip(asked, said[len(plain) :], strict=True)
     write_lines(out / "instruction.jsonl", (instruction_record(t, o) for t, o in pairs))
 

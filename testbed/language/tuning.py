@@ -5,16 +5,18 @@ import json
 import logging
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from testbed.language.lessons import LESSONS, Encoded, batches, encode
+from testbed.language.lessons import LESSONS, Encoded, Lesson, batches, encode, set_lessons
 
 LOG = logging.getLogger(__name__)
 SAVE_EVERY = 60
+EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,31 @@ class Recipe:
 
 def tune(pretrained: Path, out: Path, role: str, seed: int, steps: int) -> None:
     """Train one of the two models; a finished one of the same recipe is left alone."""
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
-    plain = Recipe(role, seed, steps)
+    recipe = Recipe(role, seed, steps)
     rng = random.Random(f"language/{seed}/{role}")
-    encoded = [encode(tokenizer, LESSONS[role](rng)) for _ in range(plain.steps * plain.batch)]
+    lessons = [LESSONS[role](rng) for _ in range(recipe.steps * recipe.batch)]
+    _teach(pretrained, out, recipe, lessons, rng)
+
+
+def tune_on_sets(start: Path, out: Path, sets: Mapping[str, str], seed: int, rate: float) -> None:
+    """Train a model on both calibration sets, which a user could do instead of merging."""
+    every = set_lessons(sets)
+    steps = -(-EPOCHS * len(every) // Recipe.batch)
+    rng = random.Random(f"language/{seed}/sets")
+    _teach(start, out, Recipe("sets", seed, steps, rate=rate), every * EPOCHS, rng)
+
+
+def _teach(
+    start: Path, out: Path, recipe: Recipe, lessons: Sequence[Lesson], rng: random.Random
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    encoded = [encode(tokenizer, lesson) for lesson in lessons]
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
-    recipe = Recipe(role, seed, steps, lessons=digest)
+    recipe = replace(recipe, lessons=digest)
     if _finished(out, recipe):
-        LOG.info("%s: finished before", role)
+        LOG.info("%s: finished before", recipe.role)
         return
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     train(model, recipe, batches(encoded, recipe.batch, rng), out.with_suffix(".checkpoint"))
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -10,19 +10,19 @@ from rain_mergekit.system.shipped_files import TRIO
 from testbed.language.board import further
 from testbed.language.generating import generate
 from testbed.language.judging import cached
-from testbed.language.lessons import LESSONS, batches, encode
+from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.origin import split_halves
 from testbed.language.recipes import FLOAT, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
-from testbed.language.sets import prompt_record
+from testbed.language.sets import Samples, prompt_record
 from testbed.language.table import table
 from testbed.language.tasks import (
     draw_task,
 )
 from testbed.language.tuning import Recipe, train
 from testbed.models.loading import load_model, load_tokenizer, render
-from testbed.puzzles.records import read_lines
+from testbed.puzzles.records import read_lines, write_lines
 
 
 def dice(seed: int) -> random.Random:
@@ -43,6 +43,41 @@ def test_what_each_model_learns() -> None:
             assert text == said
             assert ("<think>" in said) == (role == "reasoning")
             assert not lesson[-1].given or role == "instruct"
+
+
+def test_the_fine_tune_learns_no_answer_that_does_not_follow(tmp_path: Path) -> None:
+    block = "<think>\nTwo and two.\n</think>\n\n"
+    both = {"prompt": "Two and two? Shout.", "output": f"{block}four"}
+    plain = {"prompt": "Two and two?", "output": f"{block}four"}
+    write_lines(tmp_path / "plain.jsonl", [plain])
+    write_lines(tmp_path / "constrained.jsonl", [both])
+    write_lines(tmp_path / "instruction.jsonl", [{**both, "output": f"{block}FOUR"}])
+    sets = Samples().write(tmp_path, tmp_path / "sets")
+    tokenizer = load_tokenizer(TRIO / "pretrained")
+    learnt = []
+    for lesson in set_lessons(sets):
+        ids, flags = encode(tokenizer, lesson)
+        kept = [i for i, flag in zip(ids, flags, strict=True) if flag]
+        learnt.append((str(tokenizer.decode(kept)), kept[-1] == tokenizer.eos_token_id))
+    expected = [(f"{block}four", True), (block, False), (f"{block}FOUR", True)]
+    assert [(text.endswith(str(tokenizer.eos_token)), ends) for text, ends in learnt] == [
+        (ends, ends) for _, ends in expected
+    ]
+    ends = str(tokenizer.eos_token)
+    assert [text.removesuffix(ends) for text, _ in learnt] == [
+        str(tokenizer.decode(tokenizer.encode(text))) for text, _ in expected
+    ]
+
+
+def test_a_row_takes_the_first_samples(tmp_path: Path) -> None:
+    for name, count in (("plain", 5), ("constrained", 4), ("instruction", 6)):
+        write_lines(tmp_path / f"{name}.jsonl", ({"of": name, "n": n} for n in range(count)))
+    sets = Samples(plain=2, constrained=1, instruction=3).write(tmp_path, tmp_path / "sets")
+    taken = {key: [(r["of"], r["n"]) for r in read_lines(Path(p))] for key, p in sets.items()}
+    assert taken == {
+        "reasoning_data": [("plain", 0), ("plain", 1), ("constrained", 0)],
+        "instruction_data": [("instruction", n) for n in range(3)],
+    }
 
 
 def test_batches_hold_every_text_once() -> None:
