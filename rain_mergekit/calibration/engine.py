@@ -30,6 +30,7 @@ from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_h
 from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED
+from rain_mergekit.calibration.regmean_site import UNMERGED
 from rain_mergekit.calibration.site_rule import rule_of
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
@@ -121,14 +122,14 @@ class CalibrationEngine:
             if self._head is not None:
                 with naming_shortage("at the output head", CALIBRATION):
                     self._solve_head(self._head, streams, work.part(len(self.indices)))
-            found = self._likelihood(streams[REASONING])
+            found = self._likelihood(streams.get(UNMERGED, streams[REASONING]))
         finally:
             for store in stores.values():
                 store.close()
         return first, found
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
-        original = [stream for name, stream in streams.items() if name != MERGED]
+        original = [stream for stream in streams.values() if not stream.merged]
         sites = LayerSites("", self._settings, self._world, self._rule)
         result = calibrate_head(self.layerwise, head, self._weights, original, sites, self.max_rank)
         if self._world.rank == 0:
@@ -172,17 +173,21 @@ class CalibrationEngine:
             model_type = self._job.trio.config.model_type
             calibrator = LayerCalibrator(index, layer, solver, tick, chunks, model_type)
             sites = SiteMap()
-            original = [stream for name, stream in streams.items() if name != MERGED]
-            collected = calibrator.features(sites, original)
-            self._count(original)
+            merged = [stream for stream in streams.values() if stream.merged]
+            looked_at = [s for s in streams.values() if not s.merged or any(s.positions)]
+            collected = calibrator.features(sites, looked_at)
+            self._count(looked_at)
             task_vector = partial(self._task_vector, name)
             solved = solver.solve(sites, collected, task_vector, self.max_rank)
             result = LayerResult(sites, solved)
-            if MERGED in streams:
+            if merged:
                 calibrator.merge(sites, task_vector, solved)
+                self._count(merged)
+            if MERGED in streams:
                 measured = calibrator.statistics(streams[MERGED])
                 result.statistics, result.layout = measured or (None, None)
-                self._count([streams[MERGED]])
+            else:
+                calibrator.advance(merged)
         self._weights.release()
         trim_heap()
         return result

@@ -58,24 +58,38 @@ class LayerCalibrator:
         self._sites, self._tick, self._chunks = sites, tick, chunks
 
     def features(self, sites: SiteMap, streams: Sequence[Stream]) -> Collected:
-        """Run every sample once; rows at its positions, by site and group. Finds the sites too."""
+        """Run every sample once; rows at its positions, by site and group. Finds the sites too.
+
+        The hidden states of streams that pass the merged layers stay where they are.
+        """
         collected: Collected = {}
         for stream in streams:
+            run = self._run if stream.merged else self._advance
             for sample in range(len(stream)):
                 picker = self._sites.picker(collected, stream, sample, lambda: self._chunks.start)
                 whole = stream.store.lengths[sample]
                 with capture_inputs(self.layer, sites, picker, partial(self._length, whole)):
-                    self._advance(stream, sample)
+                    run(stream, sample)
         trim_heap()
         return collected
+
+    def advance(self, streams: Sequence[Stream]) -> None:
+        """Run every sample once, and nothing else."""
+        for stream in streams:
+            for sample in range(len(stream)):
+                self._advance(stream, sample)
 
     def _length(self, whole: int) -> int:
         return self._chunks.length or whole
 
     def _advance(self, stream: Stream, sample: int) -> None:
-        hidden = stream.store.get(sample).to(self._sites.world.device)
-        stream.store.put(sample, run_layer(self.layer, hidden, stream.calls[sample][self.index]))
+        hidden = self._run(stream, sample)
+        stream.store.put(sample, hidden)
         self._tick(hidden.shape[0])
+
+    def _run(self, stream: Stream, sample: int) -> Tensor:
+        hidden = stream.store.get(sample).to(self._sites.world.device)
+        return run_layer(self.layer, hidden, stream.calls[sample][self.index])
 
     def merge(
         self, sites: SiteMap, task_vector: TaskVector, results: Mapping[str, SiteResult]

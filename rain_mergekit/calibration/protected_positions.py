@@ -30,7 +30,7 @@ def plan_streams(samples: Samples, settings: RainSettings) -> list[StreamPlan]:
         if settings.projection == "oblique":
             plans.append(StreamPlan(INSTRUCTION, others, _positions(others, settings)))
         if settings.coefficients != "off":
-            plans.append(StreamPlan(MERGED, others, [{}] * len(others)))
+            plans.append(StreamPlan(MERGED, others, [{}] * len(others), merged=True))
     return plans
 
 

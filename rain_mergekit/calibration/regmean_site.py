@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -19,14 +20,22 @@ from rain_mergekit.system.evenly_spaced import evenly_spaced
 from rain_mergekit.system.memory import trim_heap
 
 REASONING_TEXT = "reasoning text"
+UNMERGED = "reasoning, not merged"
 
 
-def plan_texts(samples: Samples, rows: int | None) -> list[StreamPlan]:
-    """Tokens of whole texts of both sets: `rows` of each set, spread evenly; None: every token."""
-    plans = [_plan(REASONING, REASONING_TEXT, samples.reasoning.samples, rows)]
+def plan_texts(samples: Samples, rows: int | None, *, merged: bool = False) -> list[StreamPlan]:
+    """Tokens of whole texts of both sets: `rows` of each set, spread evenly; None: every token.
+
+    merged: they pass the merged layers, and the reasoning set once more the reasoning model's.
+    """
+    members = samples.reasoning.samples
+    plans = [_plan(REASONING, REASONING_TEXT, members, rows)]
     if samples.instruction is not None:
         plans.append(_plan(INSTRUCTION, INSTRUCTION, samples.instruction.samples, rows))
-    return plans
+    if not merged:
+        return plans
+    again = StreamPlan(UNMERGED, members, [{}] * len(members))
+    return [*(replace(plan, merged=True) for plan in plans), again]
 
 
 def _plan(name: str, group: str, members: TokenSamples, rows: int | None) -> StreamPlan:

@@ -53,7 +53,8 @@ def rule_of(method: str, settings: RainSettings) -> SiteRule:
     """The rule of a calibrated merge method."""
     texts = (REASONING_TEXT, INSTRUCTION)
     if method == REGMEAN:
-        some = partial(plan_texts, rows=settings.regmean.rows)
+        merged = settings.regmean.features == "merged"
+        some = partial(plan_texts, rows=settings.regmean.rows, merged=merged)
         return SiteRule(some, texts, partial(solve_regmean, settings=settings))
     if method == AIM:
         return SiteRule(partial(plan_texts, rows=None), texts, measure_channels, ChannelSums)

@@ -21,13 +21,17 @@ TokenSamples: TypeAlias = "Sequence[ReasoningTokens | InstructionTokens]"
 
 @dataclass(frozen=True)
 class Stream:
-    """One set of samples on its way through the layers: hidden states, calls, positions of use."""
+    """One set of samples on its way through the layers: hidden states, calls, positions of use.
+
+    merged: the hidden states come from the merged layers.
+    """
 
     name: str
     store: ActivationStore
     calls: list[Sequence[LayerCall]]
     positions: Sequence[PositionGroups]
     samples: TokenSamples
+    merged: bool = False
 
     def __len__(self) -> int:
         return len(self.store)
@@ -38,15 +42,17 @@ REASONING = "reasoning"
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The samples of one stream, by name, and which of their rows are used."""
+    """The samples of one stream, by name, and which of their rows are used; merged: as `Stream`."""
 
     name: str
     samples: TokenSamples
     positions: Sequence[PositionGroups]
+    merged: bool = False
 
     def part(self, world: World) -> StreamPlan:
         """The share of one process."""
-        return StreamPlan(self.name, world.part(self.samples), world.part(self.positions))
+        samples, positions = world.part(self.samples), world.part(self.positions)
+        return StreamPlan(self.name, samples, positions, self.merged)
 
 
 def build_streams(
@@ -68,16 +74,23 @@ def build_streams(
             layerwise.device if keep_on_device else torch.device("cpu"),
         )
         budget -= store.memory_bytes
-        streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples)
+        streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples, plan.merged)
     try:
-        _embed(layerwise, plans[0].samples, [streams[REASONING]])
-        if len(plans) > 1:
-            _embed(layerwise, plans[1].samples, [streams[plan.name] for plan in plans[1:]])
+        for members in _by_samples(plans):
+            _embed(layerwise, members[0].samples, [streams[plan.name] for plan in members])
     except BaseException:  # no caller can close them yet
         for stream in streams.values():
             stream.store.close()
         raise
     return streams
+
+
+def _by_samples(plans: Sequence[StreamPlan]) -> list[list[StreamPlan]]:
+    """The plans of the same samples together."""
+    found: dict[tuple[int, ...], list[StreamPlan]] = {}
+    for plan in plans:
+        found.setdefault(tuple(map(id, plan.samples)), []).append(plan)
+    return list(found.values())
 
 
 def _embed(layerwise: LayerwiseModel, samples: TokenSamples, streams: Sequence[Stream]) -> None:

@@ -55,6 +55,7 @@ class RegMeanSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    features: Literal["reasoning", "merged"] = "reasoning"
     thinking_weight: NonNegative = 1.0
     rows: PositiveInt = 8192
     epsilon: Annotated[float, Field(ge=1e-12, allow_inf_nan=False), Number] = 1e-6
@@ -122,9 +123,11 @@ Weights = Annotated[
 RegMean = Annotated[
     RegMeanSettings,
     Field(
-        description="For merge_method: regmean: the weight of the reasoning set's features against "
-        "the instruction set's (thinking_weight), tokens of each set over all samples (rows), and "
-        "the ridge relative to the mean energy of an instruction feature (epsilon)."
+        description="For merge_method: regmean: whose features are looked at (features: the "
+        "reasoning model's, or for RegMean++ of each layer those that the layers merged before it "
+        "give), the weight of the reasoning set's features against the instruction set's "
+        "(thinking_weight), tokens of each set over all samples (rows), and the ridge relative to "
+        "the mean energy of an instruction feature (epsilon)."
     ),
 ]
 

@@ -89,6 +89,60 @@ def test_a_merge_is_the_dense_solution(
     assert torch.equal(found[kept], tiny.weights("reasoning")[kept])
 
 
+def merged_in_turn(tiny: Tiny) -> dict[str, Tensor]:
+    """RegMean++ on the whole model in float64: each layer from what the merged ones before give."""
+    dense, model = Dense(tiny.using()), tiny.model()
+    modules, weights = dict(model.named_modules()), dense.weights
+    found = {}
+    for layer in range(dense.layers):
+        names = [f"model.layers.{layer}.{module}" for module in MODULES]
+        grams = {kind: grams_of(model, names, kind, dense) for kind in ("instruction", "reasoning")}
+        for name in names:
+            metric = grams["instruction"][name]
+            metric = metric + 1e-6 * metric.trace() / len(metric) * torch.eye(len(metric))
+            key = f"{name}.weight"
+            keep = metric @ torch.linalg.inv(metric + 0.5 * grams["reasoning"][name])
+            change = (weights["instruct"][key] - weights["pretrained"][key]) @ keep
+            found[key] = modules[name].weight.data = weights["reasoning"][key] + change
+    return found
+
+
+def grams_of(model: Any, names: list[str], kind: str, dense: Dense) -> dict[str, Tensor]:
+    """Mean second moments (d_in, d_in) of the modules' inputs over all tokens of a set."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_pre_hook(
+            lambda _, inputs, name=name: rows[name].append(inputs[0][0].detach())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for sample in getattr(dense, kind):
+            model(input_ids=torch.tensor([list(sample.input_ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    stacked = {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: x.mT @ x / len(x) for name, x in stacked.items()}
+
+
+def test_merged_features_give_regmean_plus_plus(
+    tiny: Tiny, anchored: tuple[Tiny, CalibrationFile], tmp_path: Path
+) -> None:
+    regmean = {**EXACT["regmean"], "features": "merged"}
+    tiny = tiny.using("plus.rain.safetensors", **EXACT | {"regmean": regmean})
+    file = made(tiny)
+    found = merge(tmp_path, content(tiny)).weights()
+    for name, wanted in merged_in_turn(tiny).items():
+        base = tiny.weights("reasoning")[name].double()
+        error = (found[name].double() - wanted).norm() / (wanted - base).norm()
+        assert float(error) < 1e-3, name
+    once = anchored[1]
+    key = "model.layers.1.mlp.gate_proj"
+    assert not torch.allclose(file.factors(key).v, once.factors(key).v, rtol=1e-2)
+    assert file.header["run"]["likelihood"] == once.header["run"]["likelihood"]
+
+
 def test_rank_follows_the_share_of_the_objective(
     tiny: Tiny, anchored: tuple[Tiny, CalibrationFile]
 ) -> None:
