@@ -49,27 +49,41 @@ LOG = logging.getLogger(__name__)
 class CalibrationEngine:
     """The work of one process: its share of the samples, every layer."""
 
-    def __init__(self, job: CalibrationJob) -> None:
+    def __init__(
+        self,
+        job: CalibrationJob,
+        layerwise: LayerwiseModel,
+        weights: TrioTensors,
+        head: HeadWeight | None,
+    ) -> None:
         self._job, self._settings, self._options = job, job.settings, job.options
         self._samples, self._world = job.samples, job.world
-        samples, world, trio = job.samples, job.world, job.walked
+        self.layerwise, self._weights, self._head = layerwise, weights, head
+        self.indices = range(len(layerwise.layers))
         self._rule = rule_of(job.method, job.settings)
-        self.layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(world.device))
-        self.indices = range(len(self.layerwise.layers))
-        self._weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
-        self._weights.check(layer_shapes(self.layerwise), matrix_names(self.layerwise))
-        self._head = (
-            None
-            if job.settings.lm_head == "off"
-            else find_head(self.layerwise, trio, self._weights, samples, job.settings)
-        )
-        self.max_rank = max_rank(self.needs[0], job.settings)
         self._passes: dict[str, int] = {}
-        if len(samples.reasoning.samples) < world.size:
+
+    @classmethod
+    def of(cls, job: CalibrationJob) -> CalibrationEngine:
+        """Read the headers of the three models; RainError names what does not fit together."""
+        trio, count = job.walked, len(job.samples.reasoning.samples)
+        layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(job.world.device))
+        weights = TrioTensors(trio, layerwise.model, layerwise.tensors)
+        weights.check(layer_shapes(layerwise), matrix_names(layerwise))
+        head = None
+        if job.settings.lm_head != "off":
+            head = find_head(layerwise, trio, weights, job.samples, job.settings)
+        if count < job.world.size:
             raise RainError(
-                f"{world.size} processes for {len(samples.reasoning.samples)} usable reasoning "
-                "samples: start at most one process a sample"
+                f"{job.world.size} processes for {count} usable reasoning samples: start at most "
+                "one process a sample"
             )
+        return cls(job, layerwise, weights, head)
+
+    @cached_property
+    def max_rank(self) -> int:
+        """The largest number of directions at any site."""
+        return max_rank(self.needs[0], self._settings)
 
     @cached_property
     def plans(self) -> list[StreamPlan]:

@@ -137,7 +137,7 @@ def _calibrate(
 
 
 def _engine(job: CalibrationJob) -> CalibrationEngine | StreamEngine:
-    return StreamEngine(job) if job.settings.fit == "streams" else CalibrationEngine(job)
+    return StreamEngine(job) if job.settings.fit == "streams" else CalibrationEngine.of(job)
 
 
 def _model_records(trio: Trio) -> dict[str, Any]:

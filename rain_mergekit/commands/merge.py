@@ -101,7 +101,7 @@ def make(config: RainConfig, out: str, how: Making, console: Console) -> None:
     Raises RainError for an input that cannot be used.
     """
     require_mergeable(config, how.run.load)
-    completion = Completion(config, how.run.load)
+    completion = Completion.of(config, how.run.load)
     threads = how.merge_options.num_threads
     with staged_folder(out) as stage:
         bring_up_to_date(config, how.run, console, threads, again=how.again)

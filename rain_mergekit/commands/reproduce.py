@@ -85,7 +85,7 @@ def reproduce(options: ReproduceOptions) -> None:
     run = RunOptions(load=load, device=device, deterministic=deterministic, quiet=True)
     merge_options = MergeOptions(**vars(options.loading), device=device, quiet=True)
     console.print(f"Merging again into {options.out}")
-    completion = Completion(config, load)
+    completion = Completion.of(config, load)
     with staged_folder(options.out) as stage:
         fill(config, Path(options.out), stage, completion, Making(merge_options, run), console)
     if not _compare(record, digests_with_bar(Path(options.out), console), console):

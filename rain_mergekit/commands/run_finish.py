@@ -25,7 +25,7 @@ def finish_folder(merged: str, options: LoadOptions, console: Console) -> None:
     config = read_recipe(folder)
     if not weight_files(folder):
         raise RainError(f"{merged}: holds no weights; merge into it first")
-    completion = Completion(config, options)
+    completion = Completion.of(config, options)
     weights = completion.to_do(folder)
     if weights:
         (folder / NAME).unlink(missing_ok=True)

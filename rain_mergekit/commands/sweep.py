@@ -119,7 +119,7 @@ def sweep(options: SweepOptions) -> None:
     for strength in strengths:
         refuse_input(parsed, str(folder / folder_name(strength)))
     load = LoadOptions.of(merge_options.model_dump())
-    completion = Completion(parsed.with_strength(strengths[0]), load)
+    completion = Completion.of(parsed.with_strength(strengths[0]), load)
     run = run_options(
         merge_options,
         options.calibration_dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,8 +37,12 @@ class LocalWriter:
         self._checkpoint, self._sampling, self._batch_size = checkpoint, sampling, batch_size
         self._device, self._dtype = device, dtype
         self._template = chat_template_kwargs
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
         self._model: Any = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own, loaded when it is needed."""
+        return load_tokenizer(self._checkpoint)
 
     @property
     def identity(self) -> Mapping[str, Any]:

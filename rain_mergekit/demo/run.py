@@ -128,7 +128,7 @@ def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Res
 
 def _open(path: Path) -> Checkpoint:
     # Not parsed: a folder's name may hold what has a meaning in mergekit's text form.
-    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+    return Checkpoint.open(ModelReference.model_validate({"model": {"path": str(path)}}))
 
 
 def _table(records: list[Record], results: list[Result], console: Console) -> None:

@@ -21,15 +21,15 @@ class _Merged(ModelTensors):
     That is made once and kept: one float32 matrix of the size of the output head.
     """
 
-    def __init__(self, layerwise: LayerwiseModel, replay: TensorMerger) -> None:
+    def __init__(self, layerwise: LayerwiseModel, merger: TensorMerger) -> None:
         super().__init__(layerwise.checkpoint, layerwise.model)
-        self._replay, self._made = replay, dict[str, Tensor]()
+        self._merger, self._made = merger, dict[str, Tensor]()
 
     def get(self, name: str) -> Tensor:
-        if not self._replay.of_tokens(name):
+        if not self._merger.of_tokens(name):
             return super().get(name)
         if name not in self._made:
-            self._made[name] = self._replay.tensor(name, torch.float32)
+            self._made[name] = self._merger.tensor(name, torch.float32)
         return self._made[name]
 
 
@@ -41,7 +41,12 @@ class Unrounded:
     from then on. RainError says what is missing for it.
     """
 
-    def __init__(self, folder: str, layerwise: LayerwiseModel, options: LoadOptions) -> None:
+    def __init__(self, merger: TensorMerger) -> None:
+        self._merger = merger
+
+    @classmethod
+    def of(cls, folder: str, layerwise: LayerwiseModel, options: LoadOptions) -> Unrounded:
+        """Open the models and the calibration that the configuration in `folder` names."""
         config = read_recipe(folder)
         strength = config.one_strength
         calibration = CalibrationFile.open(config.calibration)
@@ -52,13 +57,14 @@ class Unrounded:
         }
         names = merge_names(read_model_config(layerwise.checkpoint), layerwise.tensors)
         trio = {"reasoning": layerwise.tensors, **tensors}
-        self._replay = TensorMerger(calibration, trio, names, strength)
-        layerwise.tensors = _Merged(layerwise, self._replay)
+        merger = TensorMerger(calibration, trio, names, strength)
+        layerwise.tensors = _Merged(layerwise, merger)
+        return cls(merger)
 
     def fill(self, layer: nn.Module, prefix: str) -> None:
         """Put the merged weights in place of a filled layer's; `prefix` is the layer's name."""
         for name, parameter in layer.named_parameters():
             whole = f"{prefix}.{name}"
-            if self._replay.listed(whole):
-                parameter.data = self._replay.tensor(whole, torch.float32, parameter.device)
-        self._replay.release()
+            if self._merger.listed(whole):
+                parameter.data = self._merger.tensor(whole, torch.float32, parameter.device)
+        self._merger.release()

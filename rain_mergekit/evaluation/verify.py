@@ -95,7 +95,7 @@ def _unrounded(
     if anchor.layerwise.dtype != torch.float32:
         raise RainError("it is only visible with --dtype float32")
     layerwise = LayerwiseModel(reasoning, read_model_config(reasoning), torch.float32, how.device)
-    return StreamedModel(layerwise, Unrounded(merged.path, layerwise, how.load).fill)
+    return StreamedModel(layerwise, Unrounded.of(merged.path, layerwise, how.load).fill)
 
 
 def answers_of(

@@ -23,7 +23,7 @@ from rain_mergekit.models.loading import (
     read_model_config,
     require_all_layers,
 )
-from rain_mergekit.models.merge_names import left_out, merge_names
+from rain_mergekit.models.merge_names import Names, left_out, merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
 
 
@@ -31,22 +31,27 @@ class Completion:
     """The tensors that mergekit will omit, known before the merge; `write` adds them afterwards.
 
     Weights that the calibration covers are merged like all others, the rest are the reasoning
-    model's. Afterwards all tensors are called and divided as in its checkpoint. RainError if
-    something is missing and lambda is not one number.
+    model's. Afterwards all tensors are called and divided as in its checkpoint.
     """
 
-    def __init__(self, config: MergeRecipe, options: LoadOptions) -> None:
+    def __init__(self, calibration: str, tensors: Mapping[str, ModelTensors], names: Names) -> None:
+        self._calibration, self._tensors, self._names = calibration, tensors, names
+        self.reasoning = tensors["reasoning"]
+        self._missing = left_out(self.reasoning, names)
+
+    @classmethod
+    def of(cls, config: MergeRecipe, options: LoadOptions) -> Completion:
+        """From the headers of the models; RainError if lambda is not one number and has to be."""
         checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
         model_config = read_model_config(checkpoints["reasoning"])
         require_all_layers(config, model_config)
         trust = options.trust_remote_code
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
-        self._tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
-        self.reasoning = self._tensors["reasoning"]
-        self._names = merge_names(model_config, self.reasoning)
-        self._missing = left_out(self.reasoning, self._names)
-        self._calibration = str(config.calibration)
-        self._strength(config)
+        tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
+        names = merge_names(model_config, tensors["reasoning"])
+        completion = cls(str(config.calibration), tensors, names)
+        completion._strength(config)
+        return completion
 
     def _strength(self, config: MergeRecipe) -> float:
         """Lambda if one of the missing tensors is merged with it, else 0."""

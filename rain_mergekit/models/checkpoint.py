@@ -37,20 +37,30 @@ class Checkpoint:
     def __init__(
         self,
         reference: ModelReference,
+        path: str,
+        index: ShardedTensorIndex,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.reference, self.path = reference, path
+        self.trust_remote_code = trust_remote_code
+        self.names = frozenset(index.tensor_paths)
+        self._loader = LazyTensorLoader(index, lazy_unpickle=False)
+
+    @classmethod
+    def open(
+        cls,
+        reference: ModelReference,
         *,
         cache_dir: str | None = None,
         lora_cache_dir: str | None = None,
         lora_merge_dtype: str | None = None,
         trust_remote_code: bool = False,
-    ) -> None:
-        self.reference = reference
-        self.trust_remote_code = trust_remote_code
-        self.path = local_folder(
-            reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust=trust_remote_code
-        )
-        index = open_index(self.path, reference)
-        self.names = frozenset(index.tensor_paths)
-        self._loader = LazyTensorLoader(index, lazy_unpickle=False)
+    ) -> Checkpoint:
+        """Fetch the model if it is not here and read its index; RainError says what is wrong."""
+        trust = trust_remote_code
+        path = local_folder(reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust=trust)
+        return cls(reference, path, open_index(path, reference), trust_remote_code=trust)
 
     @property
     def revision(self) -> str | None:

@@ -80,7 +80,7 @@ class Trio:
 
 def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
     """The checkpoint of that reference; RainError if it cannot be found."""
-    return Checkpoint(
+    return Checkpoint.open(
         reference,
         cache_dir=options.transformers_cache,
         lora_cache_dir=options.lora_merge_cache,

@@ -200,7 +200,7 @@ def test_a_preview_has_the_shapes_and_none_of_the_room(
         seen = preview(parse_reference("acme/reasoning"), goal, None, trust=False)
     assert seen.commit == model_hub.COMMIT
     assert seen.missing == sum(t.numel() * t.element_size() for t in weights.values())
-    copy = Checkpoint(parse_reference(seen.folder))
+    copy = Checkpoint.open(parse_reference(seen.folder))
     assert copy.shapes(sorted(weights)) == {n: tuple(t.shape) for n, t in weights.items()}
     used = sum(p.stat().st_blocks * 512 for p in goal.glob("*.safetensors"))
     assert used < seen.missing / 4

@@ -35,7 +35,7 @@ from rain_mergekit.text.token_positions import ReasoningTokens
 
 
 def checkpoint(path: Path) -> Checkpoint:
-    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+    return Checkpoint.open(ModelReference.model_validate({"model": {"path": str(path)}}))
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ HOW = VerifyOptions(LoadOptions())
 
 
 def checkpoint(path: Path) -> Checkpoint:
-    return Checkpoint(ModelReference.model_validate({"model": {"path": str(path)}}))
+    return Checkpoint.open(ModelReference.model_validate({"model": {"path": str(path)}}))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
