@@ -24,7 +24,8 @@ from rain_mergekit.merge_method.method import register
 from rain_mergekit.text.token_positions import InstructionTokens
 from testbed.board.attention import Scores, attention_scores, held_samples
 from testbed.board.controls import edited
-from testbed.board.methods import ROLES, Method, rain_config
+from testbed.board.methods import Method
+from testbed.board.recipes import ROLES, rain_config
 from testbed.judging.judge import Judge, chosen
 from testbed.models.loading import load_tokenizer
 from testbed.puzzles.records import read_lines

@@ -19,7 +19,8 @@ from rain_mergekit.config.merge_config import read_config
 from testbed import scoreboard
 from testbed.board import across, attention, bench, controls, sections, tables
 from testbed.board.curves import Row, at_gain, best_strength, rows, safe_gain, undominated
-from testbed.board.methods import DEFAULT, TASK, Method, methods, rain_config
+from testbed.board.methods import DEFAULT, TASK, Method, methods
+from testbed.board.recipes import rain_config
 from testbed.board.results_file import Results
 from testbed.judging.intervals import (
     Ratio,
