@@ -41,7 +41,7 @@ class AutoOptions:
     yes: bool
     reasoning_data: str | None
     instruction_data: str | None
-    prompts: str | None
+    prompts: tuple[str, ...]
     max_new_tokens: int
     seed: int
     markers: MarkerPairs
@@ -72,7 +72,10 @@ class AutoOptions:
 @click.option("--reasoning-data", type=click.Path(), help="Your reasoning set.")
 @click.option("--instruction-data", type=click.Path(), help="Your instruction set.")
 @click.option(
-    "--prompts", type=click.Path(), help="Let the reasoning model write its own set to these."
+    "--prompts",
+    multiple=True,
+    type=click.Path(),
+    help="Let the reasoning model write its own set to these; may be repeated.",
 )
 @click.option(
     "--max-new-tokens",

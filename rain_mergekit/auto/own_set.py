@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from rain_mergekit.auto.request import Request
@@ -15,7 +16,7 @@ from rain_mergekit.commands.data_build import build
 from rain_mergekit.commands.data_options import BuildOptions
 from rain_mergekit.commands.data_reasoning import candidate
 from rain_mergekit.commands.options import Loading, Talk
-from rain_mergekit.data_building.prompts import read_prompts
+from rain_mergekit.data_building.prompts import gather_prompts
 from rain_mergekit.evaluation.texts import Texts, read_texts
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import default_dtype, read_model_config
@@ -51,11 +52,16 @@ def thinks_on(reasoning: Checkpoint, path: str, request: Request, run: RunOption
 
 
 def write_own_set(
-    model: str, prompts: str, out: Path, request: Request, how: tuple[RunOptions, Loading, Talk]
+    model: str,
+    prompts: Sequence[str],
+    out: Path,
+    request: Request,
+    how: tuple[RunOptions, Loading, Talk],
 ) -> str:
-    """`data reasoning` with this model and these prompts; returns the path of the set.
+    """`data reasoning` with this model and these files of prompts; returns the path of the set.
 
-    It goes on where an earlier run was interrupted. RainError if no answer can be kept.
+    Without files the model answers the prompts of both packaged sets. It goes on where an earlier
+    run was interrupted. RainError if no answer can be kept.
     """
     run, loading, talk = how
     path = str(out / FOLDER / _NAME)
@@ -76,7 +82,7 @@ def write_own_set(
     )
     options = BuildOptions(
         model=model,
-        prompts=prompts,
+        prompts=tuple(prompts),
         output=path,
         count=None,
         attempts=1,
@@ -86,5 +92,5 @@ def write_own_set(
         loading=loading,
         talk=talk,
     )
-    build(read_prompts(prompts), candidate, options, talk.console())
+    build(gather_prompts(prompts), candidate, options, talk.console())
     return path

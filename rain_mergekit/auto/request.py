@@ -18,7 +18,7 @@ class Request:
     """The models as they were named, and what decides the result besides them.
 
     markers: pairs, empty where they are found out. The sets are paths, None for those that come
-    with the package; prompts: let the reasoning model write its own set to these.
+    with the package; prompts: files to which the reasoning model shall write its own set.
     """
 
     models: tuple[str, ...]
@@ -28,7 +28,7 @@ class Request:
     chat_template_kwargs: str = "{}"
     reasoning_data: str | None = None
     instruction_data: str | None = None
-    prompts: str | None = None
+    prompts: tuple[str, ...] = ()
     max_new_tokens: int = 4096
     seed: int = 0
 

@@ -16,7 +16,7 @@ from rain_mergekit.auto.job import Job
 from rain_mergekit.auto.needs import Needs, need_lines, needs_of, require_room
 from rain_mergekit.auto.own_set import thinks_on, write_own_set
 from rain_mergekit.auto.request import Request, continued, keep
-from rain_mergekit.auto.sets import PACKAGED, Sets, choose_sets, lay_out
+from rain_mergekit.auto.sets import Sets, choose_sets, lay_out
 from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.tokenizers import check_tokenizers
 from rain_mergekit.commands.console import Console
@@ -121,7 +121,7 @@ def _sets(job: Job, out: Path, reasoning: str, sets: Sets, console: Console) -> 
         return
     path, request = sets.reasoning, job.request
     how = job.run, job.loading, job.talk
-    if request.prompts is not None:
+    if request.prompts:
         path = write_own_set(reasoning, request.prompts, out, request, how)
     elif sets.packaged:
         console.print("Reading a few samples of the package with the reasoning model")
@@ -130,5 +130,5 @@ def _sets(job: Job, out: Path, reasoning: str, sets: Sets, console: Console) -> 
             thinks = thinks_on(checkpoint, path, request, job.run)
         if not thinks:
             console.print("It does not think on them as they are: it writes a set of its own")
-            path = write_own_set(reasoning, str(PACKAGED / "reasoning.jsonl"), out, request, how)
+            path = write_own_set(reasoning, (), out, request, how)
     lay_out(Sets(path, sets.instruction, sets.packaged), out)

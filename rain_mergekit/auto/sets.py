@@ -43,7 +43,7 @@ def choose_sets(request: Request, tokenizer: PreTrainedTokenizerBase, name: str)
         option
         for option, given in (
             ("--instruction-data", request.instruction_data),
-            ("--reasoning-data or --prompts", request.reasoning_data or request.prompts),
+            ("--reasoning-data or --prompts", request.reasoning_data or request.prompts or None),
         )
         if given is None
     ]

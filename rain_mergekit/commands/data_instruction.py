@@ -25,7 +25,16 @@ _SHOWN = 3
     "  mergekit-rain data instruction --model ./R1-Distill-Qwen-7B --prompts constraints.jsonl "
     "--attempts 4 --temperature 0.6"
 )
-@building_options("instruction.jsonl")
+@building_options(
+    "instruction.jsonl",
+    click.option(
+        "--prompts",
+        required=True,
+        multiple=True,
+        type=click.Path(),
+        help="What to ask; may be repeated.",
+    ),
+)
 @typed(BuildOptions)
 def instruction(options: BuildOptions) -> None:
     """Let a model answer prompts with constraints, and keep answers that a rule finds correct.
@@ -39,7 +48,7 @@ def instruction(options: BuildOptions) -> None:
 
     console = options.talk.console()
     console.setup()
-    found = read_constrained(options.prompts)
+    found = read_constrained(*options.prompts)
     for source, reason in found.left_out[:_SHOWN]:
         console.warn(f"{source}: left out: {reason}")
     if len(found.left_out) > _SHOWN:

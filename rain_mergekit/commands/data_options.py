@@ -28,7 +28,7 @@ class BuildOptions:
     """What the command line of `data reasoning` and `data instruction` says."""
 
     model: str
-    prompts: str
+    prompts: tuple[str, ...]
     output: str
     count: int | None
     attempts: int
@@ -39,12 +39,12 @@ class BuildOptions:
     talk: Talk
 
 
-def building_options(default_output: str) -> Callable[[F], F]:
-    """All options but the text of the command."""
+def building_options(default_output: str, prompts: Callable[[F], F]) -> Callable[[F], F]:
+    """All options but the text of the command; `prompts`: that option, as each command has it."""
     count = click.IntRange(min=1)
     options = (
         click.option("--model", required=True, help="A folder or hub name; its name at --server."),
-        click.option("--prompts", required=True, type=click.Path(), help="What to ask."),
+        prompts,
         click.option(
             "-o", "--output", type=click.Path(), default=default_output, show_default=True
         ),

@@ -20,23 +20,34 @@ if TYPE_CHECKING:
     epilog="\b\nExamples:\n"
     "  mergekit-rain data reasoning --model ./R1-Distill-Qwen-7B --prompts prompts.jsonl "
     "--count 150\n"
+    "  mergekit-rain data reasoning --model ./R1-Distill-Qwen-7B --prompts mine.jsonl "
+    "--prompts calibration/instruction.jsonl\n"
     "  mergekit-rain data reasoning --server http://localhost:8000/v1 --model NAME "
     "--prompts prompts.txt"
 )
-@building_options("reasoning.jsonl")
+@building_options(
+    "reasoning.jsonl",
+    click.option(
+        "--prompts",
+        multiple=True,
+        type=click.Path(),
+        help="What to ask; may be repeated  [default: the prompts of the package's two sets]",
+    ),
+)
 @typed(BuildOptions)
 def reasoning(options: BuildOptions) -> None:
     """Let a reasoning model answer prompts, and keep answers with one complete thinking block.
 
     Prompts are the lines of a .txt file, or JSON or JSON lines with `prompt` and perhaps `domain`.
-    Chosen are --count samples, balanced over domains and lengths of the thinking. An interrupted
-    run goes on where it was; the same seed gives the same set.
+    An instruction set will do as well: its prompts are the domain `constrained`. Chosen are --count
+    samples, balanced over domains and lengths of the thinking. An interrupted run goes on where it
+    was; the same seed gives the same set.
     """
-    from rain_mergekit.data_building.prompts import read_prompts  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.data_building.prompts import gather_prompts  # noqa: PLC0415
 
     console = options.talk.console()
     console.setup()
-    build(read_prompts(options.prompts), candidate, options, console)
+    build(gather_prompts(options.prompts), candidate, options, console)
 
 
 def candidate(prompt: Prompt, kept: Kept) -> Candidate:

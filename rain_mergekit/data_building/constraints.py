@@ -24,12 +24,13 @@ class Constrained:
     left_out: tuple[tuple[str, str], ...]
 
 
-def read_constrained(path: StrPath) -> Constrained:
-    """Read prompts in either layout, each text once; missing `prompt_spans` are found by rule.
+def read_constrained(*paths: StrPath) -> Constrained:
+    """Read files of prompts in either layout, each text once.
 
-    Raises RainError naming file, line and field, and if no prompt is left.
+    Missing `prompt_spans` are found by rule. Raises RainError naming file, line and
+    field, and if no prompt is left.
     """
-    asked = read_prompts(path)
+    asked = [prompt for path in paths for prompt in read_prompts(path)]
     check_rules(asked)
     found: dict[str, Asked] = {}
     left_out: list[tuple[str, str]] = []
@@ -45,7 +46,9 @@ def read_constrained(path: StrPath) -> Constrained:
             found.setdefault(prompt.text, replace(prompt, instructions=tuple(located)))
     if not found:
         source, reason = left_out[0]
-        raise RainError(f"{path}: none of its prompts can be used ({source}: {reason})")
+        raise RainError(
+            f"{', '.join(map(str, paths))}: none of its prompts can be used ({source}: {reason})"
+        )
     return Constrained(tuple(found.values()), tuple(left_out))
 
 

@@ -14,7 +14,13 @@ from commands import Workplace, everything, make_models, make_workplace, refused
 from safetensors.torch import load_file
 from tiny import shard
 
+from rain_mergekit.auto.own_set import write_own_set
+from rain_mergekit.auto.request import Request
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.commands.options import Loading, Talk
 from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.data_building.prompts import packaged_prompts
+from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.header_copy import preview
 from rain_mergekit.models.loading import parse_reference
@@ -157,10 +163,26 @@ def test_own_set_is_written_by_the_reasoning_model(place: Workplace) -> None:
     prompts.write_text("".join(json.dumps(one) + "\n" for one in texts))
     words = [one for one in arguments(place) if "reasoning-data" not in str(one)]
     words.remove(place.folder / "reasoning.jsonl")
-    outcome = run(*words, "--prompts", prompts, "--max-new-tokens", "96", "-y")
+    asked = ("--prompts", prompts, "--prompts", place.folder / "instruction.jsonl")
+    outcome = run(*words, *asked, "--max-new-tokens", "96", "-y")
     # One layer of four writes no thinking: what is kept decides, and the reason is said.
     assert outcome.code in (0, 1, 3), outcome.output
-    assert "Asking" in outcome.output
+    assert f"{3 + len(place.samples('instruction'))} prompts" in outcome.output
+
+
+def test_own_set_asks_with_and_without_constraints(place: Workplace) -> None:
+    """Answers of one token cannot be kept; how many were asked for is what counts here."""
+    request = Request(models=(), fit="streams", strength=1.0, max_new_tokens=1)
+    (place.folder / "rain").mkdir()
+    loading = Loading(
+        trust_remote_code=False,
+        lora_merge_cache=None,
+        lora_merge_dtype=None,
+        transformers_cache=None,
+    )
+    how = RunOptions(), loading, Talk(quiet=True, verbosity=0)
+    with pytest.raises(RainError, match=f"no answer of {len(packaged_prompts())} can be kept"):
+        write_own_set(str(place.model("reasoning")), (), place.folder, request, how)
 
 
 def test_headers_are_enough_before_the_download(

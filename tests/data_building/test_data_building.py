@@ -23,6 +23,7 @@ from watching import untouched
 from rain_mergekit.data_building.balance import Candidate, choose
 from rain_mergekit.data_building.journal import SUFFIX
 from rain_mergekit.data_building.judge import DroppedError, keep
+from rain_mergekit.data_building.prompts import gather_prompts, read_prompts
 from rain_mergekit.data_building.tasks import Written
 from rain_mergekit.models.generation import render_prompt
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
@@ -31,6 +32,7 @@ from rain_mergekit.text.calibration_sets import load_reasoning
 from rain_mergekit.text.markers import Markers
 
 REASONING = TRIO / "reasoning"
+SETS = Path(__file__).parents[2] / "calibration"
 SHORT = ("--max-new-tokens", 96)
 
 
@@ -180,6 +182,50 @@ def greedy(prompt: str, tokenizer: Any) -> list[int]:
         input_ids=head["input_ids"], attention_mask=head["attention_mask"], max_new_tokens=96
     )[0].tolist()
     return found
+
+
+def test_prompts_with_constraints_are_a_domain_of_their_own(tmp_path: Path) -> None:
+    """Plain prompts and an instruction set in two files: each text once, both kinds alike."""
+    plain = [{"prompt": item["prompt"], "domain": item["domain"]} for item in lines(ask(tmp_path))]
+    asked = lines(TRIO / "instruction.jsonl")[:3]
+    assert len({item["domain"] for item in plain}) > 1
+    files = [tmp_path / "plain.jsonl", tmp_path / "asked.jsonl", tmp_path / "both.jsonl"]
+    for path, found in zip(files, [plain, asked, [plain[0], asked[0]]], strict=True):
+        path.write_text("".join(json.dumps(item) + "\n" for item in found))
+    out = tmp_path / "set.jsonl"
+    options = [part for path in files for part in ("--prompts", path)]
+    said = succeed("data", "reasoning", "--model", REASONING, *options, *SHORT, "-o", out)
+    assert f"{len(plain) + 3} prompts" in said
+    domains = {item["prompt"]: item["domain"] for item in lines(out)}
+    expected = {item["prompt"]: item["domain"] for item in plain}
+    assert domains == {**expected, **{item["prompt"]: "constrained" for item in asked}}
+    few = ("--count", len(set(domains.values())), "-o", out)
+    succeed("data", "reasoning", "--model", REASONING, *options, *SHORT, *few)
+    assert Counter(item["domain"] for item in lines(out)) == dict.fromkeys(domains.values(), 1)
+
+
+def test_prompts_in_the_layout_of_ifeval_are_constrained(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    found = [
+        {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {"prompt": "b", "instruction_id_list": [], "kwargs": []},
+        {"prompt": "c", "related_prompt_list": [{}], "domain": "mine"},
+    ]
+    path.write_text("".join(json.dumps(item) + "\n" for item in found))
+    assert [item.domain for item in read_prompts(path)] == ["constrained", "", "mine"]
+
+
+def test_prompts_of_the_package(server: str, tmp_path: Path) -> None:
+    """As many with constraints as without, from the whole length of the instruction set."""
+    prompts = gather_prompts([])
+    domains = Counter(item.domain for item in prompts)
+    assert len(domains) >= 6
+    assert 2 * domains["constrained"] == len(prompts) == len({item.text for item in prompts})
+    known = [item["prompt"] for item in lines(SETS / "instruction.jsonl")]
+    places = [known.index(item.text) for item in prompts if item.domain == "constrained"]
+    assert places[0] < 0.1 * len(known) < 0.9 * len(known) < places[-1]
+    outcome = run(*from_server(server, "down", tmp_path, "--retries", 0))
+    assert f": {len(prompts)} prompts" in outcome.output
 
 
 def test_interrupted_run_goes_on_the_same(tmp_path: Path) -> None:
