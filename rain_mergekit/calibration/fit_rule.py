@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rain_mergekit.calibration.token_teachers import TaughtText
+from torch import Tensor
+
+from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
 from rain_mergekit.linalg.ridge_fit import RidgeRows, RidgeSums
 from rain_mergekit.system.distributed import World
 
-# Bytes a number of a site's square matrix: the sums, its factor, one to work in; float64.
-_MATRICES = 3 * 8
+# Bytes a number of a site's square matrix: both sums, the eigenvectors, two to work in; float64.
+MATRICES = 5 * 8
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,28 @@ class FitRule:
     """How each site of a layer is fitted.
 
     Attributes:
-        epsilon: the ridge penalty ε.
+        epsilon: the ridge penalty ε; None: for each weight the one that fits held-out texts best.
         share: of the fitted energy that the low-rank change of a weight keeps.
         max_rank: upper bound of its rank.
-        token_weight: weight of one token, by group.
+        token_weight: weight of one token of a text that is fitted, by group.
+        held_out_weight: weight of one token of a text that is held out, by group.
         budget: bytes that the sums of one site may take.
     """
 
-    epsilon: float
+    epsilon: float | None
     share: float
     max_rank: int
     token_weight: Mapping[str, float]
+    held_out_weight: Mapping[str, float]
     budget: int
+
+    def uses(self, text: TaughtText) -> bool:
+        """Whether the text takes part: those held out do where ε is chosen by them."""
+        return self.epsilon is None or not text.held_out
+
+    def weights(self, text: TaughtText) -> Tensor:
+        """The weight of each token, (n) float64."""
+        return weights_of(text, self.held_out_weight if text.held_out else self.token_weight)
 
 
 def empty_sums(
@@ -44,11 +56,11 @@ def empty_sums(
     width: d, the inputs of the site. outputs: d_out by the weights' names. Several processes add
     up sums only.
     """
-    if _MATRICES * width**2 <= rule.budget or world.size > 1:
-        return RidgeSums(width, outputs, world.device), 1
-    tokens = sum(len(text.groups) for text in texts if not text.held_out)
+    if MATRICES * width**2 <= rule.budget or world.size > 1:
+        return RidgeSums(width, outputs, world.device, choose=rule.epsilon is None), 1
+    tokens = sum(len(text.groups) for text in texts if rule.uses(text))
     row = sum(outputs.values()) + width
-    # _MATRICES n² + 4 row n = budget
-    room = 2 * row / _MATRICES
-    most = int((room**2 + rule.budget / _MATRICES) ** 0.5 - room)
+    # MATRICES n² + 4 row n = budget
+    room = 2 * row / MATRICES
+    most = int((room**2 + rule.budget / MATRICES) ** 0.5 - room)
     return RidgeRows(outputs), max(1, -(-tokens // max(1, most)))

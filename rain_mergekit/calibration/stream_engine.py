@@ -64,12 +64,14 @@ class StreamEngine:
     @cached_property
     def _rule(self) -> FitRule:
         settings = self._settings
+        totals = settings.stream_weights.model_dump()
         return FitRule(
-            epsilon=settings.stream_epsilon,
+            epsilon=None if settings.stream_epsilon == "auto" else settings.stream_epsilon,
             share=settings.stream_rank_share,
             max_rank=self._shape.rank_within(settings),
             budget=self._options.activation_budget // 2,
-            token_weight=token_weights(self.texts.all, settings.stream_weights.model_dump()),
+            token_weight=token_weights(self.texts.all, totals),
+            held_out_weight=token_weights(self.texts.all, totals, held_out=True),
         )
 
     @cached_property
@@ -97,7 +99,7 @@ class StreamEngine:
         with self._streams(texts, folder) as streams:
             stores = {name: states.store for name, states in streams.items()}
             first = work.restore(stores)
-            quiet, needs = self._job.quiet, self._shape.needs(texts)
+            quiet, needs = self._job.quiet, self._shape.needs(texts, self._rule)
             with Progress(
                 len(self.indices), needs.samples, needs.tokens, first=first, quiet=quiet
             ) as progress:

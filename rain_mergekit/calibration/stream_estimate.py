@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
+from rain_mergekit.calibration.fit_rule import MATRICES, FitRule
 from rain_mergekit.calibration.options import MIN_RANK_CAP
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
@@ -61,10 +62,10 @@ class StreamShape:
         room = settings.size_budget * self.model_bytes
         return max(MIN_RANK_CAP, int(room / (self.elements_per_rank * FLOAT32)))
 
-    def needs(self, texts: StreamTexts) -> StreamNeeds:
+    def needs(self, texts: StreamTexts, rule: FitRule) -> StreamNeeds:
         """All passes of one layer, those that end early counted whole."""
         own = [len(text.input_ids) for text in texts.all]
-        fitted = [len(text.input_ids) for text in texts.all if not text.held_out]
+        fitted = [len(text.input_ids) for text in texts.all if rule.uses(text)]
         others = [len(one.input_ids) for one in (*texts.readings, *texts.bare)]
         return StreamNeeds(
             samples=2 * len(own) + _SITES * len(fitted) + len(others),
@@ -93,12 +94,13 @@ def estimate_streams(
     width = max(width for _, width in shape.matrices)
     rows = max(rows for rows, _ in shape.matrices)
     small = min(width, rows)
-    system = min(FLOAT64 * 3 * width**2, budget // 2)
+    system = min(MATRICES * width**2, budget // 2)
     system += FLOAT64 * (3 * width * rows + 3 * small**2)
     passing = dtype.itemsize * longest * (8 * shape.hidden + 4 * rows)
     written = shape.elements_per_rank * rank * FLOAT32
     products = sum(2.0 * own * (r + w) * w for r, w in shape.matrices)
-    solves = sum(w**3 / 3 + 2.0 * w * w * r + 10.0 * min(w, r) ** 3 for r, w in shape.matrices)
+    # A spectrum takes about 10 d³; the two sums of a weight and its change are turned into it.
+    solves = sum(10.0 * w**3 + 8.0 * w * w * r + 10.0 * min(w, r) ** 3 for r, w in shape.matrices)
     return Estimate(
         memory={
             "layers of both models": 2 * shape.layer_parameters * dtype.itemsize,

@@ -23,13 +23,14 @@ from rain_mergekit.calibration.stream_types import (
     StreamErrors,
     Teacher,
 )
-from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
+from rain_mergekit.calibration.token_teachers import TaughtText
 from rain_mergekit.capture.input_sites import dotted
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
+from rain_mergekit.linalg.ridge_fit import RidgeRows, RidgeSums
+from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.distributed import World
 
 LOG = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class StreamLayer:
                 "%s: every %d-th token is used at a site of width %d", self.name, step, site.width
             )
         for index, text in enumerate(self.texts):
-            if text.held_out:
+            if not rule.uses(text):
                 continue
             found = self._until(wanted, states, index)
             goals = dict(zip(site.outputs, self._split(site, targets, name, index), strict=True))
@@ -127,15 +128,18 @@ class StreamLayer:
             errors = {one: goals[one] - found[one].rows / found[one].factor for one in wanted}
             inputs = found[wanted[0]].inputs
             self._require_finite(name, text, inputs, *errors.values())
-            weights = weights_of(text, rule.token_weight).to(self._device)
+            weights = rule.weights(text).to(self._device)
             counted = weights.nonzero().flatten()[index % step :: step]
             sums.add(
                 inputs[counted],
                 {one: rows[counted] for one, rows in errors.items()},
                 weights[counted] * step,
+                aside=text.held_out,
             )
             self._tick(inputs.shape[0])
-        return sums.summed(self._world.sum) if isinstance(sums, RidgeSums) else sums
+        if isinstance(sums, RidgeSums):
+            sums.sum_over(self._world.sum)
+        return sums
 
     def _split(
         self, site: LinearSite, targets: SiteTargets, name: str, index: int

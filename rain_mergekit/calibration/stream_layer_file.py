@@ -12,7 +12,7 @@ from torch import Tensor
 from rain_mergekit.calibration.layer_file import STORED_DTYPE
 from rain_mergekit.calibration.stream_layer import StreamLayerResult
 from rain_mergekit.capture.input_sites import dotted
-from rain_mergekit.linalg.ridge_fit import LowRankChange
+from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.atomic_file import replacing
 
 
@@ -60,4 +60,5 @@ def _fit(change: LowRankChange) -> dict[str, Any]:
         "wanted": change.wanted,
         "explained": change.explained,
         "fitted": change.fitted,
+        "epsilon": change.epsilon,
     }

@@ -31,7 +31,7 @@ def stream_warnings(
             yield (
                 f"at {group} the merged hidden states are {held_out:.0%} away from their teacher "
                 f"on texts that were held out, and {fitted:.0%} on those that were fitted: use "
-                "more samples, or a larger `stream_epsilon`"
+                "more samples"
             )
     cut = [n for n, t in tensors.items() if "fit" in t and t["fit"]["rank"] < t["fit"]["wanted"]]
     kept = fmean(tensors[name]["fit"]["explained"] for name in cut) if cut else 1.0

@@ -94,14 +94,16 @@ def _mark(groups: list[str], positions: Iterable[int], name: str) -> None:
         groups[position] = name
 
 
-def token_weights(texts: Iterable[TaughtText], totals: Mapping[str, float]) -> dict[str, float]:
+def token_weights(
+    texts: Iterable[TaughtText], totals: Mapping[str, float], *, held_out: bool = False
+) -> dict[str, float]:
     """The weight of one token of each group: the group's total divided by its number of tokens.
 
-    Tokens of texts that are held out do not count.
+    Only tokens of texts that are fitted count, or only those of texts that are held out.
     """
     counts = Counter[int]()
     for text in texts:
-        if not text.held_out:
+        if text.held_out == held_out:
             counts.update(text.groups)
     return {
         name: totals[name] / counts[number] if counts[number] else 0.0
@@ -110,7 +112,6 @@ def token_weights(texts: Iterable[TaughtText], totals: Mapping[str, float]) -> d
 
 
 def weights_of(text: TaughtText, by_group: Mapping[str, float]) -> Tensor:
-    """The weight of each token, (n) float64; zeros for a text that is held out."""
+    """The weight of each token, (n) float64."""
     values = torch.tensor([by_group[name] for name in GROUPS], dtype=torch.float64)
-    weights = values[torch.tensor(text.groups, dtype=torch.long)]
-    return torch.zeros_like(weights) if text.held_out else weights
+    return values[torch.tensor(text.groups, dtype=torch.long)]

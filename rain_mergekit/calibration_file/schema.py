@@ -287,6 +287,7 @@ def _check_streams(root: _Fields) -> None:
     for _, tensor in root.table("tensors").tables():
         if tensor.get("fit") is not None:
             fit = tensor.table("fit")
+            _require_numbers(fit)
             _require_numbers(fit, "rank", "explained", "fitted", "wanted")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class MatchedModule:
     """The changes of one module over all layers.
 
     explained: the share of the full-rank solution that the rank keeps. fitted: the share of the
-    targets' energy that the change explains.
+    targets' energy that the change explains. epsilon: the ridge penalties; None in older files.
     """
 
     name: str
@@ -35,6 +35,7 @@ class MatchedModule:
     rank: ValueRange
     explained: ValueRange
     fitted: ValueRange
+    epsilon: ValueRange | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,13 @@ def _modules(file: CalibrationFile) -> tuple[MatchedModule, ...]:
             rank=value_range([fit["rank"] for fit in fits]),
             explained=value_range([fit["explained"] for fit in fits]),
             fitted=value_range([fit["fitted"] for fit in fits]),
+            epsilon=_penalties(fits),
         )
         for name, fits in found.items()
     ]
     return tuple(sorted(modules, key=lambda module: module_order(module.name)))
+
+
+def _penalties(fits: Sequence[Mapping[str, Any]]) -> ValueRange | None:
+    found = [fit["epsilon"] for fit in fits if "epsilon" in fit]
+    return value_range(found) if found else None

@@ -130,16 +130,25 @@ def _kinds(kinds: tuple[Kind, ...]) -> list[str]:
     return lines if kinds else ["  nothing is projected"]
 
 
+def _penalty(found: ValueRange | None) -> str:
+    """The ridge penalties of a module's weights; nothing in files that do not say."""
+    if found is None:
+        return ""
+    return f"{found.low:g}" if found.low == found.high else f"{found.low:g}-{found.high:g}"
+
+
 def _matching(found: Matching) -> list[str]:
     """Ranks by module, and the errors after the first, the middle and the last layer."""
     names = [clean(module.name) for module in found.modules]
     wide = max([len("change of"), *map(len, names)])
     lines = [_head("Stream matching: mean over layers (lowest-highest rank, lowest share)")]
-    lines += [f"  {'change of':<{wide}} {'rank':<14}  {'of full rank':<13}  of the target"]
+    head = f"  {'change of':<{wide}} {'rank':<14}  {'of full rank':<13}"
+    lines += [f"{head}  {'of the target':<13}  penalty"]
     for name, module in zip(names, found.modules, strict=True):
         rank = f"{module.rank.mean:.1f} ({module.rank.low:.0f}-{module.rank.high:.0f})"
         lines.append(
-            f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  {_share(module.fitted)}"
+            f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  "
+            f"{_share(module.fitted):<13}  {_penalty(module.epsilon)}".rstrip()
         )
     last = len(found.layers) - 1
     chosen = [found.layers[i] for i in sorted({0, last // 2, last})] if found.layers else []

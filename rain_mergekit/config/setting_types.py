@@ -120,6 +120,16 @@ Weights = Annotated[
         "markers, thinking, answers (of the instruction set), responses (of the reasoning set)."
     ),
 ]
+_Positive = Annotated[float, Field(ge=1e-12, allow_inf_nan=False), Number]
+EpsilonOrAuto = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[_Positive, Tag("number")],
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "number"),
+    Field(
+        description="For fit: streams, the ridge penalty, relative to the mean energy of an input "
+        "feature; auto: for each weight the one that leaves least of the errors on the texts that "
+        "are held out (0.01 where there are too few)."
+    ),
+]
 RegMean = Annotated[
     RegMeanSettings,
     Field(

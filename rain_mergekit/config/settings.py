@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rain_mergekit.config.presets import expanded
 from rain_mergekit.config.setting_types import (
     Accepted,
+    EpsilonOrAuto,
     Fit,
     MarkersOrAuto,
     NonNegative,
@@ -85,16 +86,7 @@ class RainSettings(BaseModel):
         ),
     ] = 1.0
     stream_weights: Weights = StreamWeights()
-    stream_epsilon: Annotated[
-        float,
-        Field(
-            ge=1e-12,
-            allow_inf_nan=False,
-            description="For fit: streams, the ridge penalty, relative to the mean energy of an "
-            "input feature.",
-        ),
-        Number,
-    ] = 0.01
+    stream_epsilon: EpsilonOrAuto = "auto"
     stream_rank_share: Annotated[
         Share,
         Field(

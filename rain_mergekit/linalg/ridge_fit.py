@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.ridge_solver import (
+    CholeskyRoot,
+    LowRankChange,
+    RidgeSolver,
+    Root,
+    Spectrum,
+    leading,
+    low_rank_change,
+    rank_for,
+)
 
 SUM_DTYPE = torch.float64
+EPSILON = 0.01  # where no token is held out to choose by
+# What is chosen from: the error is flat around its least value, so half decades are enough.
+CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Rows wait until there are so many: one large product is faster than many small ones.
 _BUFFERED_ROWS = 1024
 
 
-class RidgeSums:
+class TokenSums:
     """Mutable: the sums of one site's regression over tokens i with weights w_i.
 
     gram: G = Σ w_i x_i x_iᵀ (d, d). cross: by weight, C = Σ w_i e_i x_iᵀ (d_out, d). energy: by
@@ -55,94 +66,98 @@ class RidgeSums:
             self.energy[name] += float(torch.linalg.vector_norm(errors, dtype=SUM_DTYPE)) ** 2
         self._rows.clear()
 
-    def summed(self, total: Callable[[Tensor], Tensor]) -> RidgeSums:
-        """The same sums over all processes, in place; `total` adds one tensor up over them."""
+    def sum_over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Make them the sums over all processes; `total` adds one tensor up over these."""
         self.flush()
         self.gram = total(self.gram)
         self.cross = {name: total(cross) for name, cross in self.cross.items()}
         energies = torch.tensor(list(self.energy.values()), dtype=SUM_DTYPE)
         self.energy = dict(zip(self.energy, total(energies).tolist(), strict=True))
-        return self
-
-    def changes(self, epsilon: float, max_rank: int, share: float) -> dict[str, LowRankChange]:
-        """The change of every weight; RainError where the system cannot be solved."""
-        self.flush()
-        solver = RidgeSolver(self.gram, epsilon)
-        return {
-            name: solver.change(cross, self.energy[name], max_rank, share)
-            for name, cross in self.cross.items()
-        }
 
 
-@dataclass(frozen=True)
-class LowRankChange:
-    """A change D = A Bᵀ of one weight: a (d_out, r), b (d_in, r), float64.
+class RidgeSums:
+    """Mutable: the sums of one site, of tokens that are fitted and of tokens that are held aside.
 
-    explained: the share of the full-rank ridge solution's fitted energy that the r directions keep.
-    fitted: the share of the target's energy Σ w ‖e‖² that D removes, ridge penalty included.
-    wanted: the rank that the rule asked for, before the upper bound.
+    choose: whether there are tokens held aside, to choose ε by.
     """
 
-    a: Tensor
-    b: Tensor
-    explained: float
-    fitted: float
-    wanted: int
+    def __init__(
+        self, width: int, outputs: Mapping[str, int], device: torch.device, *, choose: bool = False
+    ) -> None:
+        self._fitted = TokenSums(width, outputs, device)
+        self._aside = TokenSums(width, outputs, device) if choose else None
 
-    @property
-    def rank(self) -> int:
-        """Number of directions."""
-        return int(self.a.shape[1])
+    def add(
+        self,
+        inputs: Tensor,
+        errors: Mapping[str, Tensor],
+        weights: Tensor,
+        *,
+        aside: bool = False,
+    ) -> None:
+        """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
+        sums = self._aside if aside and self._aside else self._fitted
+        sums.add(inputs, errors, weights)
 
-    @property
-    def matrix(self) -> Tensor:
-        """A Bᵀ (d_out, d_in)."""
-        return self.a @ self.b.mT
+    def sum_over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Make them the sums over all processes; `total` adds one tensor up over these."""
+        for sums in (self._fitted, self._aside):
+            if sums is not None:
+                sums.sum_over(total)
 
+    def changes(
+        self, epsilon: float | None, max_rank: int, share: float
+    ) -> dict[str, LowRankChange]:
+        """The change of every weight; RainError where the system cannot be solved.
 
-class RidgeSolver:
-    """argmin_D Σ w ‖e - D x‖² + g ‖D‖², g = ε tr(G) / d, for every weight of one site.
-
-    The factor of G + g I is computed once. RainError if it cannot be computed.
-    """
-
-    def __init__(self, gram: Tensor, epsilon: float) -> None:
-        self.width = int(gram.shape[0])
-        self._factor = _Factor(gram, epsilon, self.width).lower
-
-    def change(self, cross: Tensor, energy: float, max_rank: int, share: float) -> LowRankChange:
-        """The best change of rank r in the metric of G + g I (reduced-rank regression).
-
-        cross: C (d_out, d). share: r is the smallest rank that keeps this share of the full
-        solution's fitted energy tr(C (G + g I)⁻¹ Cᵀ), within max_rank.
+        epsilon: None: for each weight the ε that leaves least of the errors held aside, or EPSILON
+        where none are.
         """
-        # K = L⁻¹ Cᵀ (d, d_out), so C (G + g I)⁻¹ Cᵀ = Kᵀ K; the smaller side is decomposed.
-        half = torch.linalg.solve_triangular(self._factor, cross.mT, upper=False)
-        outputs = int(cross.shape[0])
-        narrow = outputs <= self.width
-        product = half.mT @ half if narrow else half @ half.mT
-        values, vectors = _leading(product)
-        wanted = _rank_for(values, share)
-        rank = min(wanted, max_rank)
-        kept = vectors[:, :rank]
-        if narrow:  # A = U, B = (G + g I)⁻¹ Cᵀ U = L⁻ᵀ K U
-            a, inner = kept, half @ kept
-        else:  # A = Kᵀ V, B = L⁻ᵀ V
-            a, inner = half.mT @ kept, kept
-        b = torch.linalg.solve_triangular(self._factor.mT, inner, upper=True)
-        return _change(a, b, values, rank, wanted, energy)
+        self._fitted.flush()
+        root_of = self._roots(epsilon)
+        found: dict[str, LowRankChange] = {}
+        for name, cross in self._fitted.cross.items():
+            solver = RidgeSolver(*root_of(name))
+            found[name] = solver.change(cross, self._fitted.energy[name], max_rank, share)
+        return found
+
+    def _roots(self, epsilon: float | None) -> Callable[[str], tuple[Root, float]]:
+        """From a weight's name to the root of G + g I and ε."""
+        gram, aside = self._fitted.gram, self._aside
+        if epsilon is None and aside is not None:
+            aside.flush()
+            if any(aside.energy.values()):
+                return self._chosen(Spectrum.of(gram), aside)
+        fixed = EPSILON if epsilon is None else epsilon
+        root = CholeskyRoot(gram, fixed, len(gram))
+        return lambda _: (root, fixed)
+
+    def _chosen(self, spectrum: Spectrum, aside: TokenSums) -> Callable[[str], tuple[Root, float]]:
+        unseen = spectrum.vectors.mT @ aside.gram @ spectrum.vectors
+
+        def root_of(name: str) -> tuple[Root, float]:
+            fitted = self._fitted.cross[name] @ spectrum.vectors
+            held = aside.cross[name] @ spectrum.vectors
+            along, across = (fitted * held).sum(0), (fitted.mT @ fitted) * unseen
+
+            def left(epsilon: float) -> float:
+                """Σ w ‖e - D x‖² over the tokens held aside, without Σ w ‖e‖²."""
+                inverse = spectrum.inverse(epsilon)
+                return float(inverse @ across @ inverse - 2 * along @ inverse)
+
+            epsilon = min(CANDIDATES, key=left)
+            return spectrum.root(epsilon), epsilon
+
+        return root_of
 
 
-class RidgeRows:
-    """Mutable: the rows of one site's regression, where d is too wide for sums of d x d.
+class TokenRows:
+    """Mutable: weighted rows, X (n, d) and by weight E (n, d_out)."""
 
-    The same `add` as RidgeSums. The dual form needs only n x n for n rows.
-    """
-
-    def __init__(self, outputs: Mapping[str, int]) -> None:
+    def __init__(self, outputs: Iterable[str]) -> None:
         self.energy = dict.fromkeys(outputs, 0.0)
         self._inputs: list[Tensor] = []
-        self._errors: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        self._errors: dict[str, list[Tensor]] = {name: [] for name in self.energy}
 
     def add(self, inputs: Tensor, errors: Mapping[str, Tensor], weights: Tensor) -> None:
         """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
@@ -153,88 +168,88 @@ class RidgeRows:
             rows.append(_exact(errors[name]) * roots)
             self.energy[name] += float(torch.linalg.vector_norm(rows[-1], dtype=SUM_DTYPE)) ** 2
 
-    def changes(self, epsilon: float, max_rank: int, share: float) -> dict[str, LowRankChange]:
-        """The change of every weight, as RidgeSolver.change; RainError as there.
+    @property
+    def inputs(self) -> Tensor:
+        """X (n, d)."""
+        return torch.cat(self._inputs)
 
-        With X (n, d) and E (n, d_out) the weighted rows, D = Eᵀ (X Xᵀ + g I)⁻¹ X.
-        """
-        inputs = torch.cat(self._inputs)
-        outer = inputs @ inputs.mT
-        solver = _Factor(outer.to(SUM_DTYPE), epsilon, int(inputs.shape[1]))
+    def errors(self, name: str) -> Tensor:
+        """E (n, d_out) of one weight, float64."""
+        return torch.cat(self._errors[name]).to(SUM_DTYPE)
+
+
+class RidgeRows:
+    """Mutable: the rows of one site's regression, where d is too wide for sums of d x d.
+
+    The same methods as RidgeSums. The dual form needs only n x n for n rows: with X (n, d) and
+    E (n, d_out) the weighted rows and K = X Xᵀ, D = Eᵀ (K + g I)⁻¹ X.
+    """
+
+    def __init__(self, outputs: Mapping[str, int]) -> None:
+        self._fitted, self._aside = TokenRows(outputs), TokenRows(outputs)
+
+    def add(
+        self,
+        inputs: Tensor,
+        errors: Mapping[str, Tensor],
+        weights: Tensor,
+        *,
+        aside: bool = False,
+    ) -> None:
+        """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
+        (self._aside if aside else self._fitted).add(inputs, errors, weights)
+
+    def changes(
+        self, epsilon: float | None, max_rank: int, share: float
+    ) -> dict[str, LowRankChange]:
+        """As RidgeSums.changes."""
+        inputs = self._fitted.inputs
+        outer = (inputs @ inputs.mT).to(SUM_DTYPE)
+        solve = self._solves(epsilon, inputs, outer)
         found: dict[str, LowRankChange] = {}
-        for name, parts in self._errors.items():
-            errors = torch.cat(parts).to(SUM_DTYPE)
-            solved = solver.solve(errors)  # (n, d_out)
-            # C (G + g I)⁻¹ Cᵀ = Eᵀ K (K + g I)⁻¹ E with K = X Xᵀ
-            product = errors.mT @ (outer.to(SUM_DTYPE) @ solved)
-            values, vectors = _leading(product)
-            wanted = _rank_for(values, share)
-            rank = min(wanted, max_rank)
-            kept = vectors[:, :rank]
+        for name, energy in self._fitted.energy.items():
+            errors = self._fitted.errors(name)
+            solved, used = solve(name, errors)  # (n, d_out)
+            # C (G + g I)⁻¹ Cᵀ = Eᵀ K (K + g I)⁻¹ E
+            values, vectors = leading(errors.mT @ (outer @ solved))
+            wanted = rank_for(values, share)
+            kept = vectors[:, : min(wanted, max_rank)]
             b = (inputs.mT @ (solved @ kept).to(inputs)).to(SUM_DTYPE)
-            found[name] = _change(kept, b, values, rank, wanted, self.energy[name])
+            found[name] = low_rank_change(kept, b, values, (wanted, energy, used))
         return found
 
+    def _solves(
+        self, epsilon: float | None, inputs: Tensor, outer: Tensor
+    ) -> Callable[[str, Tensor], tuple[Tensor, float]]:
+        """From a weight's name and E to (K + g I)⁻¹ E and ε."""
+        if epsilon is None and any(self._aside.energy.values()):
+            return self._chosen(inputs, Spectrum.of(outer))
+        fixed = EPSILON if epsilon is None else epsilon
+        factor = CholeskyRoot(outer, fixed, int(inputs.shape[1]))
+        return lambda _, errors: (factor.solve(errors), fixed)
 
-class _Factor:
-    """The Cholesky factor of M + g I with g = ε tr(M) / width."""
+    def _chosen(
+        self, inputs: Tensor, spectrum: Spectrum
+    ) -> Callable[[str, Tensor], tuple[Tensor, float]]:
+        # g is relative to the mean energy of d features, and K has n eigenvalues.
+        scale = inputs.shape[0] / inputs.shape[1]
+        between = (self._aside.inputs @ inputs.mT).to(SUM_DTYPE) @ spectrum.vectors
 
-    def __init__(self, matrix: Tensor, epsilon: float, width: int) -> None:
-        trace = float(matrix.trace())
-        if not 0.0 < trace < float("inf"):
-            raise RainError("its inputs are all zero, NaN or infinite on the calibration texts")
-        system = matrix.clone()
-        system.diagonal().add_(epsilon * trace / width)
-        self.lower, failed = torch.linalg.cholesky_ex(system)
-        if bool(failed):
-            raise RainError(
-                f"stream_epsilon = {epsilon:g} is lost in rounding, so the regression cannot be "
-                "solved; use a larger `stream_epsilon` (0.01 is the default)"
-            )
+        def solve(name: str, errors: Tensor) -> tuple[Tensor, float]:
+            goal, turned = self._aside.errors(name), spectrum.vectors.mT @ errors
 
-    def solve(self, right: Tensor) -> Tensor:
-        """(M + g I)⁻¹ right."""
-        return torch.cholesky_solve(right, self.lower)
+            def left(epsilon: float) -> float:
+                """‖E - X Dᵀ‖² of the rows held aside; D x = Eᵀ (K + g I)⁻¹ X x."""
+                met = (between * spectrum.inverse(epsilon * scale)) @ turned
+                return float((goal - met).square().sum())
+
+            epsilon = min(CANDIDATES, key=left)
+            inverse = spectrum.inverse(epsilon * scale)
+            return spectrum.vectors @ (inverse[:, None] * turned), epsilon
+
+        return solve
 
 
 def _exact(rows: Tensor) -> Tensor:
     """The rows in float32, or in float64 if they are."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _leading(product: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (none below zero) and eigenvectors, the largest first."""
-    values, vectors = torch.linalg.eigh((product + product.mT) / 2)
-    return values.flip(0).clamp(min=0.0), vectors.flip(1)
-
-
-def _change(
-    a: Tensor, b: Tensor, values: Tensor, rank: int, wanted: int, energy: float
-) -> LowRankChange:
-    a, b = _balanced(a, b)
-    total, fitted = float(values.sum()), float(values[:rank].sum())
-    return LowRankChange(
-        a=a,
-        b=b,
-        explained=fitted / total if total > 0 else 1.0,
-        fitted=fitted / energy if energy > 0 else 0.0,
-        wanted=wanted,
-    )
-
-
-def _rank_for(values: Tensor, share: float) -> int:
-    """Smallest number of leading values that sum to `share` of all."""
-    total = float(values.sum())
-    if total <= 0.0:
-        return 0
-    if share >= 1.0:
-        return int((values > values[0] * values.numel() * torch.finfo(values.dtype).eps).sum())
-    return int((values.cumsum(0) < share * total).sum()) + 1
-
-
-def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with columns of equal norms in both, so that neither leaves its type."""
-    left, right = a.norm(dim=0), b.norm(dim=0)
-    scale = (right / left.clamp(min=1e-300)).sqrt()
-    scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
-    return a * scale, b / scale

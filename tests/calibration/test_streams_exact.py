@@ -6,11 +6,14 @@ outputs by hooks on nn.Linear, and solves the normal equations as they stand.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.linalg.ridge_fit import CANDIDATES
 from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 
 WEIGHTS = {"prompts": 0.5, "markers": 1.0, "thinking": 1.0, "answers": 1.0, "responses": 0.5}
@@ -105,9 +109,19 @@ class Reference:
     """
 
     def __init__(
-        self, tiny: Tiny, readings: Sequence[tuple[Sequence[tuple[int, ...]], float, float]] = ()
+        self,
+        tiny: Tiny,
+        readings: Sequence[tuple[Sequence[tuple[int, ...]], float, float]] = (),
+        *,
+        choosing: bool = False,
     ) -> None:
         self.texts = read_texts(tiny)
+        # as the page on stream matching says: about one text in eight, by a hash of its tokens
+        self.held = [
+            choosing and crc32(" ".join(map(str, text.ids)).encode()) % 8 == 0
+            for text in self.texts
+        ]
+        self.chosen: dict[str, float] = {}
         own = [text.ids for text in self.texts]
         self.reasoning = tiny.model("reasoning")
         self.instruct = tiny.model("instruct")
@@ -132,8 +146,19 @@ class Reference:
 
     @cached_property
     def weight(self) -> Tensor:
-        groups = [group for text in self.texts for group in text.groups]
-        return torch.tensor([WEIGHTS[g] / groups.count(g) for g in groups], dtype=torch.float64)
+        """Of each token, by the number of its group's among those fitted, or those held out."""
+        kinds = [
+            (group, held)
+            for text, held in zip(self.texts, self.held, strict=True)
+            for group in text.groups
+        ]
+        counts = Counter(kinds)
+        return torch.tensor([WEIGHTS[k[0]] / counts[k] for k in kinds], dtype=torch.float64)
+
+    @cached_property
+    def aside(self) -> Tensor:
+        pairs = zip(self.texts, self.held, strict=True)
+        return torch.tensor([held for text, held in pairs for _ in text.groups])
 
     def targets(self, key: str) -> Tensor:
         rows = []
@@ -161,18 +186,28 @@ class Reference:
                     }.get(member, name)
                     x = torch.cat([inputs[name] for inputs, _ in now])
                     error = self.targets(key) - torch.cat([outputs[key] for _, outputs in now])
-                    changes[name] = self._ridge(x, error)
+                    changes[name] = self._ridge(name, x, error)
                 for member in members:
                     name = f"model.layers.{index}.{member}"
                     with torch.no_grad():
                         self.merged.get_submodule(name).weight += changes[name]
         return changes
 
-    def _ridge(self, x: Tensor, error: Tensor) -> Tensor:
-        gram = x.mT @ torch.diag(self.weight) @ x
+    def _ridge(self, name: str, x: Tensor, error: Tensor) -> Tensor:
+        weight = torch.diag(self.weight * ~self.aside)
+        gram = x.mT @ weight @ x
         eye = torch.eye(len(gram), dtype=torch.float64)
-        system = gram + EPSILON * gram.trace() / len(gram) * eye
-        return error.mT @ torch.diag(self.weight) @ x @ torch.linalg.inv(system)
+        found = {}
+        for epsilon in CANDIDATES if any(self.held) else (EPSILON,):
+            system = gram + epsilon * gram.trace() / len(gram) * eye
+            found[epsilon] = error.mT @ weight @ x @ torch.linalg.inv(system)
+
+        def left(epsilon: float) -> float:
+            missed = (error - x @ found[epsilon].mT)[self.aside]
+            return float((self.weight[self.aside, None] * missed.square()).sum())
+
+        self.chosen[name] = min(found, key=left)
+        return found[self.chosen[name]]
 
 
 def changes(tiny: Tiny) -> dict[str, Tensor]:
@@ -197,6 +232,30 @@ def agree(tiny: Tiny, reference: Reference) -> None:
 def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE)
     agree(tiny, Reference(tiny))
+
+
+def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> None:
+    """For each weight by trying all; dense, with the texts that the file's sizes show as held."""
+    settings = {name: value for name, value in WHOLE.items() if name != "stream_epsilon"}
+    tiny = Tiny.make(tmp_path, "llama").using(**settings)
+    own = [
+        {"prompt": f"Is {n} odd?", "reasoning": f"Half of {n} is {n / 2}.", "response": f"So {n}."}
+        for n in range(20)
+    ]
+    asked = [
+        {**INSTRUCTION[2], "prompt": f"Say hello {n} in brackets.", "reason": f"{n} it is, then."}
+        for n in range(20)
+    ]
+    for name, samples in (("reasoning", own), ("instruction", asked)):
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    reference = Reference(tiny, choosing=True)
+    assert 1 <= sum(reference.held) < len(reference.held)
+    agree(tiny, reference)
+    file = CalibrationFile.open(tiny.path)
+    found = {n: file.header["tensors"][f"{n}.weight"]["fit"]["epsilon"] for n in reference.chosen}
+    assert found == reference.chosen
+    assert len(set(found.values())) > 1
 
 
 def test_a_part_of_the_instruct_model_is_aimed_at(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.ridge_fit import LowRankChange, RidgeRows, RidgeSums
+from rain_mergekit.linalg.ridge_fit import CANDIDATES, EPSILON, RidgeRows, RidgeSums
+from rain_mergekit.linalg.ridge_solver import LowRankChange
 
 CPU = torch.device("cpu")
 Array = NDArray[np.float64]
+Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 def problem(tokens: int, width: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,16 +36,24 @@ def dense(inputs: Tensor, errors: Tensor, weights: Tensor, epsilon: float) -> tu
 
 
 def solve(
-    kind: str, data: tuple[Tensor, Tensor, Tensor], epsilon: float, rank: int, share: float = 1.0
+    kind: str,
+    data: Tokens,
+    epsilon: float | None,
+    rank: int,
+    share: float = 1.0,
+    aside: Tokens | None = None,
 ) -> LowRankChange:
-    inputs, errors, weights = data
+    inputs, errors, _ = data
     sums: RidgeSums | RidgeRows = (
-        RidgeSums(inputs.shape[1], {"w": errors.shape[1]}, CPU)
+        RidgeSums(inputs.shape[1], {"w": errors.shape[1]}, CPU, choose=epsilon is None)
         if kind == "sums"
         else RidgeRows({"w": errors.shape[1]})
     )
-    for part in torch.arange(len(inputs)).split(7):  # as texts come
-        sums.add(inputs[part], {"w": errors[part]}, weights[part])
+    for tokens, apart in ((data, False), (aside, True)):
+        if tokens is not None:
+            inputs, errors, weights = tokens
+            for part in torch.arange(len(inputs)).split(7):  # as texts come
+                sums.add(inputs[part], {"w": errors[part]}, weights[part], aside=apart)
     return sums.changes(epsilon, rank, share)["w"]
 
 
@@ -128,6 +138,40 @@ def test_both_forms_agree_and_no_change_of_that_rank_is_better(
             t + 1e-3 * torch.randn(t.shape, generator=chance, dtype=t.dtype) for t in (one.a, one.b)
         )
         assert loss(one.matrix) <= loss(a @ b.mT) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("shape", [(60, 30, 7), (25, 40, 6)])
+def test_epsilon_is_what_leaves_least_of_the_errors_held_aside(
+    kind: str, shape: tuple[int, int, int]
+) -> None:
+    tokens, width, outputs = shape
+    inputs, _, weights = problem(2 * tokens, width, outputs, seed=3)
+    chance = torch.Generator().manual_seed(4)
+    true = torch.randn(outputs, width, generator=chance, dtype=torch.float64)
+    for noise in (0.01, 30.0):
+        errors = inputs @ true.mT
+        errors += noise * torch.randn(errors.shape, generator=chance, dtype=torch.float64)
+        data = inputs[:tokens], errors[:tokens], weights[:tokens]
+        unseen = inputs[tokens:], errors[tokens:], weights[tokens:]
+        found = solve(kind, data, None, 1000, aside=unseen)
+        left = {}
+        for epsilon in CANDIDATES:
+            change, _ = dense(*data, epsilon)
+            missed = unseen[1].numpy() - unseen[0].numpy() @ change.T
+            left[epsilon] = float((unseen[2].numpy()[:, None] * missed**2).sum())
+        assert found.epsilon == min(left, key=lambda value: left[value])
+        expected, _ = dense(*data, found.epsilon)
+        assert np.linalg.norm(found.matrix.numpy() - expected) < 1e-8 * np.linalg.norm(expected)
+    assert found.epsilon > min(CANDIDATES)  # much noise asks for a larger one
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+def test_without_tokens_held_aside_epsilon_is_the_fixed_one(kind: str) -> None:
+    data = problem(60, 12, 7)
+    found, fixed = (solve(kind, data, value, 1000) for value in (None, EPSILON))
+    assert found.epsilon == EPSILON
+    assert torch.equal(found.matrix, fixed.matrix)
 
 
 def test_no_errors_give_no_change() -> None:
