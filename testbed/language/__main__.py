@@ -29,6 +29,8 @@ from testbed.models.loading import load_model, load_tokenizer
 
 STEPS = {"reasoning": 130, "instruct": 140}
 RESULTS = Path("testbed/results/language")
+ROWS = Path(__file__).with_name("rows.yml")
+MAIN = ["reasoning", "instruct", "ceiling", "task_arithmetic", "linear", "rain, streams"]
 
 
 def make(options: argparse.Namespace) -> None:
@@ -59,10 +61,11 @@ def score(options: argparse.Namespace) -> None:
 
 def board(options: argparse.Namespace) -> None:
     """The rows asked for, and the table."""
-    results = options.results / options.trio.name
-    made = Board(options.trio, options.work, results)
+    results = options.results / f"{options.trio.name}{'-quick' if options.quick else ''}"
+    made = Board(options.trio, options.work, results, options.quick)
     rows = [*rivals(), *(row for path in options.rain for row in rain_rows(path))]
-    wanted = options.rows or ["reasoning", "instruct", "ceiling", *(row.name for row in rows)]
+    every = ["reasoning", "instruct", "ceiling", "fine-tune", *(row.name for row in rows)]
+    wanted = options.rows or (MAIN if options.quick else every)
     for role in ("pretrained", "reasoning", "instruct"):
         if role in wanted:
             made.model(role)
@@ -113,8 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     boarding.add_argument("--trio", type=Path, required=True)
     boarding.add_argument("--work", type=Path, required=True, help="folder for what is made")
     boarding.add_argument("--results", type=Path, default=RESULTS)
-    boarding.add_argument("--rain", type=Path, action="append", default=[], help="more rows, YAML")
+    boarding.add_argument(
+        "--rain", type=Path, action="append", default=[ROWS], help="more rows, YAML"
+    )
     boarding.add_argument("--rows", nargs="+", help="only these")
+    boarding.add_argument(
+        "--quick", action="store_true", help="the main rows on half of the prompts, in half an hour"
+    )
     boarding.set_defaults(run=board)
     attempting = commands.add_parser("attempt", help=attempt.__doc__)
     attempting.add_argument("--trio", type=Path, required=True)

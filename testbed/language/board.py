@@ -30,11 +30,15 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Board:
-    """One trio, the folder for everything made on the way, and where the rows are kept."""
+    """One trio, the folder for everything made on the way, and where the rows are kept.
+
+    quick: half of the prompts, and no strengths but those given.
+    """
 
     trio: Path
     work: Path
     results: Path
+    quick: bool = False
 
     @cached_property
     def validation(self) -> Judge:
@@ -43,6 +47,7 @@ class Board:
             self.trio / "validation.jsonl",
             divergence=False,
             plain=VALIDATION_PLAIN,
+            every=1 + self.quick,
         )
 
     @cached_property
@@ -56,7 +61,7 @@ class Board:
 
     @cached_property
     def test(self) -> Judge:
-        return Judge(self.trio / "reasoning", self.trio / "test.jsonl")
+        return Judge(self.trio / "reasoning", self.trio / "test.jsonl", every=1 + self.quick)
 
     @cached_property
     def models(self) -> dict[str, str]:
@@ -80,9 +85,8 @@ class Board:
         if len(row.strengths) == 1:
             return self._write(row.slug, self._judged(row, row.strengths[0], "test"))
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
-        while (more := further(swept, row.most)) is not None and len(swept) < (
-            len(row.strengths) + MOST_STEPS
-        ):
+        most = len(row.strengths) + (0 if self.quick else MOST_STEPS)
+        while len(swept) < most and (more := further(swept, row.most)) is not None:
             swept[more] = self._numbers(row, more, "validation")
         best = max(swept, key=lambda s: _merit(swept[s]))
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}

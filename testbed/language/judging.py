@@ -34,12 +34,14 @@ class Judge:
         *,
         divergence: bool = True,
         plain: int | None = None,
+        every: int = 1,
     ) -> None:
-        """`plain`: how many of the prompts without a constraint are used (all unless given)."""
-        every = read_lines(prompts)
-        without = [record for record in every if not record["constraints"]][:plain]
-        self.records = [*(record for record in every if record["constraints"]), *without]
+        """Which prompts are used: each so-manieth, and of those without a constraint `plain`."""
+        found = read_lines(prompts)[::every]
+        without = [record for record in found if not record["constraints"]][:plain]
+        self.records = [*(record for record in found if record["constraints"]), *without]
         part = "" if plain is None else f", {plain} plain"
+        part += "" if every == 1 else f", one in {every}"
         self.digest = hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] + part
         self._reasoning = reasoning
         self._divergent = divergence

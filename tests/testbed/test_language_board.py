@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rain_mergekit.system.shipped_files import TRIO
-from testbed.language.board import further
+from testbed.language.board import Board, further
 from testbed.language.generating import generate
 from testbed.language.judging import cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
@@ -15,7 +15,7 @@ from testbed.language.origin import split_halves
 from testbed.language.recipes import FLOAT, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
-from testbed.language.sets import Samples, prompt_record
+from testbed.language.sets import Samples, prompt_record, write_prompts
 from testbed.language.table import table
 from testbed.language.tasks import (
     draw_task,
@@ -159,6 +159,15 @@ def test_a_row_is_made_again_only_for_other_things(tmp_path: Path) -> None:
     assert cached(path, {"model": "a"}, make)["value"] == 1
     assert cached(path, {"model": "a"}, make)["value"] == 1
     assert cached(path, {"model": "b"}, make)["value"] == 2
+
+
+def test_a_quick_board_asks_half_of_the_prompts(tmp_path: Path) -> None:
+    write_prompts(0, tmp_path)
+    whole, quick = (Board(tmp_path, tmp_path, tmp_path, quick) for quick in (False, True))
+    assert len(quick.test.records) * 2 == len(whole.test.records) == 256
+    assert whole.test.digest != quick.test.digest
+    kinds = [sum(bool(r["constraints"]) for r in one.test.records) for one in (whole, quick)]
+    assert kinds == [128, 64]
 
 
 def test_recipes_round_once(tmp_path: Path) -> None:
