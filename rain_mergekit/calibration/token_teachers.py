@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import torch
@@ -46,15 +46,31 @@ class TaughtText:
         answers = GROUPS.index(ANSWERS)
         return self.groups.index(answers) if answers in self.groups else len(self.groups)
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first thinking marker, or before the token that decides on it."""
+        return self.input_ids[: self.groups.index(GROUPS.index(MARKERS))]
+
+    def without_response(self) -> TaughtText:
+        """The text up to its last response; it stays in the same part of the fit."""
+        end = len(self.groups)
+        while end and self.groups[end - 1] == GROUPS.index(RESPONSES):
+            end -= 1
+        return replace(self, input_ids=self.input_ids[:end], groups=self.groups[:end])
+
 
 def taught_texts(
     reasoning: Sequence[ReasoningTokens], instruction: Sequence[InstructionTokens]
 ) -> tuple[list[TaughtText], list[TaughtText]]:
-    """Both sets with the group of every token; about one text in eight of each is held out."""
-    return (
-        [_text(one, _of_reasoning(one), len(reasoning)) for one in reasoning],
-        [_text(one, _of_instruction(one), len(instruction)) for one in instruction],
-    )
+    """Both sets with the group of every token; about one text in eight of each is held out.
+
+    Where both sets have the same prompt, the reasoning set's text ends with its thinking: the
+    instruct model teaches what follows there, and one place has one teacher.
+    """
+    answered = [_text(one, _of_instruction(one), len(instruction)) for one in instruction]
+    asked = {text.prompt for text in answered}
+    own = [_text(one, _of_reasoning(one), len(reasoning)) for one in reasoning]
+    return [text.without_response() if text.prompt in asked else text for text in own], answered
 
 
 def _text(

@@ -26,6 +26,7 @@ from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 
 WEIGHTS = {"prompts": 0.5, "markers": 1.0, "thinking": 1.0, "answers": 1.0, "responses": 0.5}
 EPSILON = 0.01
+UNTAUGHT = "untaught"
 WHOLE = {"fit": "streams", "stream_rank_share": 1.0, "max_rank": 1000, "stream_epsilon": EPSILON}
 
 
@@ -45,10 +46,15 @@ def read_texts(tiny: Tiny) -> list[Text]:
     """Both sets by the definition: text after text, token after token."""
     tokenizer, settings = tiny.tokenizer(), tiny.config().settings
     texts = []
-    for sample in load_reasoning(settings.reasoning_data, tokenizer, keep_response=True).samples:
+    asked, own = (
+        [json.loads(line)["prompt"] for line in (tiny.folder / name).read_text().splitlines()]
+        for name in ("instruction.jsonl", "reasoning.jsonl")
+    )
+    samples = load_reasoning(settings.reasoning_data, tokenizer, keep_response=True).samples
+    for prompt, sample in zip(own, samples, strict=True):
         groups = ["prompts"] * len(sample.input_ids)
         for name, positions in (
-            ("responses", sample.response_positions),
+            (UNTAUGHT if prompt in asked else "responses", sample.response_positions),
             ("thinking", sample.content_positions),
             ("markers", sample.think_positions),
         ):
@@ -153,7 +159,8 @@ class Reference:
             for group in text.groups
         ]
         counts = Counter(kinds)
-        return torch.tensor([WEIGHTS[k[0]] / counts[k] for k in kinds], dtype=torch.float64)
+        weights = {**WEIGHTS, UNTAUGHT: 0.0}
+        return torch.tensor([weights[k[0]] / counts[k] for k in kinds], dtype=torch.float64)
 
     @cached_property
     def aside(self) -> Tensor:
@@ -256,6 +263,19 @@ def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> Non
     found = {n: file.header["tensors"][f"{n}.weight"]["fit"]["epsilon"] for n in reference.chosen}
     assert found == reference.chosen
     assert len(set(found.values())) > 1
+
+
+def test_the_instruct_model_alone_teaches_what_follows_a_prompt_of_both_sets(
+    tmp_path: Path,
+) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE)
+    own = {**INSTRUCTION[0], "reasoning": "Grass is green.", "response": "Green it is."}
+    sample = {name: own[name] for name in ("prompt", "reasoning", "response")}
+    with (tmp_path / "reasoning.jsonl").open("a") as file:
+        file.write(json.dumps(sample) + "\n")
+    reference = Reference(tiny)
+    assert any(UNTAUGHT in text.groups for text in reference.texts)
+    agree(tiny, reference)
 
 
 def test_a_part_of_the_instruct_model_is_aimed_at(tmp_path: Path) -> None:
