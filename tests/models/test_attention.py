@@ -10,7 +10,7 @@ from tiny import FAMILIES, model_config, random_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rain_mergekit.capture.attention_statistics import AttentionStatistics
 from rain_mergekit.models import attention
@@ -191,36 +191,45 @@ def indexed(kind: str, implementation: str) -> Any:
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
         "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "index_topk": 12,
+        "index_head_dim": 32, "index_n_heads": 4, "shared_experts_intermediate_size": 32,
         "pad_token_id": 0, "max_position_embeddings": 256,
     }  # fmt: skip
     kinds = {"mlp_layer_types": ["dense", "sparse"]} if kind == "glm_moe_dsa" else {}
-    config = AutoConfig.for_model(kind, **sizes, **kinds)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    ends = {"bos_token_id": None, "eos_token_id": 3}
+    config = AutoConfig.for_model(kind, **sizes, **kinds, **ends)
+    model = AutoModel.from_config(config, attn_implementation=implementation)
     random_weights(model, 0.1)
     return model.eval()
+
+
+INDEXED = (
+    *("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text"),
+    "mistral_large4_text",
+)
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        "deepseek_v32",
-        "glm_moe_dsa",
         pytest.param(
-            "axk2", marks=pytest.mark.skipif("axk2" not in CONFIG_MAPPING, reason="newer")
-        ),
+            kind, marks=pytest.mark.skipif(kind not in CONFIG_MAPPING, reason="a newer family")
+        )
+        for kind in INDEXED
     ],
 )
 def test_families_that_look_into_the_mask_get_it_whole(kind: str) -> None:
     """The indexer leaves all but 12 keys out: its choice is kept."""
     eager, ours = indexed(kind, "eager"), indexed(kind, attention.DENSE)
-    assert attention.name_for(ours.model.layers) == attention.DENSE
+    assert attention.name_for(ours.layers) == attention.DENSE
     rows: list[Tensor] = []
     chosen = torch.tensor([0, 3, 25, LENGTH - 1])
     with torch.no_grad():
         expected = eager(input_ids=tokens(), output_attentions=True)
         with observe_attention(lambda call: rows.append(call.rows(chosen))):
             found = ours(input_ids=tokens())
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4
+    )
     assert len(rows) == len(expected.attentions) == 2
     for row, weights in zip(rows, expected.attentions, strict=True):
         assert int((row[0, -1] > 0).sum()) <= 12
