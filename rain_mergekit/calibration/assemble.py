@@ -55,7 +55,7 @@ def assemble(
 
 
 def _untouched(names: Sequence[str], parts: Sequence[LayerResultFile]) -> list[str]:
-    """The layers' weights that do not multiply token features, e.g. convolutions."""
+    """The layers' weights that are not merged: routers, convolutions and the like."""
     merged = {name for part in parts for name in part.tensors}
     return [name for name in names if name not in merged]
 
@@ -177,8 +177,9 @@ def _warnings(
         )
     if left:
         yield (
-            f"{len(left)} layer weights do not multiply token features (e.g. convolutions) and are "
-            f"kept unchanged ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
+            f"{len(left)} layer weights are kept unchanged ({', '.join(left[:3])}"
+            f"{', ...' if len(left) > 3 else ''}): they route tokens to experts, are linear "
+            "attention's, or do not multiply token features"
         )
     coarse = [name for part in parts for name in _coarse(part)]
     if layers and coarse:

@@ -67,7 +67,7 @@ class CalibrationHeader:
 
     Attributes:
         origin: models, data, settings, and how the calibration ran.
-        untouched: weights of the layers that multiply no token's features.
+        untouched: weights of the layers that stay as they are, such as routers and convolutions.
         warnings: what the user should know.
         sites: width, rank and keys of each input site, by name.
         tensors: site, shape and keys of each weight, by name.

@@ -68,7 +68,8 @@ class LayerCalibrator:
             for sample in range(len(stream)):
                 picker = self._sites.picker(collected, stream, sample, lambda: self._chunks.start)
                 whole = stream.store.lengths[sample]
-                with capture_inputs(self.layer, sites, picker, partial(self._length, whole)):
+                length, leave = partial(self._length, whole), self._sites.rule.leave
+                with capture_inputs(self.layer, sites, picker, length, leave):
                     run(stream, sample)
         trim_heap()
         return collected

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rain_mergekit.capture.input_sites import same_tensor
+from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.capture.linear_outputs import LinearOutput
-
-# Names of the map from features to experts, which is not fitted.
-_ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "classifier")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ def linear_sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[st
     owners: list[tuple[Tensor, str]] = []
     members: dict[str, list[LinearOutput]] = {}
     for name, output in found.items():
-        if _routes(name):
+        rows = int(layer.get_parameter(name).shape[-3 - output.input_axis])
+        if routes(name, rows, int(output.inputs.shape[1])):
             continue
         seen = next((site for inputs, site in owners if same_tensor(inputs, output.inputs)), None)
         if seen is None:
@@ -46,7 +45,3 @@ def linear_sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[st
         )
         for site, outputs in members.items()
     }
-
-
-def _routes(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS

@@ -24,6 +24,8 @@ from rain_mergekit.calibration.site_solver import (
     solve_site,
     unconstrained,
 )
+from rain_mergekit.capture.input_sites import Leave
+from rain_mergekit.capture.left_alone import left_alone, nothing
 from rain_mergekit.capture.streams import StreamPlan
 from rain_mergekit.config.method_names import AIM, REGMEAN
 from rain_mergekit.config.settings import RainSettings
@@ -40,13 +42,14 @@ SolveSite: TypeAlias = (
 class SiteRule:
     """plan: which positions of which samples; groups: the names of all groups of rows, in order.
 
-    collector: what gathers the rows of a group.
+    collector: what gathers the rows of a group. leave: which linear maps have no site.
     """
 
     plan: Callable[[Samples], list[StreamPlan]]
     groups: tuple[str, ...]
     solve: SolveSite
     collector: type[RowCollector] = RowCollector
+    leave: Leave = nothing
 
 
 def rule_of(method: str, settings: RainSettings) -> SiteRule:
@@ -60,7 +63,7 @@ def rule_of(method: str, settings: RainSettings) -> SiteRule:
         return SiteRule(partial(plan_texts, rows=None), texts, measure_channels, ChannelSums)
     groups = (*(group.name for group in protected_groups(settings)), *READ, INSTRUCTION)
     plan = partial(plan_streams, settings=settings)
-    return SiteRule(plan, groups, partial(_solve_rain, settings=settings))
+    return SiteRule(plan, groups, partial(_solve_rain, settings=settings), leave=left_alone)
 
 
 def _solve_rain(

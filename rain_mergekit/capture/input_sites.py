@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from rain_mergekit.capture.left_alone import nothing
 from rain_mergekit.capture.product_hook import WeightProductHook
 from rain_mergekit.models.experts import ExpertsCall, ExpertsObserver, observe_experts
 
 # pick(site, inputs (n, d), tokens (n) or None): row i of the inputs belongs to token tokens[i] of
 # the text at hand, or to token i.
 RowPicker = Callable[[str, Tensor, "Tensor | None"], None]
+# leave(name, rows, width): whether a weight of that shape is no linear weight of the layer.
+Leave = Callable[[str, int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,15 @@ class _InputSiteFinder:
     """Watches one pass of one sample and hands out the feature rows of every site."""
 
     def __init__(
-        self, layer: nn.Module, sites: SiteMap, pick: RowPicker, length: Callable[[], int]
+        self,
+        layer: nn.Module,
+        sites: SiteMap,
+        pick: RowPicker,
+        length: Callable[[], int],
+        leave: Leave,
     ) -> None:
         self._layer, self._sites, self._pick, self._length = layer, sites, pick, length
+        self._leave = leave
         self._names = {id(module): name for name, module in layer.named_modules()}
         self._seen: list[tuple[Tensor, str]] = []  # kept alive, so that addresses are not reused
 
@@ -88,6 +97,8 @@ class _InputSiteFinder:
             self._experts(name, inputs, input_axis)
             return
         width = int(weight.shape[input_axis])
+        if self._leave(name, int(weight.shape[-3 - input_axis]), width):
+            return
         # Only products with one row of features a token are projected.
         if inputs.shape[-1] == width and inputs.numel() == width * self._length():
             self._linear(name, inputs.reshape(-1, width), input_axis)
@@ -145,14 +156,19 @@ class _InputSiteFinder:
 
 @contextmanager
 def capture_inputs(
-    layer: nn.Module, sites: SiteMap, pick: RowPicker, length: Callable[[], int]
+    layer: nn.Module,
+    sites: SiteMap,
+    pick: RowPicker,
+    length: Callable[[], int],
+    leave: Leave = nothing,
 ) -> Iterator[None]:
     """Call `pick` for each site of the layer during the forward pass inside.
 
     The layer's first pass also finds its sites, so that no pass is spent on that alone.
-    `length` tells how many tokens the layer is working on: a text, or a part of it.
+    `length` tells how many tokens the layer is working on: a text, or a part of it. `leave`: which
+    weights are not wanted.
     """
-    finder = _InputSiteFinder(layer, sites, pick, length)
+    finder = _InputSiteFinder(layer, sites, pick, length, leave)
     observer = ExpertsObserver(finder.routed, finder.inner)
     with observe_experts(observer), WeightProductHook(layer, finder.product):
         yield

@@ -16,6 +16,7 @@ from architectures import FAMILIES, auto_class, family_config, layers_of, run_wh
 from torch import Tensor, nn
 
 from rain_mergekit.capture.input_sites import SiteMap, capture_inputs, site_name
+from rain_mergekit.capture.left_alone import left_alone
 from rain_mergekit.models import attention, experts
 from rain_mergekit.models.attention import AttentionCall, observe_attention
 from rain_mergekit.models.empty_model import empty_model
@@ -73,7 +74,7 @@ def observe(layer: nn.Module, sites: SiteMap) -> None:
     stack = ExitStack()
 
     def start(_module: nn.Module, _args: Any) -> None:
-        stack.enter_context(capture_inputs(layer, sites, _ignore, lambda: 12))
+        stack.enter_context(capture_inputs(layer, sites, _ignore, lambda: 12, left_alone))
 
     layer.register_forward_pre_hook(start)
     layer.register_forward_hook(lambda _module, _args, _output: stack.close())

@@ -7,6 +7,7 @@ definition; it knows nothing of how the package finds weights, sites or experts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -230,6 +231,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Routers, gates of shared experts, linear attention: the projection leaves them.
+LEFT_ALONE = re.compile(r"\.(gate|router|shared_expert_gate|linear_attn)\.")
+
+
 def family_config(family: str) -> Any:
     """A transformers config of the family, small."""
     options = FAMILIES[family]
@@ -435,8 +440,9 @@ class Reference:
 
     @property
     def keys(self) -> list[tuple[str, int | None]]:
-        """Every weight (and expert) of the layers that multiplies features."""
-        return list(dict.fromkeys(key for seen in self.seen["reasoning"] for key in seen))
+        """Every weight (and expert) of the layers that multiplies features and is merged."""
+        found = dict.fromkeys(key for seen in self.seen["reasoning"] for key in seen)
+        return [key for key in found if not LEFT_ALONE.search(key[0])]
 
     def rows(self, key: tuple[str, int | None], kind: str, positions: str) -> Tensor:
         """The inputs of one weight at the named positions of all samples of a set."""
