@@ -23,6 +23,7 @@ from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system.atomic_file import destination, refuse_foreign
 from rain_mergekit.system.json_samples import file_digest
+from rain_mergekit.system.untrusted_input import is_lfs_pointer
 
 # Where the data lie does not matter; their digests are compared instead.
 _PATHS = ("reasoning_data", "instruction_data")
@@ -77,6 +78,10 @@ def compare(config: RainConfig, options: LoadOptions) -> Comparison:
 
 def protect_foreign(path: Path) -> None:
     """Raise RainError if `path` holds something else than a calibration file, or cannot be one."""
+    if is_lfs_pointer(path):
+        raise RainError(
+            f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
+        )
     ours = destination(path).is_file() and _metadata(path).get("format") == FORMAT
     remedy = "correct `parameters.calibration`, or move the file away"
     refuse_foreign(path, "a calibration file", remedy, ours=ours)

@@ -28,6 +28,7 @@ from rain_mergekit.calibration_file.schema import (
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.finite import finite
+from rain_mergekit.system.untrusted_input import is_lfs_pointer
 
 
 class CalibrationFile:
@@ -72,6 +73,8 @@ class CalibrationFile:
         try:
             if not stat.S_ISREG(Path(name).stat().st_mode):
                 raise RainError("it is not a regular file")
+            if is_lfs_pointer(Path(name)):
+                raise RainError("it is a git-lfs pointer, not the file itself: run `git lfs pull`")
             file = Path(name).open("rb")  # noqa: SIM115 - stays open with the object
             try:
                 return cls(name, file)

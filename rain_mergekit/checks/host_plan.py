@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.loading import read_model_config
-from rain_mergekit.models.merge_names import layer_of
+from rain_mergekit.models.loading import merged_folders, read_model_config
+from rain_mergekit.models.merge_names import has_table, layer_of
 
 _SHOWN = 3
 
@@ -39,6 +40,17 @@ def require_found(models: Mapping[str, Checkpoint]) -> None:
                 f"{_nearest(absent[0], checkpoint.names)} instead; save the model with the "
                 "transformers with which it was published, or use another mergekit"
             )
+
+
+def adapter_warning(models: Mapping[str, Checkpoint], config: Any) -> str | None:
+    """A warning where stock mergekit takes no model with an adapter: it has no table for them."""
+    found = merged_folders(models)
+    if not found or has_table(config):
+        return None
+    return (
+        f"mergekit-yaml takes no model with an adapter of the architecture {config.model_type!r} "
+        f"({next(iter(found))}): merge with `mergekit-rain merge`, which merges the adapter first"
+    )
 
 
 def _absent(

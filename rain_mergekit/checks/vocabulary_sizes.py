@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rain_mergekit.checks.host_plan import adapter_warning
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.errors import RainError
@@ -18,6 +19,17 @@ def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str
     lost: the tensors that mergekit will leave out.
     """
     found = [lost_warning(lost)] if lost else []
+    found += model_warnings(config, trio)
+    different = different_vocabularies(trio.items(), trio.config)
+    if different and not config.tokenizer:
+        found.append(f"{_describe(different)} mergekit will not merge them as they are: {_REMEDY}")
+    return found
+
+
+def model_warnings(config: RainConfig, trio: Trio) -> list[str]:
+    """Of these, what is about the models that the roles name: adapters, and a stand-in."""
+    unreachable = adapter_warning(trio.items(), trio.config)
+    found = [] if unreachable is None else [unreachable]
     proxy = is_proxy({role: str(model) for role, model in config.models.items()})
     if proxy and config.settings.fit == "projection":
         found.append(
@@ -25,9 +37,6 @@ def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str
             "minus reasoning: where nothing is protected the merge takes back what reasoning "
             "training did; keep `lambda` low, and measure reasoning afterwards"
         )
-    different = different_vocabularies(trio.items(), trio.config)
-    if different and not config.tokenizer:
-        found.append(f"{_describe(different)} mergekit will not merge them as they are: {_REMEDY}")
     return found
 
 

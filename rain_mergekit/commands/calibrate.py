@@ -94,8 +94,9 @@ def calibrate(options: CalibrateOptions) -> None:
         deterministic=options.deterministic,
         quiet=not console.progress,
     )
+    config = read_config(options.config)
     if options.plan:
-        show_plan(read_config(options.config), run, console)
+        show_plan(config, run, console)
         return
-    run_calibration(read_config(options.config), run, console, options.threads)
-    next_step(options.config, run.load, console)
+    run_calibration(config, run, console, options.threads)
+    next_step(config, run.load, console)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 import torch
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.checks.vocabulary_sizes import require_mergeable
 from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.host_merge import merge_into
 from rain_mergekit.commands.options import (
     budget_option,
     deterministic_option,
@@ -26,14 +26,11 @@ from rain_mergekit.commands.run_calibration import run_calibration
 from rain_mergekit.commands.run_finish import finish_beside_weights, told_of_added
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.finite import finite
-from rain_mergekit.merge_method.method import register
 from rain_mergekit.merge_method.missing_tensors import Completion
-from rain_mergekit.merge_method.result_weights import open_weights, weight_files
 from rain_mergekit.models.loading import LoadOptions
 from rain_mergekit.report.model_card import carry_over, publish_names, write_card
 from rain_mergekit.system.determinism import deterministic
-from rain_mergekit.system.memory import MERGE, naming_shortage, out_of_memory
+from rain_mergekit.system.memory import MERGE, naming_shortage
 from rain_mergekit.system.staged_folder import output_folder, staged_folder
 
 
@@ -196,41 +193,3 @@ def bring_up_to_date(
     for text in found.differences:
         console.print(f"Calibration needed: {text}")
     run_calibration(config, run, console, threads)
-
-
-def merge_into(
-    config: RainConfig, stage: Path, options: MergeOptions, completion: Completion
-) -> tuple[str, ...]:
-    """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
-    register()  # also where auto-loading is switched off
-    merge = config.merge.model_copy(deep=True)
-    converted = None if merge.out_dtype == merge.dtype else merge.out_dtype
-    try:
-        run_merge(
-            merge,
-            str(stage),
-            options=options,
-            config_source=config.text,
-        )
-    except (RainError, MemoryError):
-        raise
-    except Exception as error:
-        if options.verbosity or out_of_memory(error):
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
-    if converted is not None:
-        require_finite(stage, converted)
-    return completion.write(stage, config)
-
-
-def require_finite(folder: Path, dtype: str) -> None:
-    """RainError if a tensor holds NaN or Inf: mergekit converts after the method has looked."""
-    for path in weight_files(folder):
-        with open_weights(path) as weights:
-            bad = next((name for name in weights.names if not finite(weights.get(name))), None)
-        if bad is not None:
-            raise RainError(
-                f"{bad} holds NaN or infinite values in the result in {dtype}: a lower `lambda`, "
-                "or another `out_dtype`"
-            )

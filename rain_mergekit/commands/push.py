@@ -67,6 +67,6 @@ def push(options: PushOptions) -> None:
 
 def _bytes(folder: Path) -> int:
     """Of the weights in the folder."""
-    from rain_mergekit.merge_method.result_weights import weight_files  # noqa: PLC0415
+    from rain_mergekit.models.weight_files import weight_files  # noqa: PLC0415
 
     return sum(path.stat().st_size for path in weight_files(folder)) if folder.is_dir() else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.moving_bar import moving_bar
-from rain_mergekit.merge_method.result_weights import weight_files
+from rain_mergekit.models.weight_files import weight_files
 from rain_mergekit.publish.record import tensor_digests
 
 

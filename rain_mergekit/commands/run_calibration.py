@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import fields
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,12 +12,13 @@ from rain_mergekit.calibration.pipeline import CalibrationSummary, calibrate
 from rain_mergekit.calibration.up_to_date import protect_foreign
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
+from rain_mergekit.checks.host_plan import adapter_warning
 from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.commands.console import Console, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.method_names import AIM
-from rain_mergekit.models.loading import LoadOptions, open_model
+from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.calibration_sets import DataSet
 
@@ -86,16 +86,25 @@ def report(summary: CalibrationSummary, console: Console) -> None:
         console.warn(text)
 
 
-def next_step(config_path: str | Path, load: LoadOptions, console: Console) -> None:
+def next_step(config: RainConfig, load: LoadOptions, console: Console) -> None:
     """What to run after a calibration, with the options without which it would not find a model."""
-    words = [str(config_path), "./merged"]
+    words = [config.path, "./merged"]
     for field in fields(load):
         value, option = getattr(load, field.name), f"--{field.name.replace('_', '-')}"
         if value is True:
             words.append(option)
         elif value:
             words += [option, str(value)]
-    console.print(f"Next: mergekit-yaml {shlex.join(words)}")
+    console.print(f"Next: {_merging(config, load)} {shlex.join(words)}")
+
+
+def _merging(config: RainConfig, load: LoadOptions) -> str:
+    """mergekit's own command, or ours where that takes no model with an adapter."""
+    if all(model.lora is None for model in config.models.values()):
+        return "mergekit-yaml"
+    models = {role: open_model(model, load) for role, model in config.models.items()}
+    warned = adapter_warning(models, read_model_config(models["reasoning"]))
+    return "mergekit-yaml" if warned is None else "mergekit-rain merge"
 
 
 def _matching(found: Matching) -> str:

@@ -9,9 +9,9 @@ from rain_mergekit.config.merge_config import MergeRecipe, read_recipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.merge_method.finish import finish_files
 from rain_mergekit.merge_method.missing_tensors import Completion
-from rain_mergekit.merge_method.result_weights import weight_files, write_index
 from rain_mergekit.models.config_file import NAME
 from rain_mergekit.models.loading import LoadOptions
+from rain_mergekit.models.weight_files import weight_files, write_index
 from rain_mergekit.system.wording import counted
 
 

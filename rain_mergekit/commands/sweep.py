@@ -12,12 +12,12 @@ import click
 from mergekit.options import MergeOptions, add_merge_options
 
 from rain_mergekit.commands.console import Console
+from rain_mergekit.commands.host_merge import merge_into
 from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.merge import (
     add_card,
     bring_up_to_date,
     device_of,
-    merge_into,
     refuse_input,
     run_options,
 )

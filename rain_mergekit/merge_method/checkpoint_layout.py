@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.merge_method.result_weights import (
+from rain_mergekit.models.merge_names import Names
+from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.models.weight_files import (
     open_weights,
     replace_weights,
     weight_files,
 )
-from rain_mergekit.models.merge_names import Names
-from rain_mergekit.models.model_tensors import ModelTensors
 
 
 def restore_layout(folder: Path, reasoning: ModelTensors, names: Names) -> bool:

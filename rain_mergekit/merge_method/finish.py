@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.merge_method.result_weights import shapes_of
 from rain_mergekit.merge_method.tokenizer_files import Restored, restore
 from rain_mergekit.models.config_file import (
     published_config,
@@ -25,6 +24,7 @@ from rain_mergekit.models.side_files import (
     is_of_tokenizer,
     side_files,
 )
+from rain_mergekit.models.weight_files import shapes_of
 
 
 @dataclass(frozen=True)

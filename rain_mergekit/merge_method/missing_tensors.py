@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
@@ -14,17 +14,18 @@ from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.checkpoint_layout import in_parts, is_restored, restore_layout
-from rain_mergekit.merge_method.result_weights import add_tensors, tensor_names, write_index
 from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import (
     LoadOptions,
+    merged_folders,
     open_model,
     read_model_config,
     require_all_layers,
 )
-from rain_mergekit.models.merge_names import Names, left_out, merge_names
+from rain_mergekit.models.merge_names import Names, has_table, left_out, merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.models.weight_files import add_tensors, tensor_names, write_index
 
 
 class Completion:
@@ -34,8 +35,20 @@ class Completion:
     model's. Afterwards all tensors are called and divided as in its checkpoint.
     """
 
-    def __init__(self, calibration: str, tensors: Mapping[str, ModelTensors], names: Names) -> None:
+    def __init__(
+        self,
+        calibration: str,
+        tensors: Mapping[str, ModelTensors],
+        names: Names,
+        merged_adapters: Mapping[ModelReference, str],
+    ) -> None:
+        """merged_adapters: folders of models with an adapter that mergekit takes by these alone.
+
+        It looks into the checkpoint where it has no table for the architecture, and has no way
+        there to a merged adapter.
+        """
         self._calibration, self._tensors, self._names = calibration, tensors, names
+        self.merged_adapters = merged_adapters
         self.reasoning = tensors["reasoning"]
         self._missing = left_out(self.reasoning, names)
 
@@ -49,7 +62,8 @@ class Completion:
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
         tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
         names = merge_names(model_config, tensors["reasoning"])
-        completion = cls(str(config.calibration), tensors, names)
+        adapters = {} if has_table(model_config) else merged_folders(checkpoints)
+        completion = cls(str(config.calibration), tensors, names, adapters)
         completion._strength(config)
         return completion
 

@@ -8,28 +8,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+import torch
 from mergekit.common import ModelReference
+from safetensors import SafetensorError
+from transformers import AutoConfig
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.config_file import (
     published_config,
     read_config_file,
     write_config_file,
 )
+from rain_mergekit.models.empty_model import empty_model
+from rain_mergekit.models.folder_check import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    require_adapter_files,
+    require_model_files,
+)
+from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.models.side_files import copy_files, is_of_tokenizer, side_files
+from rain_mergekit.models.source import adapter_folder
+from rain_mergekit.models.weight_files import add_tensors
 from rain_mergekit.system.memory import out_of_memory
 from rain_mergekit.system.untrusted_input import first_line
 
 RECORD = "rain_source.json"
-CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_HUB_PATTERNS = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_LAYOUT = 2  # of the folder: 2 holds the tensors that no class knows too
 
 
 def merged_adapter(
@@ -38,34 +51,64 @@ def merged_adapter(
     """The folder with the merged model; made anew where the adapter or the base has changed.
 
     base: the base model's folder. Files beside the weights are the base model's; the tokenizer's
-    are the adapter's, where it has some.
+    are the adapter's, where it has some. RainError if one of them, or the cache, cannot be used.
     """
-    adapter = _adapter_folder(reference)
-    if not Path(adapter, CONFIG).is_file():
-        raise RainError(f"{reference}: what follows the + is not an adapter: it has no {CONFIG}")
-    made_from = {"base": _base_digest(base), "adapter": _adapter_digest(adapter), "dtype": dtype}
+    adapter = adapter_folder(reference)
+    require_model_files(base, reference)
+    require_adapter_files(adapter, reference)
+    made_from = {
+        "layout": _LAYOUT,
+        "base": _base_digest(base),
+        "adapter": _adapter_digest(adapter),
+        "dtype": dtype,
+    }
     parts = reference.model, reference.lora  # the name is mergekit's, which must find it too
     folder = Path(cache, "_".join(part._unique_id() for part in parts))  # noqa: SLF001
     if folder.is_dir():
         if _record(folder) == made_from:
             return str(folder)
         shutil.rmtree(folder)
-    try:
+    with _named(reference, folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         reference.merged(cache_dir=cache, trust_remote_code=trust, lora_merge_dtype=dtype)
         _complete(folder, base, adapter)
+        _add_unknown(folder, base, trust=trust)
         (folder / RECORD).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
-    except (RuntimeError, ValueError) as error:
-        shutil.rmtree(folder, ignore_errors=True)  # else it would be taken for the merged model
+    return str(folder)
+
+
+@contextmanager
+def _named(reference: ModelReference, folder: Path) -> Iterator[None]:
+    """What goes wrong while `folder` is made becomes one RainError; no part of it stays.
+
+    Else it would be taken for the merged model.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, RainError) or out_of_memory(error):
             raise
-        raise RainError(
-            f"{reference}: the adapter does not fit its base model: {first_line(error)}; it was "
-            "made for another model, or for one whose vocabulary was resized"
-        ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        line = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # peft and transformers load weights alone
+            raise RainError(
+                f"{reference}: a pickle file there holds more than weights, and could run code; "
+                "take safetensors files from where you trust them"
+            ) from None
+        if isinstance(error, SafetensorError):
+            raise RainError(
+                f"{reference}: cannot read the adapter or its base model: {line}; fetch both again"
+            ) from None
+        if isinstance(error, OSError):
+            raise RainError(
+                f"{reference}: the adapter cannot be merged into {folder}: {line}"
+            ) from None
+        if isinstance(error, (RuntimeError, ValueError, LookupError, TypeError, AttributeError)):
+            raise RainError(
+                f"{reference}: the adapter does not fit its base model: {line}; it was made for "
+                "another model, or for one whose vocabulary was resized"
+            ) from None
         raise
-    return str(folder)
 
 
 def adapter_digest(folder: str | Path) -> str | None:
@@ -73,29 +116,6 @@ def adapter_digest(folder: str | Path) -> str | None:
     found = _record(Path(folder))
     digest = found.get("adapter") if isinstance(found, dict) else None
     return digest if isinstance(digest, str) else None
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether the folder holds an adapter and no model."""
-    # False where permission is missing; opening the file reports that
-    return os.path.isfile(Path(folder, CONFIG)) and not os.path.exists(Path(folder, "config.json"))
-
-
-def base_of(folder: str | Path) -> str:
-    """The name of the base model that an adapter records; `BASE` if none."""
-    try:
-        content = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-        return str(content.get("base_model_name_or_path") or "BASE")
-    except (OSError, ValueError, AttributeError):
-        return "BASE"
-
-
-def _adapter_folder(reference: ModelReference) -> str:
-    path = str(reference.lora.path)
-    if os.path.exists(path):
-        return path
-    revision = reference.lora.revision
-    return str(snapshot_download(path, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
 
 
 def _complete(folder: Path, base: str, adapter: str) -> None:
@@ -109,6 +129,24 @@ def _complete(folder: Path, base: str, adapter: str) -> None:
         names = [name for name in names if not is_of_tokenizer(name)]
         copy_files(adapter, folder, [name for name in own if is_of_tokenizer(name)])
     copy_files(base, folder, names)
+
+
+def _add_unknown(folder: Path, base: str, *, trust: bool) -> None:
+    """Add the tensors of the base model that no class of transformers knows, as they are there.
+
+    transformers, which merges the adapter, reads and writes none of them.
+    """
+    checkpoint = Checkpoint.open(_reference(base), base, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    model = empty_model(config, torch.float32, trust_remote_code=trust)
+    unknown = ModelTensors(checkpoint, model).unknown
+    if unknown:
+        add_tensors(folder, {name: checkpoint.get(name) for name in unknown})
+    checkpoint.release()
+
+
+def _reference(folder: str) -> ModelReference:
+    return ModelReference.model_validate({"model": {"path": folder}})
 
 
 def _type_of(config: dict[str, object]) -> str | None:
@@ -136,7 +174,7 @@ def _base_digest(folder: str) -> str:
 def _adapter_digest(folder: str) -> str:
     """Digest of the adapter's weights, its config, and the tokenizer files taken from it."""
     digest = hashlib.sha256()
-    for name in (CONFIG, *_WEIGHTS, *side_files(folder)):
+    for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *side_files(folder)):
         path = Path(folder, name)
         if path.is_file():
             state = path.stat()

@@ -15,11 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.models.adapters import base_of, is_adapter
-from rain_mergekit.models.source import local_folder
+from rain_mergekit.models.folder_check import require_model_files
+from rain_mergekit.models.source import model_folder
 from rain_mergekit.system.untrusted_input import first_line
 
-_READ = (".json", ".safetensors", ".bin")
 # Errors of reading malformed JSON or a broken shard.
 _BROKEN = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
@@ -27,8 +26,6 @@ _BROKEN = (
 )
 # Other types are quantised: their codes need scales from other tensors.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_SIZE = 1024
 
 
 class Checkpoint:
@@ -51,16 +48,17 @@ class Checkpoint:
     def open(
         cls,
         reference: ModelReference,
+        path: str | None = None,
         *,
-        cache_dir: str | None = None,
-        lora_cache_dir: str | None = None,
-        lora_merge_dtype: str | None = None,
         trust_remote_code: bool = False,
     ) -> Checkpoint:
-        """Fetch the model if it is not here and read its index; RainError says what is wrong."""
-        trust = trust_remote_code
-        path = local_folder(reference, cache_dir, lora_cache_dir, lora_merge_dtype, trust=trust)
-        return cls(reference, path, open_index(path, reference), trust_remote_code=trust)
+        """Fetch the model if it is not here and read its index; RainError says what is wrong.
+
+        path: the folder with its files, None where the reference itself says it.
+        """
+        folder = path or model_folder(reference, None, trust=trust_remote_code)
+        index = open_index(folder, reference)
+        return cls(reference, folder, index, trust_remote_code=trust_remote_code)
 
     @property
     def revision(self) -> str | None:
@@ -107,7 +105,7 @@ class Checkpoint:
 
 def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:
     """Which tensor lies in which shard; RainError unless all shards are there and readable."""
-    _require_files(path, reference)
+    require_model_files(path, reference)
     try:
         index = ShardedTensorIndex.from_disk(path)
         if not all(isinstance(shard.filename, str) for shard in index.shards):
@@ -140,36 +138,6 @@ def refuse_pickles(reference: ModelReference | str) -> NoReturn:
         f"{reference}: only safetensors checkpoints are read (pickle files can run code); "
         "convert the model with `model.save_pretrained(..., safe_serialization=True)`"
     )
-
-
-def _require_files(path: str, reference: ModelReference) -> None:
-    """Refuse anything but regular files: opening a named pipe or a device would block."""
-    here = list(Path(path).glob("*")) if os.path.isdir(path) else []
-    odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
-    if odd:
-        raise RainError(
-            f"{reference}: cannot read the checkpoint: not a regular file: {', '.join(sorted(odd))}"
-        )
-    if pointers := sorted(p.name for p in here if _is_pointer(p)):
-        raise RainError(
-            f"{reference}: {', '.join(pointers)}: a git-lfs pointer, not the file itself: run "
-            "`git lfs pull` in that folder, or fetch the model with `hf download`"
-        )
-    if is_adapter(path):
-        raise RainError(
-            f"{reference}: is an adapter, not a model: write it after its base model, as "
-            f"{base_of(path)}+{reference}"
-        )
-
-
-def _is_pointer(path: Path) -> bool:
-    """Whether the file is a git-lfs pointer instead of the weights."""
-    if path.suffix not in (*_READ, ".model") or not os.access(path, os.R_OK):
-        return False
-    if path.stat().st_size > _POINTER_SIZE:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def _require_permission(reference: ModelReference, paths: Iterable[Path]) -> None:

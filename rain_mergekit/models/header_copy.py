@@ -18,6 +18,7 @@ from mergekit.common import ModelReference
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import refuse_pickles
+from rain_mergekit.models.folder_check import require_no_adapter
 from rain_mergekit.models.side_files import HUB_CODE, HUB_PATTERNS
 from rain_mergekit.models.source import named
 from rain_mergekit.system.untrusted_input import read_regular
@@ -51,7 +52,7 @@ def preview(
     if os.path.exists(path):
         return Preview(path, None, 0)
     patterns = [*_SMALL, *(HUB_CODE if trust else ())]
-    with named(reference):
+    with named(f"{reference}: model not found", path):
         folder = Path(
             snapshot_download(
                 path,
@@ -86,6 +87,7 @@ def _shards(folder: Path, reference: ModelReference, repository: str) -> list[st
         raise RainError(f"{reference}: cannot read the checkpoint: {_INDEX} names other folders")
     if (folder / _WHOLE).is_file() or HfApi().file_exists(repository, _WHOLE, revision=folder.name):
         return [_WHOLE]
+    require_no_adapter(str(folder), reference)
     return refuse_pickles(reference)
 
 

@@ -14,7 +14,9 @@ from transformers import AutoConfig
 
 from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.adapters import merged_adapter
 from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.source import model_folder
 from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
 
 
@@ -79,14 +81,26 @@ class Trio:
 
 
 def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
-    """The checkpoint of that reference; RainError if it cannot be found."""
-    return Checkpoint.open(
-        reference,
-        cache_dir=options.transformers_cache,
-        lora_cache_dir=options.lora_merge_cache,
-        lora_merge_dtype=options.lora_merge_dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    """The checkpoint of that reference; RainError if it cannot be found.
+
+    A model with an adapter is merged into the cache of merged adapters first.
+    """
+    trust, cache = options.trust_remote_code, options.lora_merge_cache
+    if reference.lora is not None and cache is None:
+        raise RainError(
+            f"{reference}: a model with an adapter is merged into a cache first; "
+            "name the folder with --lora-merge-cache"
+        )
+    path = model_folder(reference, options.transformers_cache, trust=trust)
+    if reference.lora is not None:
+        path = merged_adapter(reference, path, str(cache), options.lora_merge_dtype, trust=trust)
+    return Checkpoint.open(reference, path, trust_remote_code=trust)
+
+
+def merged_folders(models: Mapping[str, Checkpoint]) -> dict[ModelReference, str]:
+    """The folders of those models that have an adapter, merged with it."""
+    found = models.values()
+    return {one.reference: one.path for one in found if one.reference.lora is not None}
 
 
 def open_trio(config: MergeRecipe, options: LoadOptions) -> Trio:

@@ -97,6 +97,11 @@ def _experts(
     return tuple(targets)
 
 
+def has_table(config: Any) -> bool:
+    """Whether mergekit has a table of the architecture's names."""
+    return bool(config.architectures) and arch_info_for_config(config) is not None
+
+
 def listed_names(config: Any) -> dict[str, str] | None:
     """Every name in mergekit's table for the architecture, with the name that it writes.
 

@@ -20,7 +20,7 @@ from rain_mergekit.calibration_file.container import raw_bytes
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
-from rain_mergekit.merge_method.result_weights import open_weights, weight_files
+from rain_mergekit.models.weight_files import open_weights, weight_files
 from rain_mergekit.publish.layout import RECORD
 from rain_mergekit.report.public_names import PublicName, public_name, without_local_paths
 from rain_mergekit.system.atomic_file import replacing

@@ -22,9 +22,9 @@ from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.config.merge_config import RainConfig, read_config
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import NAME as MEASURED
-from rain_mergekit.merge_method.result_weights import weight_files
 from rain_mergekit.models.side_files import side_files
 from rain_mergekit.models.source import HTTP_ERROR
+from rain_mergekit.models.weight_files import INDEX_FILES, weight_files
 from rain_mergekit.publish.layout import (
     CALIBRATION,
     CARD,
@@ -51,7 +51,6 @@ from rain_mergekit.system.json_samples import file_digest
 from rain_mergekit.system.untrusted_input import first_line, read_regular, within
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_INDEX = "model.safetensors.index.json"
 _HARMLESS = (".gitattributes", CARD)
 
 
@@ -95,7 +94,7 @@ def prepare(
     found = read_record(folder)
     write_record(place, replace(found, calibration=file_digest(published) or ""))
     names = [path.name for path in weight_files(folder)]
-    names += ["config.json", _INDEX, MEASURED, *side_files(folder)]
+    names += ["config.json", *INDEX_FILES, MEASURED, *side_files(folder)]
     names += [CARD, *((REASONING, HELD_OUT, INSTRUCTION) if with_data else ())]
     files = {name: within(folder, name) for name in names if (folder / name).is_file()}
     files |= {CALIBRATION: published, RECORD: place / RECORD}

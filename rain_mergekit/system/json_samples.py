@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.system.untrusted_input import MIB, read_regular
+from rain_mergekit.system.untrusted_input import MIB, is_lfs_pointer, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,6 +71,10 @@ def _read_bytes(path: StrPath) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise RainError(f"{path}: not a regular file; give a JSON or JSONL file")
+        if is_lfs_pointer(Path(path)):
+            raise RainError(
+                f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
+            )
         return read_regular(path, LIMIT)
     except (OSError, ValueError) as exc:  # ValueError: a null byte in the name
         reason = getattr(exc, "strerror", None) or str(exc)

@@ -30,6 +30,8 @@ MIB = 1024**2
 TEXT_LIMIT = 64 * MIB  # configurations, cards and the like are thousands of bytes
 NODES = 100_000
 _HALF = re.compile("[\ud800-\udfff]")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE = 1024
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
@@ -46,6 +48,17 @@ def read_regular(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit // MIB} MiB")
     return data
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is a git-lfs pointer: a few lines in the place of the file itself."""
+    try:
+        if not path.is_file() or path.stat().st_size > _POINTER_SIZE:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except (OSError, ValueError):  # without permission; whoever reads the file reports that
+        return False
 
 
 def within(folder: str | os.PathLike[str], name: str) -> Path:

@@ -135,6 +135,19 @@ def test_only_merges_are_pushed(merged: Workplace) -> None:
     assert yaml.safe_load((merged.folder / "out" / "mergekit_config.yml").read_text())
 
 
+def test_shards_go_there_with_their_index(merged: Workplace, served: Hub, tmp_path: Path) -> None:
+    """In either format: without it no loader finds the second shard."""
+    for name, option in (("safe", "--safe-serialization"), ("pickled", "--no-safe-serialization")):
+        out = tmp_path / name
+        succeed("merge", merged.yaml, out, option, "--out-shard-size", "200K", "--quiet")
+        succeed("push", out, f"me/{name}")
+        folder = served.repositories[f"me/{name}"]
+        (index,) = folder.glob("*.index.json")
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        assert len(shards) > 1
+        assert all((folder / shard).is_file() for shard in shards)
+
+
 @pytest.mark.usefixtures("served")
 def test_a_published_merge_of_published_models(merged: Workplace, tmp_path: Path) -> None:
     """With names on the hub nobody has to say where anything is."""

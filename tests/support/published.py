@@ -4,14 +4,18 @@ files beside the weights and tensors that no class knows."""
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import make
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, read_weights
+from transformers import AutoModelForCausalLM
 
 ROLES = ("reasoning", "instruct", "pretrained")
 DIALECTS = ("transformers 4", "transformers 5")
@@ -87,6 +91,30 @@ def published(
     add_tensors(folder / "reasoning", **mtp)
     tiny.config(parameters={"calibration": str(tiny.path), **parameters})
     return tiny, tiny.path.with_suffix(".yml")
+
+
+def add_adapter(folder: Path, role: str, *, size: int | None = None, **options: Any) -> Path:
+    """An adapter that changes one map of each layer, or what the options say; its folder.
+
+    size: of the vocabulary to which the model below it was resized first.
+    """
+    torch.manual_seed(0)
+    with warnings.catch_warnings():  # of tensors that no class knows, and of resized vocabularies
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folder / role)
+        if size is not None:
+            model.resize_token_embeddings(size, mean_resizing=False)
+        config = {"r": 2, "target_modules": ["o_proj"], "init_lora_weights": False, **options}
+        get_peft_model(model, LoraConfig(**config)).save_pretrained(folder / f"{role}-adapter")
+    return folder / f"{role}-adapter"
+
+
+def change_weights(path: Path, part: str, change: Callable[[torch.Tensor], None]) -> None:
+    """Change the first tensor of a safetensors file that has `part` in its name."""
+    weights = load_file(path)
+    change(weights[min(name for name in weights if part in name)])
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def check_folder(reasoning: Path, out: Path) -> None:

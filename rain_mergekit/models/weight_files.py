@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rain_mergekit.errors import RainError
 
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _UNFINISHED = ".rain-unfinished"
 _PATTERN = re.compile(
     r"(?P<base>model|pytorch_model)(-\d{5}-of-\d{5})?\.(?P<suffix>safetensors|bin)"
