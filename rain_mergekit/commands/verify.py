@@ -182,14 +182,16 @@ def _made_from(merged: str) -> str:
     """The reasoning model that the merge in this folder names; RainError where there is none."""
     from pathlib import Path  # noqa: PLC0415
 
-    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
+    from rain_mergekit.config.merge_config import read_recipe  # noqa: PLC0415
 
-    path = Path(merged, "mergekit_config.yml")
-    if not path.is_file():
+    if not Path(merged, "mergekit_config.yml").is_file():
         raise RainError(
             f"{merged}: is not the folder of a merge: name the reasoning model with --against"
         )
-    return str(read_config(path).reasoning)
+    try:
+        return str(read_recipe(merged).reasoning)
+    except RainError as error:
+        raise RainError(f"{error}; or name the reasoning model with --against") from None
 
 
 def _check_folder(merged: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit.config import (
@@ -23,12 +23,14 @@ class ListedModels:
     """The models with their parameters.
 
     layers: how many the slices have together, None where there are no slices. strengths: the
-    `lambda` of slices or of the module, by what it is for, where one has its own.
+    `lambda` of slices or of the module, by what it is for, where one has its own. own_parameters:
+    all that slices or the module have of their own, by name and what it is for.
     """
 
     models: Sequence[InputModelDefinition]
     layers: int | None
     strengths: dict[str, Any]
+    own_parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def listed_models(merge: MergeConfiguration, source: str) -> ListedModels:
@@ -40,17 +42,25 @@ def listed_models(merge: MergeConfiguration, source: str) -> ListedModels:
     if merge.models:
         return ListedModels(merge.models, None, {})
     module = _one_module(merge, source)
-    given = (module.parameters if module else None) or {}
-    strengths = {"the module": given["lambda"]} if "lambda" in given else {}
+    own = {"the module": (module.parameters if module else None) or {}}
     if module and module.models:
-        return ListedModels(module.models, None, strengths)
+        return _listed(module.models, None, own)
     slices = (module.slices if module else merge.slices) or []
     layers = _layers_in_place(slices, merge, source)
     for one in slices:
-        if one.parameters and "lambda" in one.parameters:
-            first, end = one.sources[0].layer_range
-            strengths[f"layers {first} to {end - 1}"] = one.parameters["lambda"]
-    return ListedModels(_models(slices[0].sources), layers, strengths)
+        first, end = one.sources[0].layer_range
+        own[f"layers {first} to {end - 1}"] = one.parameters or {}
+    return _listed(_models(slices[0].sources), layers, own)
+
+
+def _listed(
+    models: Sequence[InputModelDefinition], layers: int | None, own: Mapping[str, Mapping[str, Any]]
+) -> ListedModels:
+    strengths = {place: given["lambda"] for place, given in own.items() if "lambda" in given}
+    named = {
+        f"{name} ({place})": value for place, given in own.items() for name, value in given.items()
+    }
+    return ListedModels(models, layers, strengths, named)
 
 
 def _one_module(merge: MergeConfiguration, source: str) -> OutputModuleDefinition | None:
@@ -69,7 +79,8 @@ def _layers_in_place(
 ) -> int:
     """The number of layers; RainError if one is not at its place in the models."""
     end = 0
-    if merge.base_model not in {part.model for part in slices[0].sources}:
+    listed = {part.model for part in slices[0].sources}
+    if merge.base_model is not None and merge.base_model not in listed:
         raise RainError(
             f"{source}: slices: 0: base_model is not among its models; mergekit wants it listed "
             "in every slice, without a role"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from rain_mergekit.config.listed_models import listed_models
 from rain_mergekit.config.merge_config import (
     MergeRecipe,
     merge_configuration,
@@ -58,18 +59,41 @@ def read_any(path: str | Path) -> MergeRecipe | PlainMerge:
 
 
 def _plain(content: Mapping[str, Any], merge: MergeConfiguration, source: str) -> PlainMerge:
-    listed = zip(merge.models or (), content.get("models") or (), strict=True)
-    others = [(item, written) for item, written in listed if item.model != merge.base_model]
+    listed, parameters = _listed(content, merge, source)
+    others = [(model, own) for model, own in listed if model != merge.base_model]
     if not others:
-        raise RainError(
-            f"{source}: merge_method is {shown(merge.merge_method)}: only merges that list whole "
-            "models under `models:` can be described"
-        )
+        raise _not_described(merge, source)
     named = {f"model {number}": pair for number, pair in enumerate(others, start=1)}
     base = {} if merge.base_model is None else {"base": merge.base_model}
     return PlainMerge(
         method=merge.merge_method,
-        models={**base, **{name: item.model for name, (item, _) in named.items()}},
-        own={name: written.get("parameters") or {} for name, (_, written) in named.items()},
-        parameters=content.get("parameters") or {},
+        models={**base, **{name: model for name, (model, _) in named.items()}},
+        own={name: own for name, (_, own) in named.items()},
+        parameters=parameters,
+    )
+
+
+def _listed(
+    content: Mapping[str, Any], merge: MergeConfiguration, source: str
+) -> tuple[Sequence[tuple[ModelReference, Mapping[str, Any]]], Mapping[str, Any]]:
+    """The models with their parameters, and the parameters of all: as written, if in `models:`.
+
+    mergekit writes merges of `mergekit-multi` as one module with slices of layers.
+    """
+    parameters = content.get("parameters") or {}
+    if merge.models:
+        written = [one.get("parameters") or {} for one in content["models"]]
+        return list(zip([one.model for one in merge.models], written, strict=True)), parameters
+    try:
+        listed = listed_models(merge, source)
+    except RainError:
+        raise _not_described(merge, source) from None
+    pairs = [(one.model, one.parameters or {}) for one in listed.models]
+    return pairs, {**parameters, **listed.own_parameters}
+
+
+def _not_described(merge: MergeConfiguration, source: str) -> RainError:
+    return RainError(
+        f"{source}: merge_method is {shown(merge.merge_method)}: only merges that list whole "
+        "models under `models:`, or in slices that leave every layer in its place, can be described"
     )

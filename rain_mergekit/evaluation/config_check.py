@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.calibration import pipeline
 from rain_mergekit.calibration.options import RunOptions
@@ -12,7 +15,7 @@ from rain_mergekit.checks.host_plan import require_found
 from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.checks.task_vector_size import LARGEST
 from rain_mergekit.checks.tokenizers import disagreements
-from rain_mergekit.checks.vocabulary_sizes import different_vocabularies, warnings_of
+from rain_mergekit.checks.vocabulary_sizes import different_vocabularies, model_warnings
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import parents
@@ -52,13 +55,14 @@ def check_config(config: RainConfig, load: LoadOptions) -> list[Finding]:
         trio = open_trio(config, load)
     except RainError as error:
         return [Finding("models", "problem", str(error))]
+    loaded = _Tokenizers(trio)
     parts: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("models", lambda: _models(config, trio)),
         ("shapes", lambda: _shapes(trio)),
         ("vocabulary", lambda: _vocabulary(config, trio)),
         ("types", lambda: _types(config, trio)),
-        ("tokenizers", lambda: _tokenizers(config, trio)),
-        ("templates", lambda: _templates(trio)),
+        ("tokenizers", lambda: _tokenizers(config, trio, loaded.by_role)),
+        ("templates", lambda: _templates(loaded.by_role)),
         ("relations", lambda: _relations(trio)),
         ("left out", lambda: _left_out(trio)),
         ("calibration", lambda: _calibration(config, trio, load)),
@@ -142,20 +146,34 @@ def _types(config: RainConfig, trio: Trio) -> Iterator[Finding]:
             yield Finding("types", "warning", text)
 
 
-def _tokenizers(config: RainConfig, trio: Trio) -> Iterator[Finding]:
-    models = {r: m for r, m in _distinct(trio).items() if has_tokenizer(m.path)}
-    if "reasoning" not in models:
+@dataclass(frozen=True)
+class _Tokenizers:
+    """The tokenizers of those models that have one, loaded once."""
+
+    trio: Trio
+
+    @cached_property
+    def by_role(self) -> dict[str, PreTrainedTokenizerBase]:
+        models = _distinct(self.trio)
+        return {role: load_tokenizer(m) for role, m in models.items() if has_tokenizer(m.path)}
+
+
+def _tokenizers(
+    config: RainConfig, trio: Trio, loaded: Mapping[str, PreTrainedTokenizerBase]
+) -> Iterator[Finding]:
+    if "reasoning" not in loaded:
         yield Finding("tokenizers", "problem", "the reasoning model comes without a tokenizer")
         return
-    own = load_tokenizer(models.pop("reasoning"))
-    settings = config.settings
+    own, settings = loaded["reasoning"], config.settings
     markers = settings.marker_texts or find_markers(
         settings.reasoning_data, own, settings.chat_template_kwargs
     )
     yield Finding("tokenizers", "note", f"thinking markers: {markers}")
-    for role, model in models.items():
-        who = f"the {role} model {model.reference}"
-        problems = list(disagreements(own, load_tokenizer(model), who, markers.words))
+    for role, other in loaded.items():
+        if role == "reasoning":
+            continue
+        who = f"the {role} model {trio.items()[role].reference}"
+        problems = list(disagreements(own, other, who, markers.words))
         for text in problems:
             accepted = "other_tokens" in settings.accept
             yield Finding("tokenizers", "warning" if accepted else "problem", text)
@@ -163,9 +181,8 @@ def _tokenizers(config: RainConfig, trio: Trio) -> Iterator[Finding]:
             yield Finding("tokenizers", "note", f"{role}: reads tokens as the reasoning model does")
 
 
-def _templates(trio: Trio) -> Iterator[Finding]:
-    models = {r: m for r, m in _distinct(trio).items() if has_tokenizer(m.path)}
-    found = {role: str(load_tokenizer(m).chat_template or "") for role, m in models.items()}
+def _templates(loaded: Mapping[str, PreTrainedTokenizerBase]) -> Iterator[Finding]:
+    found = {role: str(tokenizer.chat_template or "") for role, tokenizer in loaded.items()}
     own = found.pop("reasoning", "")
     if not own:
         yield Finding("templates", "problem", "the reasoning model has no chat template")
@@ -216,9 +233,8 @@ def _left_out(trio: Trio) -> Iterator[Finding]:
 
 
 def _calibration(config: RainConfig, trio: Trio, load: LoadOptions) -> Iterator[Finding]:
-    for text in warnings_of(config, trio, []):
-        if "vocabularies" not in text:  # reported above
-            yield Finding("calibration", "warning", text)
+    for text in model_warnings(config, trio):
+        yield Finding("calibration", "warning", text)
     if config.calibration.exists():
         yield Finding("calibration", "note", f"{config.calibration} is there already")
     try:

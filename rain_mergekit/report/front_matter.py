@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import yaml
@@ -41,19 +42,42 @@ def front_matter(text: str) -> dict[str, Any]:
     return {} if found is None else _load(found["yaml"])
 
 
-def with_fields(text: str, fields: Mapping[str, Any]) -> str:
-    """The card with those of the fields that its front matter has not; there must be one."""
+def with_fields(text: str, fields: Mapping[str, Any], *, instead: bool = False) -> str:
+    """The card with those of the fields that its front matter has not; there must be one.
+
+    A field without a value counts as missing. instead: other values take the place of those that
+    are there, and the block is written anew; comments in it are lost.
+    """
     found = _BLOCK.match(text)
     if found is None:
         return text
-    old = _load(found["yaml"])
-    missing = {name: value for name, value in fields.items() if name not in old}
+    block, old = found["yaml"], _load(found["yaml"])
+    newline = "\r\n" if "\r\n" in text else "\n"
+    before, after = found.span("yaml")
+    if instead:
+        return text[:before] + _dumped({**old, **fields}, newline) + text[after:]
+    missing = {name: value for name, value in fields.items() if old.get(name) in (None, [], "")}
     if not missing:
         return text
-    newline = "\r\n" if "\r\n" in text else "\n"
-    added = yaml.safe_dump(missing, sort_keys=False, allow_unicode=True).replace("\n", newline)
-    place = found.end("yaml")
-    return text[:place] + added + text[place:]
+    block = _without(block, old, missing.keys())
+    return text[:before] + block + _dumped(missing, newline) + text[after:]
+
+
+def _dumped(fields: Mapping[str, Any], newline: str) -> str:
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).replace("\n", newline)
+
+
+def _without(block: str, old: Mapping[str, Any], names: AbstractSet[str]) -> str:
+    """The block without those lines that name one of the fields and give no value."""
+    for name in [one for one in names if one in old]:
+        line = rf"^{re.escape(name)}:[ \t]*(?:\[\]|null|~|''|\"\")?[ \t]*\r?\n"
+        block = re.sub(line, "", block, count=1, flags=re.MULTILINE)
+    if names & _load(block).keys():
+        raise RainError(
+            f"its front matter has {', '.join(sorted(names & old.keys()))} in a form that cannot "
+            "be filled in: remove that line"
+        )
+    return block
 
 
 def _load(block: str) -> dict[str, Any]:

@@ -117,10 +117,15 @@ def carry_over(folder: str | os.PathLike[str], new: str | os.PathLike[str]) -> N
 
 
 def publish_names(folder: str | os.PathLike[str]) -> None:
-    """Public names in place of this machine's paths in the README.md that mergekit has written."""
+    """Public names in place of this machine's paths in the README.md that mergekit has written.
+
+    Models that are in the hub's cache, and those below adapters, get into its `base_model` too.
+    """
     config = read_recipe(folder)
     path = within(folder, "README.md")
-    path.write_text(without_local_paths(_read(path), config), encoding="utf-8")
+    text = without_local_paths(_read(path), config)
+    tree = model_tree(config.models, config.main)
+    path.write_text(with_fields(text, tree, instead=True), encoding="utf-8")
 
 
 def _renewed(text: bytes, was: bytes, now: bytes) -> bytes:

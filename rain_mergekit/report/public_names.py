@@ -73,20 +73,21 @@ def model_tree(models: Mapping[str, ModelReference], main: ModelReference) -> di
 
     main: the one whose license is taken over.
     """
-    names = [public_name(str(reference)).hub for reference in models.values()]
+    parts = [part for reference in models.values() for part in str(reference).split("+")]
+    names = [public_name(part).hub for part in parts]  # of an adapter, and of the model below it
     bases = list(dict.fromkeys(name for name in names if name is not None))
     found: dict[str, object] = {}
     if bases:
         found = {"base_model": bases, "base_model_relation": "merge"}
-    return {**found, "pipeline_tag": "text-generation", **_license(main)}
+    return {**found, "pipeline_tag": "text-generation", **_of_card(main)}
 
 
-def _license(model: ModelReference) -> dict[str, object]:
-    """The model's, where its card is here and names one."""
+def _of_card(model: ModelReference) -> dict[str, object]:
+    """The model's license and kind of use, where its card is here and names them."""
     card = Path(model.model.path, "README.md")
     try:
         fields = front_matter(read_regular(card).decode("utf-8"))
     except (OSError, ValueError, RainError):
         return {}
-    names = ("license", "license_name", "license_link")
+    names = ("license", "license_name", "license_link", "pipeline_tag")
     return {name: fields[name] for name in names if isinstance(fields.get(name), str)}

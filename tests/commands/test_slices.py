@@ -74,3 +74,35 @@ def test_a_result_of_mergekit_multi(place: Workplace, tmp_path: Path) -> None:
     of_both = [succeed("verify", folder, *options) for folder in (out, place.folder / "out")]
     assert of_both[0].replace(str(out), "") == of_both[1].replace(str(place.folder / "out"), "")
     assert "without it L_think is" in of_both[0]
+    assert succeed("verify", out, *options[2:]) == of_both[0]  # its configuration says against what
+
+
+def test_results_of_other_methods(place: Workplace, tmp_path: Path) -> None:
+    """mergekit-multi lists slices there too; models and parameters are told all the same."""
+    own, (instruct, pretrained) = str(place.model("reasoning")), place.config["models"]
+    models = [
+        {"model": instruct["model"], "parameters": {"weight": 0.25}},
+        {"model": pretrained["model"], "parameters": {"weight": [0.5, 0.75]}},
+    ]
+    methods = {
+        "linear": {"models": [{"model": own, "parameters": {"weight": 1}}, *models]},
+        "ties": {"base_model": own, "models": models, "parameters": {"density": 0.5}},
+    }
+    texts = [
+        yaml.safe_dump({"name": f"by-{name}", "merge_method": name, "dtype": "bfloat16", **rest})
+        for name, rest in methods.items()
+    ]
+    path = tmp_path / "multi.yml"
+    path.write_text("---\n".join(texts))
+    done = CliRunner().invoke(multimerge, [str(path), "-I", str(tmp_path), "--quiet"])
+    assert done.exit_code == 0, done.output
+    for name in methods:
+        assert "Wrote" in succeed("card", tmp_path / f"by-{name}")
+        text = (tmp_path / f"by-{name}" / "README.md").read_text()
+        assert '`instruct`, `{"weight": 0.25}` |' in text, text
+        assert '`pretrained`, `{"weight": [0.5, 0.75]}` |' in text
+    assert "| `density` | `0.5` |" in text
+    assert "| base | `reasoning` |" in text
+    message = refused(tmp_path, "verify", tmp_path / "by-ties")
+    assert "merge_method is 'ties'" in message
+    assert "or name the reasoning model with --against" in message

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Workplace, make_models, make_workplace, run, succeed
+from commands import ROLES, Workplace, make_models, make_workplace, run, succeed
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rain_mergekit.evaluation import config_check
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,30 @@ def test_other_template_and_no_template(place: Workplace) -> None:
     assert "another chat template" in succeed("check", place.yaml)
     (place.model("reasoning") / "chat_template.jinja").unlink()
     assert "has no chat template" in problems(place)["templates"]
+
+
+def test_each_tokenizer_is_loaded_once(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(model: Checkpoint) -> PreTrainedTokenizerBase:
+        loaded.append(model.path)
+        return load_tokenizer(model)
+
+    monkeypatch.setattr(config_check, "load_tokenizer", load)
+    succeed("check", place.yaml)
+    assert sorted(loaded) == sorted(str(place.model(role)) for role in ROLES)
+
+
+def test_vocabularies_are_a_finding_of_their_own(place: Workplace) -> None:
+    """They are not told again among what the calibration will say."""
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+
+    place.change_weights("instruct", cut)
+    said = run("check", place.yaml).output
+    assert said.count("mergekit stops there") == 1
+    assert "mergekit will not merge them as they are" not in said
 
 
 def test_sets_that_are_missing_do_not_end_the_check(place: Workplace) -> None:

@@ -123,6 +123,36 @@ def test_hub_shows_what_the_model_was_made_of(merged: Path) -> None:
     assert str(merged.parent) not in text
 
 
+def test_base_models_of_a_new_card_are_found_on_the_hub(merged: Path) -> None:
+    """mergekit lists none that is given by a folder of the hub's cache, or an adapter there."""
+    own = merged.parent / "models--acme--thinker" / "snapshots" / ("ab" * 20)
+    own.mkdir(parents=True)
+    (own / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n")
+    config = merged / "mergekit_config.yml"
+    text = config.read_text().replace("org/reasoning", str(own))
+    config.write_text(text.replace("org/instruct", f"{own}+org/adapter"))
+    (merged / "README.md").write_text("---\nbase_model: []\ntags: [merge]\n---\n# T\n")
+    publish_names(merged)
+    fields = yaml.safe_load(card(merged).split("---")[1])
+    assert fields["base_model"] == ["acme/thinker", "org/adapter", "org/pretrained"]
+    assert (fields["tags"], fields["pipeline_tag"]) == (["merge"], "image-text-to-text")
+    assert card(merged).endswith("---\n# T\n")
+
+
+@pytest.mark.parametrize("value", ["[]", "", "null", "[ ]"])
+def test_empty_list_of_base_models_is_filled(merged: Path, value: str) -> None:
+    """As stock mergekit leaves it where all models are folders."""
+    (merged / "README.md").write_text(f"---\na: 1\nbase_model: {value}\ntags: [x]\n---\n")
+    outcome = run("card", merged)
+    if value == "[ ]":
+        assert "has base_model in a form that cannot be filled in" in outcome.output
+        return
+    fields = yaml.safe_load(card(merged).split("---")[1])
+    assert fields["base_model"] == ["org/reasoning", "org/instruct", "org/pretrained"]
+    assert fields["a"] == 1
+    assert "Nothing to change" in succeed("card", merged)
+
+
 def test_folders_of_this_machine_are_not_published(merged: Path) -> None:
     local = merged.parent / "my-thinker"
     local.mkdir()
@@ -241,7 +271,7 @@ def test_card_of_a_merge_without_a_calibration(tmp_path: Path) -> None:
     [
         ("merge_method: nothing\nmodels:\n- model: org/a\n", "which mergekit does not know"),
         (
-            "merge_method: linear\nslices:\n- sources:\n  - {model: org/a, layer_range: [0, 2]}\n",
+            "merge_method: linear\nslices:\n- sources:\n  - {model: org/a, layer_range: [1, 2]}\n",
             "only merges that list whole models",
         ),
     ],
