@@ -123,6 +123,8 @@ def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
         rows.append(
             ("prompts with all followed", [f"{one.obedient}/{one.asked}" for one in found.values()])
         )
+    if first.bound:
+        rows.append(("thinking as told", [f"{one.heeded}/{one.bound}" for one in found.values()]))
     for name, cells in rows:
         yield f"  {name:<34}" + "".join(f"{cell:>12}" for cell in cells)
 
@@ -164,6 +166,10 @@ def measured(drift: Drift | None, found: Mapping[str, Behaviour]) -> str:
             parts.append(f"right {merged.correct} of {merged.keys} (before {own.correct})")
         if own.asked:
             parts.append(f"followed {merged.obedient} of {merged.asked} (before {own.obedient})")
+        if own.bound:
+            parts.append(
+                f"thinking as told {merged.heeded} of {merged.bound} (before {own.heeded})"
+            )
     else:
         parts.append("answers not measured (--generate)")
     return "; ".join(parts)

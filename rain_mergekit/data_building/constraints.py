@@ -36,10 +36,12 @@ def read_constrained(*paths: StrPath) -> Constrained:
     left_out: list[tuple[str, str]] = []
     for prompt in asked:
         located = [_located(prompt, instruction) for instruction in prompt.instructions]
-        missing = [item.kind for item in located if not item.spans]
+        missing = [item.kind for item in located if not (item.spans or item.binds_thinking)]
         if missing:
             reason = f"no sentence of the prompt was found that gives {', '.join(missing)}"
             left_out.append((prompt.source, f"{reason}; name it in `prompt_spans`"))
+        elif any(item.binds_thinking for item in located):
+            left_out.append((prompt.source, "it has an instruction for the thinking"))
         elif not located:
             left_out.append((prompt.source, "it names no instruction"))
         else:

@@ -101,7 +101,9 @@ def prompt_spans(kind: str, kwargs: Kwargs, prompt: str) -> list[str]:
     A sentence gives it if it has the kind's words and one of the arguments, where there are any;
     if none has both, either will do.
     """
-    pattern = _LANGUAGES.get(kwargs["language"], "") if "language" in kwargs else _CUES[kind]
+    pattern = (
+        _LANGUAGES.get(kwargs["language"], "") if "language" in kwargs else _CUES.get(kind, "")
+    )
     cue, wanted = re.compile(pattern, re.IGNORECASE), list(_arguments(kwargs))
     sentences = _sentences(prompt)
     cued = [s for s in sentences if cue.search(s)] if cue.pattern else []

@@ -26,7 +26,7 @@ class Measured:
     blocks: thinking blocks, open ones too. thinking, answering: tokens (by the characters' share
     of all, where the text holds both; words and signs where nobody has counted tokens). foreign:
     largest share of letters in scripts that the prompt does not have. correct, followed: None
-    where the prompt has no key, no instructions.
+    where the prompt has no key, no instructions; heeded: those that the thinking must follow.
     """
 
     opened: bool
@@ -40,6 +40,7 @@ class Measured:
     foreign: float
     correct: bool | None
     followed: tuple[bool, ...] | None
+    heeded: tuple[bool, ...] | None = None
 
     @property
     def tokens(self) -> float:
@@ -64,8 +65,13 @@ class Measured:
 
     @property
     def obedient(self) -> bool | None:
-        """Whether all instructions are followed; None without any."""
+        """Whether all instructions for the response are followed; None without any."""
         return None if self.followed is None else all(self.followed)
+
+    @property
+    def mindful(self) -> bool | None:
+        """Whether the thinking follows all instructions for it; None without any."""
+        return None if self.heeded is None else all(self.heeded)
 
     @property
     def both(self) -> bool | None:
@@ -134,14 +140,15 @@ def _count(text: str, markers: Markers, *, opened: bool) -> tuple[int, bool]:
 def measure(asked: Asked, written: Written, how: Reading) -> Measured:
     """Everything about one answer. An answer whose block is not closed has no response.
 
-    Without a block all of the text is the response, as a user would read it. RainError for an
-    instruction that no rule can check.
+    Without a block all of the text is the response, as a user would read it. Thinking that is not
+    closed follows no instruction. RainError for an instruction that no rule can check.
     """
     thought, blocks = taken_apart(written, how)
     response = thought.response if thought.closed or not thought.opened else ""
     everything = f"{thought.thinking}\n{thought.response}"
     repeated = repetition(everything)
     thinking, answering = _lengths(thought, response, written.tokens, repeated.units)
+    followed = _followed(asked, response, thought.thinking if thought.closed else "")
     foreign = [foreign_share(asked.text, part) for part in (thought.thinking, response)]
     return Measured(
         opened=thought.opened,
@@ -154,12 +161,21 @@ def measure(asked: Asked, written: Written, how: Reading) -> Measured:
         repetition=repeated,
         foreign=0.0 if _other_language(asked) else max(foreign),
         correct=None if asked.key is None else asked.key.right(response),
-        followed=tuple(follows(asked, response)) if asked.instructions else None,
+        followed=followed[0],
+        heeded=followed[1],
     )
 
 
+def _followed(asked: Asked, response: str, thinking: str) -> list[tuple[bool, ...] | None]:
+    """Of the instructions for the response and of those for the thinking; None without any."""
+    found = follows(asked, response, thinking)
+    pairs = list(zip(asked.instructions, found, strict=True))
+    parts = [tuple(good for one, good in pairs if one.binds_thinking is of) for of in (False, True)]
+    return [part or None for part in parts]
+
+
 def _other_language(asked: Asked) -> bool:
-    return any(item.kind == _OTHER_LANGUAGES for item in asked.instructions)
+    return any(item.rule == _OTHER_LANGUAGES for item in asked.instructions)
 
 
 def _lengths(
@@ -196,6 +212,7 @@ FAULTS = (
     Fault("other language", lambda m: m.switched),
     Fault("wrong answer", lambda m: _not(m.correct)),
     Fault("instruction not followed", lambda m: _not(m.obedient)),
+    Fault("thinking not as told", lambda m: _not(m.mindful)),
 )
 
 

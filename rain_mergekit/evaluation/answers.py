@@ -24,7 +24,8 @@ class Behaviour:
     tokens: mean length of the blocks that were closed, None if there is none; length: of all that
     was written; middle: its median. instructions, followed, obedient: instructions that a rule can
     check, those followed, and prompts with all of theirs followed, out of `asked` prompts that have
-    any. keys, correct: prompts whose answer is known, and those answered rightly.
+    any. bound, heeded: prompts with instructions for the thinking, and those whose thinking follows
+    all of them. keys, correct: prompts whose answer is known, and those answered rightly.
     """
 
     prompts: int
@@ -44,6 +45,8 @@ class Behaviour:
     correct: int = 0
     length: float = 0.0
     middle: float = 0.0
+    bound: int = 0
+    heeded: int = 0
 
     @property
     def broken(self) -> int:
@@ -82,6 +85,8 @@ def behaviour(answers: Sequence[Measured]) -> Behaviour:
         keys=len(keys),
         correct=sum(bool(one.correct) and _responds(one) for one in keys),
         length=fmean(one.tokens for one in answers) if answers else 0.0,
+        bound=sum(one.mindful is not None for one in answers),
+        heeded=sum(one.mindful is True for one in answers),
         middle=median(one.tokens for one in answers) if answers else 0.0,
     )
 
@@ -109,6 +114,7 @@ COUNTS = (
     Count("other language", lambda b: b.switched, lambda b: b.prompts),
     Count("right answers", lambda b: b.correct, lambda b: b.keys, bad=False),
     Count("instructions followed", lambda b: b.obedient, lambda b: b.asked, bad=False),
+    Count("thinking as told", lambda b: b.heeded, lambda b: b.bound, bad=False),
 )
 
 

@@ -44,6 +44,7 @@ METRICS = (
     Metric("correct", "right answer", 1, True, lambda m: m.correct),
     Metric("followed", "instructions followed", 1, True, lambda m: m.obedient),
     Metric("both", "right and followed", 1, True, lambda m: m.both),
+    Metric("heeded", "thinking as told", 1, True, lambda m: m.mindful),
     Metric("tokens", "tokens", 0, False, lambda m: m.tokens),
     Metric("thinking", "tokens of thinking", 0, False, lambda m: m.thinking),
     Metric("answering", "tokens of the response", 0, False, lambda m: m.answering),

@@ -11,18 +11,31 @@ from rain_mergekit.instructions.answer_key import AnswerKey, read_key
 from rain_mergekit.system.json_fields import Fields
 from rain_mergekit.system.json_samples import StrPath, read_samples
 
+# Before a rule's id: the instruction is about the thinking, not about the response.
+THINKING = "thinking:"
+
 
 @dataclass(frozen=True)
 class Instruction:
     """The rule's id, its arguments, and its text in the prompt where that is given.
 
-    label: names it in messages.
+    kind: the id, after `thinking:` where the thinking must follow it. label: names it in messages.
     """
 
     kind: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     spans: tuple[str, ...] = ()
     label: str = "kwargs"
+
+    @property
+    def binds_thinking(self) -> bool:
+        """Whether it is about the thinking."""
+        return self.kind.startswith(THINKING)
+
+    @property
+    def rule(self) -> str:
+        """The id of its rule."""
+        return self.kind.removeprefix(THINKING)
 
 
 @dataclass(frozen=True)
