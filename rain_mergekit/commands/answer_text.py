@@ -10,7 +10,9 @@ from rain_mergekit.system.untrusted_input import shortened
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
     from rain_mergekit.evaluation.comparison import Difference, Example
+    from rain_mergekit.evaluation.strengths import Strength
 
+_OVER_LAMBDA = ("whole", "correct", "followed", "both", "heeded")
 _SHOWN = 240  # characters of an answer
 
 
@@ -78,6 +80,21 @@ def sentence(name: str, found: Sequence[Difference]) -> str:
 
 def _phrase(one: Difference) -> str:
     return f"{one.metric.label} {100 * one.mean:+.0f} points"
+
+
+def strength_lines(found: Sequence[Strength]) -> Iterator[str]:
+    """One line a lambda, in percent; those that no other beats are marked."""
+    from rain_mergekit.evaluation.strengths import best  # noqa: PLC0415
+
+    columns = [name for name in _OVER_LAMBDA if all(name in one.means for one in found)]
+    marked = best(found)
+    yield f"{'lambda':>8}{'L_think':>11}" + "".join(f"{n:>10}" for n in (*columns, "tokens"))
+    for one in found:
+        known = "-" if one.l_think is None else f"{one.l_think:.3g}"
+        cells = "".join(f"{100 * one.means[name]:>10.1f}" for name in columns)
+        mark = "  *" if one.name in marked else ""
+        yield f"{one.strength:>8g}{known:>11}{cells}{one.means['tokens']:>10.0f}{mark}"
+    yield "  * no other strength is better in one and as good in the other"
 
 
 def example_lines(found: Sequence[Example]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
     from rain_mergekit.evaluation.answer_files import AnswerSet
     from rain_mergekit.evaluation.comparison import Difference, Example
+    from rain_mergekit.evaluation.strengths import Strength
 
 _WORSE = 3
-_EXAMPLES = ("whole", "looped", "correct", "followed")
+_EXAMPLES = ("whole", "looped", "correct", "followed", "heeded")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class CompareOptions:
     bounds: dict[str, float]
     examples: int
     html: str | None
+    sweep: str | None
     as_json: bool
     talk: Talk
 
@@ -77,6 +79,13 @@ def _parse_bounds(_context: object, _option: object, values: tuple[str, ...]) ->
     help="Show this many prompts lost, and won, of each kind.",
 )
 @click.option("--html", type=click.Path(), metavar="FILE", help="Write a page with pictures too.")
+@click.option(
+    "--sweep",
+    type=click.Path(),
+    metavar="DIR",
+    help="What `mergekit-rain sweep` wrote, for L_think beside the answers of files that are named "
+    "lambda-NUMBER.jsonl, as its folders are.",
+)
 @json_option
 @output_options
 @typed(CompareOptions)
@@ -84,9 +93,10 @@ def compare(options: CompareOptions) -> None:
     """Compare the answers of B, C, ... with those of A, prompt by prompt.
 
     A, B and C are files that `mergekit-rain ask` has written; A is usually the reasoning model.
-    Intervals are those of a bootstrap over prompts.
+    Intervals are those of a bootstrap over prompts. Files named lambda-NUMBER.jsonl are one merge
+    at several strengths: they get curves.
     """
-    from rain_mergekit.commands import answer_text  # noqa: PLC0415 - keeps --help fast
+    from rain_mergekit.commands.comparison_json import content  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.evaluation.comparison import broken_bounds  # noqa: PLC0415
 
     console = options.talk.console(quiet=options.as_json)
@@ -95,16 +105,14 @@ def compare(options: CompareOptions) -> None:
 
         check_page(options.html)
     first, *others = _read(options.answers)
+    over = _strengths(others, options.sweep)
     found = {other.name: _pair(first, other, options) for other in others}
     broken = {name: broken_bounds(pair[0], options.bounds) for name, pair in found.items()}
     if options.as_json:
-        print_json("compare", _content([first, *others], found, broken))
-    for line in answer_text.fault_lines([first, *others]):
-        console.print(line)
-    for name, (rows, examples) in found.items():
-        _show(first.name, name, rows, examples, console)
+        print_json("compare", content([first, *others], found, broken, over))
+    _print([first, *others], found, over, console)
     if options.html is not None:
-        _write_page(options.html, [first, *others], found)
+        _write_page(options.html, [first, *others], found, over)
         console.print(f"Wrote {options.html}")
     for name, items in broken.items():
         for one, bound in items:
@@ -141,6 +149,24 @@ def _pair(
     return rows, examples(first, other, _EXAMPLES, options.examples)
 
 
+def _print(
+    sets: list[AnswerSet],
+    found: dict[str, tuple[list[Difference], list[Example]]],
+    over: list[Strength],
+    console: Console,
+) -> None:
+    from rain_mergekit.commands import answer_text  # noqa: PLC0415
+
+    for line in answer_text.fault_lines(sets):
+        console.print(line)
+    if len(over) > 1:
+        console.heading("\nThe strengths, percent:")
+        for line in answer_text.strength_lines(over):
+            console.print(line)
+    for name, (rows, examples) in found.items():
+        _show(sets[0].name, name, rows, examples, console)
+
+
 def _show(
     first: str, name: str, rows: list[Difference], examples: list[Example], console: Console
 ) -> None:
@@ -159,53 +185,22 @@ def _show(
     console.heading(f"Verdict: {answer_text.sentence(name, rows)}")
 
 
-def _content(
-    sets: list[AnswerSet],
-    found: dict[str, tuple[list[Difference], list[Example]]],
-    broken: dict[str, list[tuple[Difference, float]]],
-) -> dict[str, Any]:
-    from rain_mergekit.commands.answer_text import sentence  # noqa: PLC0415
-    from rain_mergekit.evaluation.answer_summary import answer_row, summary  # noqa: PLC0415
+def _strengths(sets: list[AnswerSet], swept: str | None) -> list[Strength]:
+    from rain_mergekit.evaluation.strengths import read_divergences, strengths  # noqa: PLC0415
 
-    pairs = [
-        {
-            "first": sets[0].name,
-            "second": name,
-            "verdict": sentence(name, rows),
-            "differences": [_difference(one) for one in rows],
-            "bounds_broken": [one.metric.name for one, _ in broken[name]],
-            "examples": [
-                {
-                    "metric": one.metric.name,
-                    "won": one.won,
-                    "first": answer_row(one.first),
-                    "second": answer_row(one.second),
-                }
-                for one in examples
-            ],
-        }
-        for name, (rows, examples) in found.items()
-    ]
-    return {"models": [summary(one) for one in sets], "pairs": pairs}
-
-
-def _difference(one: Difference) -> dict[str, Any]:
-    return {
-        "metric": one.metric.name,
-        "prompts": one.prompts,
-        "first": one.first,
-        "second": one.second,
-        "difference": one.mean,
-        "low": one.low,
-        "high": one.high,
-        "verdict": one.verdict,
-    }
+    found = strengths(sets, {} if swept is None else read_divergences(swept))
+    if swept is not None and not found:
+        raise click.UsageError("--sweep needs files of answers that are named lambda-NUMBER.jsonl")
+    return found
 
 
 def _write_page(
-    path: str, sets: list[AnswerSet], found: dict[str, tuple[list[Difference], list[Example]]]
+    path: str,
+    sets: list[AnswerSet],
+    found: dict[str, tuple[list[Difference], list[Example]]],
+    over: list[Strength],
 ) -> None:
     from rain_mergekit.report.comparison_page import render  # noqa: PLC0415 - imports matplotlib
     from rain_mergekit.report.page_file import write_page  # noqa: PLC0415
 
-    write_page(path, render(sets, found))
+    write_page(path, render(sets, found, over))

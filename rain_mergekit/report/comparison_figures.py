@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rain_mergekit.evaluation.comparison import Difference
+from rain_mergekit.evaluation.strengths import pareto
 from rain_mergekit.report.figures import COLOURS, drawn, label
 from rain_mergekit.report.svg import FAINT, INK
 
 _MEANING = {"better": COLOURS[2], "worse": COLOURS[1]}
 Points = Mapping[str, tuple[float, float]]
+Line = Sequence[tuple[float, float]]
 
 
 def intervals(prefix: str, rows: Sequence[Difference]) -> str:
@@ -49,12 +51,16 @@ def quality(prefix: str, across: str, up: str, points: Points, *, less: bool) ->
     return drawn(prefix, f"{up} by {across}", draw)
 
 
-def pareto(points: Sequence[tuple[float, float]], *, less: bool) -> list[tuple[float, float]]:
-    """The points that no other beats in one coordinate without losing in the other, in order."""
-    sign = -1.0 if less else 1.0
-    best, found = float("-inf"), []
-    for x, y in sorted(points, key=lambda point: (-sign * point[0], -point[1])):
-        if y > best:
-            best = y
-            found.append((x, y))
-    return sorted(found)
+def curves(prefix: str, lines: Mapping[str, Line]) -> str:
+    """A line a quality over lambda, in percent."""
+
+    def draw(axes: Any) -> None:
+        for index, (name, points) in enumerate(lines.items()):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, ms=5,
+                      lw=1.4, label=label(name))  # fmt: skip
+        axes.set(xlabel="lambda", ylabel="percent", ylim=(-4, 104))
+        axes.grid(visible=True, color=FAINT, alpha=0.25, lw=0.5)
+        axes.legend(fontsize=9, loc="best", handlelength=1.2)
+
+    return drawn(prefix, "qualities over lambda", draw)

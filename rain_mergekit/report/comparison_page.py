@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
 from rain_mergekit.evaluation.answer_measures import FAULTS, faults
 from rain_mergekit.evaluation.answer_summary import fault_counts, means
-from rain_mergekit.evaluation.comparison import Difference, Example
+from rain_mergekit.evaluation.comparison import METRICS, Difference, Example
+from rain_mergekit.evaluation.strengths import Strength, quality
 from rain_mergekit.report import comparison_figures
 from rain_mergekit.report.picture import Picture
 from rain_mergekit.report.templates import fill
 
 Pairs = Mapping[str, tuple[Sequence[Difference], Sequence[Example]]]
+_OVER_LAMBDA = ("whole", "correct", "followed", "both", "heeded")
 _LONGEST = 6000  # characters of an answer on the page
 
 
@@ -23,8 +25,11 @@ class _Side:
     faults: str
 
 
-def render(sets: Sequence[AnswerSet], pairs: Pairs) -> str:
-    """The page as HTML text; the first set is the one that the others are compared with."""
+def render(sets: Sequence[AnswerSet], pairs: Pairs, found: Sequence[Strength] = ()) -> str:
+    """The page as HTML text; the first set is the one that the others are compared with.
+
+    found: those that are one merge at several strengths, which get curves.
+    """
     counts = {one.name: fault_counts(one) for one in sets}
     rows = [
         (fault.name, [counts[one.name].get(fault.name) for one in sets])
@@ -37,6 +42,7 @@ def render(sets: Sequence[AnswerSet], pairs: Pairs) -> str:
         sets=sets,
         rows=rows,
         overview=list(_overview(sets)),
+        curves=list(_curves(found)),
         pairs=[
             (name, rows, list(_intervals(index, rows)), [_sides(one) for one in examples])
             for index, (name, (rows, examples)) in enumerate(pairs.items())
@@ -56,6 +62,26 @@ def _overview(sets: Sequence[AnswerSet]) -> Iterator[Picture]:
         if points:
             svg = comparison_figures.quality(f"q-{name}", "tokens", up, points, less=True)
             yield Picture(svg, f"{up[0].upper()}{up[1:]}, by tokens", name)
+
+
+def _curves(found: Sequence[Strength]) -> Iterator[Picture]:
+    """What each strength does, and quality by L_think where that was measured."""
+    if len(found) < 2:
+        return
+    lines = {
+        metric.label: [(s.strength, 100 * s.means[metric.name]) for s in found]
+        for metric in METRICS
+        if metric.name in _OVER_LAMBDA and all(metric.name in s.means for s in found)
+    }
+    yield Picture(comparison_figures.curves("c", lines), "Qualities over lambda", "lambda")
+    name = quality(found)
+    points = {
+        f"{s.strength:g}": (s.l_think, 100 * s.means[name]) for s in found if s.l_think is not None
+    }
+    if points:
+        up = next(metric.label for metric in METRICS if metric.name == name)
+        svg = comparison_figures.quality("d", "L_think, nats", f"{up}, percent", points, less=True)
+        yield Picture(svg, f"{up[0].upper()}{up[1:]}, by L_think", "l_think")
 
 
 def _intervals(index: int, rows: Sequence[Difference]) -> Iterator[Picture]:
