@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     MarkerPairs,
@@ -39,6 +39,7 @@ class AutoOptions:
     fit: str
     strength: float
     yes: bool
+    as_json: bool
     reasoning_data: str | None
     instruction_data: str | None
     prompts: tuple[str, ...]
@@ -61,6 +62,7 @@ class AutoOptions:
 @click.argument("models", nargs=-1, required=True, metavar="REASONING INSTRUCT [PRETRAINED]")
 @click.option("-o", "--out", required=True, type=click.Path(), help="The folder of the result.")
 @click.option("-y", "--yes", is_flag=True, help="Start without asking.")
+@json_option
 @click.option(
     "--fit",
     type=click.Choice(["streams", "projection"]),
@@ -108,7 +110,7 @@ def auto(options: AutoOptions) -> None:
     from rain_mergekit.auto.job import Job  # noqa: PLC0415
     from rain_mergekit.auto.run import run_auto  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     device = pick_device(options.device)
     job = Job(
@@ -121,6 +123,8 @@ def auto(options: AutoOptions) -> None:
         command=shlex.join(["mergekit-rain", *sys.argv[1:]]),
     )
     verdict = run_auto(job, console, lambda: options.yes or _ask())
+    if options.as_json:
+        print_json("auto", {"folder": options.out, "verdict": verdict})
     if verdict is None:
         console.print("Nothing was written.")
     elif verdict == "damaged":
@@ -133,6 +137,8 @@ def _check_usage(options: AutoOptions) -> None:
         raise click.UsageError(f"two or three models are expected, found {count}")
     if options.fit == "projection" and count == 2:
         raise click.UsageError("--fit projection needs the pretrained model too: name it third")
+    if options.as_json and not options.yes:
+        raise click.UsageError("--json needs -y: there is nobody to be asked")
     if options.prompts and options.reasoning_data:
         raise click.UsageError("--prompts and --reasoning-data exclude each other")
 
@@ -151,7 +157,7 @@ def _request(options: AutoOptions) -> Any:
         fit=options.fit,
         strength=options.strength,
         markers=options.markers,
-        chat_template_kwargs=json.dumps(options.chat_template_kwargs, sort_keys=True),
+        chat_template_kwargs=options.chat_template_kwargs,
         reasoning_data=options.reasoning_data,
         instruction_data=options.instruction_data,
         prompts=options.prompts,

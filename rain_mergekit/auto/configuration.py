@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +61,8 @@ def _section(places: Places, request: Request) -> dict[str, Any]:
     }
     if request.markers:
         section["markers"] = [{"open": one, "close": other} for one, other in request.markers]
-    if template := json.loads(request.chat_template_kwargs):
-        section["chat_template_kwargs"] = template
+    if request.chat_template_kwargs:
+        section["chat_template_kwargs"] = dict(request.chat_template_kwargs)
     return section
 
 

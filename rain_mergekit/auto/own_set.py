@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ def texts_of(request: Request, path: str, count: int | None = None) -> Texts:
         path=path,
         count=count,
         markers=Markers.of(request.markers) if request.markers else None,
-        chat_template_kwargs=json.loads(request.chat_template_kwargs),
+        chat_template_kwargs=request.chat_template_kwargs,
     )
 
 
@@ -87,7 +86,7 @@ def write_own_set(
         count=None,
         attempts=1,
         markers=request.markers,
-        chat_template_kwargs=json.loads(request.chat_template_kwargs),
+        chat_template_kwargs=request.chat_template_kwargs,
         asking=asking,
         loading=loading,
         talk=talk,

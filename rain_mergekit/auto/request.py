@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Request:
     fit: str
     strength: float
     markers: tuple[tuple[str, str], ...] = ()
-    chat_template_kwargs: str = "{}"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     reasoning_data: str | None = None
     instruction_data: str | None = None
     prompts: tuple[str, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,7 +65,7 @@ def _look(
 ) -> tuple[Mapping[str, Candidate], str, Sets]:
     """The roles, the YAML, and the sets to begin with; says who is who and what it will take."""
     request = job.request
-    load, template = job.run.load, json.loads(request.chat_template_kwargs)
+    load, template = job.run.load, request.chat_template_kwargs
     found = []
     for number, name in enumerate(request.models):
         folder = place / str(number)

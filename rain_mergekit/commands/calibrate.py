@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     Talk,
@@ -35,6 +36,7 @@ class CalibrateOptions:
     snapshot_every: float
     deterministic: bool
     plan: bool
+    as_json: bool
     threads: int | None
     loading: Loading
     talk: Talk
@@ -65,6 +67,7 @@ class CalibrateOptions:
 @click.option(
     "--plan", is_flag=True, help="Print what it will need (memory, disk, operations) and stop."
 )
+@json_option
 @loading_options
 @output_options
 @typed(CalibrateOptions)
@@ -78,11 +81,11 @@ def calibrate(options: CalibrateOptions) -> None:
     """
     from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
-    from rain_mergekit.commands.run_calibration import next_step, run_calibration  # noqa: PLC0415
+    from rain_mergekit.commands.run_calibration import content, next_step, run_calibration  # noqa: PLC0415
     from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
 
     leader = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    console = options.talk.console(quiet=not leader)
+    console = options.talk.console(quiet=not leader or options.as_json)
     console.setup()
     run = RunOptions(
         load=options.loading.options(),
@@ -96,7 +99,11 @@ def calibrate(options: CalibrateOptions) -> None:
     )
     config = read_config(options.config)
     if options.plan:
-        show_plan(config, run, console)
+        found = show_plan(config, run, console)
+        if options.as_json and leader:
+            print_json("calibrate", {"plan": {"peak": found.peak, **asdict(found)}})
         return
-    run_calibration(config, run, console, options.threads)
+    summary = run_calibration(config, run, console, options.threads)
+    if options.as_json and leader:
+        print_json("calibrate", {"calibration": content(summary)})
     next_step(config, run.load, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import output_options
 
 
@@ -15,8 +16,11 @@ from rain_mergekit.commands.options import output_options
     type=click.Path(),
     help="The calibration file  [default: the one that the merge names]",
 )
+@json_option
 @output_options
-def card(merged: str, calibration: str | None, *, quiet: bool, verbosity: int) -> None:
+def card(
+    merged: str, calibration: str | None, *, as_json: bool, quiet: bool, verbosity: int
+) -> None:
     """Add how the model in the folder MERGED was made to its README.md, or renew that part.
 
     It goes between two comments, and tags go to the head of the page. All other text stays as it
@@ -25,6 +29,8 @@ def card(merged: str, calibration: str | None, *, quiet: bool, verbosity: int) -
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.report.model_card import write_card  # noqa: PLC0415 - keeps --help fast
 
-    console = Console(quiet=quiet, verbosity=verbosity)
+    console = Console(quiet=quiet or as_json, verbosity=verbosity)
     changed = write_card(merged, calibration)
     console.heading(f"{'Wrote' if changed else 'Nothing to change in'} {merged}/README.md")
+    if as_json:
+        print_json("card", {"file": f"{merged}/README.md", "changed": changed})

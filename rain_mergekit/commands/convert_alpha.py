@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import output_options
 from rain_mergekit.system.wording import counted
 
@@ -15,9 +16,10 @@ from rain_mergekit.system.wording import counted
 @click.argument("alpha", metavar="ALPHA.json", type=click.Path())
 @click.argument("calibration", metavar="CALIB", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="The new file.")
+@json_option
 @output_options
 def convert_alpha(
-    alpha: str, calibration: str, output: str, *, quiet: bool, verbosity: int
+    alpha: str, calibration: str, output: str, *, as_json: bool, quiet: bool, verbosity: int
 ) -> None:
     """Write CALIB with the coefficients of ALPHA.json, from the published scripts' second stage.
 
@@ -32,7 +34,7 @@ def convert_alpha(
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.console import Console  # noqa: PLC0415
 
-    console = Console(quiet=quiet, verbosity=verbosity)
+    console = Console(quiet=quiet or as_json, verbosity=verbosity)
     found = read_alpha(alpha)
     from pathlib import Path  # noqa: PLC0415
 
@@ -50,4 +52,7 @@ def convert_alpha(
     if missing:
         names = ", ".join(map(str, missing))
         console.warn(f"no coefficients for layer {names}: not merged there, as by the scripts")
+    if as_json:
+        facts = {"layers": count, "heads": found.heads, "without": list(missing)}
+        print_json("convert-alpha", {"file": output, **facts})
     console.print("Next: name it in parameters.calibration, and merge with mergekit-yaml")

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from rain_mergekit.commands.asking import writer_of
 from rain_mergekit.commands.data_options import BuildOptions
+from rain_mergekit.commands.json_output import print_json
 from rain_mergekit.commands.options import given_markers
 from rain_mergekit.errors import RainError
 
@@ -81,6 +84,24 @@ def build(
             f"  every answer is kept in {journal.path}: another --count asks for none again"
         )
     console.print(f"Next: mergekit-rain data check {output}{_reading(options)}")
+    if options.as_json:
+        context = click.get_current_context().info_name
+        print_json(f"data {context}", _content(found, chosen, output))
+
+
+def _content(
+    found: Collected[Candidate], chosen: Sequence[Candidate], output: str
+) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "file": output,
+        "samples": len(chosen),
+        "answers": found.asked,
+        "new": found.generated,
+        "usable": len(found.kept),
+        "dropped": dict(found.dropped),
+        "groups": dict(Counter(group for item in chosen for group in item.groups if group)),
+    }
 
 
 def _reading(options: BuildOptions) -> str:

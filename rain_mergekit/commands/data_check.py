@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     MarkerPairs,
@@ -47,6 +48,7 @@ class CheckOptions:
     file: str
     model: str | None
     show: int
+    as_json: bool
     window: int
     markers: MarkerPairs
     chat_template_kwargs: dict[str, Any]
@@ -67,6 +69,7 @@ class CheckOptions:
     help="The sample to print; 0: none.",
 )
 @click.option("--window", type=click.IntRange(min=0), default=5, show_default=True)
+@json_option
 @markers_option
 @template_option
 @loading_options
@@ -83,7 +86,7 @@ def check(options: CheckOptions) -> None:
     from rain_mergekit.models.tokenizer import load_tokenizer  # noqa: PLC0415
     from rain_mergekit.text.marker_detection import find_markers, written_markers  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     tokenizer = None
     if options.model:
@@ -93,7 +96,10 @@ def check(options: CheckOptions) -> None:
     if markers is None and tokenizer is not None:
         markers = find_markers(file, tokenizer, template)
     checked = check_set(file, tokenizer, markers or written_markers(file), options.window, template)
-    _count(file, checked, console, "tokens" if options.model else "characters")
+    unit = "tokens" if options.model else "characters"
+    if options.as_json:
+        print_json("data check", _content(checked, unit))
+    _count(file, checked, console, unit)
     if options.show:
         _show(checked, options.show, console)
     _next(checked, file, console)
@@ -108,13 +114,38 @@ def _count(file: str, checked: Checked, console: Console, unit: str) -> None:
     console.print(
         f"  {min(lengths)} to {max(lengths)} {unit}, half of them below {median(lengths):.0f}"
     )
-    if checked.kind == "instruction":
-        kinds = Counter(span.instruction_id for s in data.samples for span in s.spans)
+    if kinds := _kinds(checked):
         listed = ", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))
         text = f"{sum(kinds.values())} instructions: {listed}"
         console.print(fill(clean(text), 80, initial_indent="  ", subsequent_indent="    "))
     for source, reason in data.skipped:
         console.warn(f"{source}: skipped: {reason}")
+
+
+def _kinds(checked: Checked) -> Counter[str]:
+    """How often each instruction comes; empty for a reasoning set."""
+    if checked.kind != "instruction":
+        return Counter()
+    return Counter(span.instruction_id for s in checked.data.samples for span in s.spans)
+
+
+def _content(checked: Checked, unit: str) -> dict[str, Any]:
+    """The same for programs."""
+    from rain_mergekit.commands.run_calibration import used  # noqa: PLC0415
+
+    lengths = [len(sample.input_ids) for sample in checked.data.samples]
+    return {
+        "kind": checked.kind,
+        **used(checked.data),
+        "markers": [list(pair) for pair in checked.markers.pairs],
+        "length": {
+            "unit": unit,
+            "min": min(lengths),
+            "median": median(lengths),
+            "max": max(lengths),
+        },
+        "instructions": dict(_kinds(checked)),
+    }
 
 
 def _show(checked: Checked, number: int, console: Console) -> None:

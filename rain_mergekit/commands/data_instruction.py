@@ -46,7 +46,7 @@ def instruction(options: BuildOptions) -> None:
     """
     from rain_mergekit.data_building.constraints import read_constrained  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     found = read_constrained(*options.prompts)
     for source, reason in found.left_out[:_SHOWN]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from rain_mergekit.commands.asking import Asking, asking_options
+from rain_mergekit.commands.json_output import json_option
 from rain_mergekit.commands.options import (
     Loading,
     MarkerPairs,
@@ -37,6 +38,7 @@ class BuildOptions:
     asking: Asking
     loading: Loading
     talk: Talk
+    as_json: bool = False
 
 
 def building_options(default_output: str, prompts: Callable[[F], F]) -> Callable[[F], F]:
@@ -59,6 +61,7 @@ def building_options(default_output: str, prompts: Callable[[F], F]) -> Callable
         asking_options("Longer answers are dropped."),
         markers_option,
         template_option,
+        json_option,
         loading_options,
         output_options,
     )

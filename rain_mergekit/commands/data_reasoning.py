@@ -45,7 +45,7 @@ def reasoning(options: BuildOptions) -> None:
     """
     from rain_mergekit.data_building.prompts import gather_prompts  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     build(gather_prompts(options.prompts), candidate, options, console)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import Talk, output_options, typed
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.shipped_files import TRIO, shipped
@@ -28,11 +29,13 @@ class ExamplesOptions:
     """What the command line says."""
 
     folder: str
+    as_json: bool
     talk: Talk
 
 
 @click.command(epilog="\b\nExample:\n  mergekit-rain examples .")
 @click.argument("folder", metavar="DIR", type=click.Path(), default=".")
+@json_option
 @output_options
 @typed(ExamplesOptions)
 def examples(options: ExamplesOptions) -> None:
@@ -43,9 +46,11 @@ def examples(options: ExamplesOptions) -> None:
     (two sets in plain English) and `trio` (three small models with their own sets). A file that is
     there already and differs is never overwritten.
     """
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     copy_examples(Path(options.folder))
     console.heading(f"Wrote {', '.join(_FOLDERS)} into {options.folder}")
+    if options.as_json:
+        print_json("examples", {"folder": options.folder, "folders": list(_FOLDERS)})
     console.print("Next: copy one of the files in configs, and name your models in it")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import output_options
 
 
@@ -25,9 +26,17 @@ from rain_mergekit.commands.options import output_options
     show_default=True,
     help="The type of the stored factors.",
 )
+@json_option
 @output_options
 def export_lora(
-    calibration: str, out: str, *, strength: float, dtype: str, quiet: bool, verbosity: int
+    calibration: str,
+    out: str,
+    *,
+    strength: float,
+    dtype: str,
+    as_json: bool,
+    quiet: bool,
+    verbosity: int,
 ) -> None:
     """Write the changes in CALIB to the folder OUT as a LoRA adapter for PEFT.
 
@@ -42,7 +51,7 @@ def export_lora(
     from rain_mergekit.system.staged_folder import staged_folder  # noqa: PLC0415
     from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
-    console = Console(quiet=quiet, verbosity=verbosity)
+    console = Console(quiet=quiet or as_json, verbosity=verbosity)
     file = CalibrationFile.open(calibration)
     try:
         with staged_folder(out) as stage:
@@ -52,4 +61,6 @@ def export_lora(
     console.heading(f"Wrote {out}")
     modules = counted(len(ranks), "module")
     console.print(f"  {modules}, rank {min(ranks.values())} to {max(ranks.values())}")
+    if as_json:
+        print_json("export-lora", {"folder": out, "ranks": ranks})
     console.print(f"Next: load it with PEFT on {file.models['reasoning'].reference}")

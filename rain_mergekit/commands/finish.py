@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import Loading, Talk, loading_options, output_options, typed
 
 
@@ -14,12 +15,14 @@ class FinishOptions:
     """What the command line says."""
 
     merged: str
+    as_json: bool
     loading: Loading
     talk: Talk
 
 
 @click.command(epilog="\b\nExample:\n  mergekit-rain finish ./merged")
 @click.argument("merged", type=click.Path())
+@json_option
 @loading_options
 @output_options
 @typed(FinishOptions)
@@ -32,6 +35,8 @@ def finish(options: FinishOptions) -> None:
     """
     from rain_mergekit.commands.run_finish import finish_folder  # noqa: PLC0415 - keeps --help fast
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
-    finish_folder(options.merged, options.loading.options(), console)
+    changed = finish_folder(options.merged, options.loading.options(), console)
+    if options.as_json:
+        print_json("finish", {"folder": options.merged, "changed": changed})

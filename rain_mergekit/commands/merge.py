@@ -14,6 +14,7 @@ from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.checks.vocabulary_sizes import require_mergeable
 from rain_mergekit.commands.console import Console
 from rain_mergekit.commands.host_merge import merge_into
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     budget_option,
     deterministic_option,
@@ -44,6 +45,7 @@ class MergeCommandOptions:
     calibration_dtype: str | None
     activation_budget: int
     deterministic: bool
+    as_json: bool
     merge_options: MergeOptions
 
 
@@ -56,6 +58,7 @@ class MergeCommandOptions:
 @dtype_option("--calibration-dtype")
 @budget_option
 @deterministic_option
+@json_option
 @add_merge_options  # type: ignore[untyped-decorator] # mergekit publishes no types
 @typed(MergeCommandOptions)
 def merge(options: MergeCommandOptions) -> None:
@@ -65,7 +68,8 @@ def merge(options: MergeCommandOptions) -> None:
     same device, caches and verbosity. OUT is filled only when everything has succeeded.
     """
     config, out, merge_options = options.config, options.out, options.merge_options
-    console = Console(quiet=merge_options.quiet, verbosity=merge_options.verbosity)
+    quiet = merge_options.quiet or options.as_json
+    console = Console(quiet=quiet, verbosity=merge_options.verbosity)
     console.setup(logs=False)
     merge_options.apply_global_options()
     if not console.progress:
@@ -81,6 +85,8 @@ def merge(options: MergeCommandOptions) -> None:
         quiet=not console.progress,
     )
     make(parsed, out, Making(merge_options, run, again=options.recalibrate), console)
+    if options.as_json:
+        print_json("merge", {"folder": out, "calibration": str(parsed.calibration)})
 
 
 @dataclass(frozen=True)

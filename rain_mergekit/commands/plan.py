@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.commands.console import Console, size
@@ -10,7 +11,7 @@ from rain_mergekit.config.merge_config import RainConfig
 _TERA = 1e12
 
 
-def show_plan(config: RainConfig, options: RunOptions, console: Console) -> None:
+def show_plan(config: RainConfig, options: RunOptions, console: Console) -> Estimate:
     """Memory by part, disk, operations, and the largest size of the file."""
     found = plan(config, options)
     console.heading("This calibration needs about")
@@ -22,3 +23,4 @@ def show_plan(config: RainConfig, options: RunOptions, console: Console) -> None
     console.print(f"  to read: {size(found.read_bytes)} of weights")
     forward, statistics = found.forward_flops / _TERA, found.statistics_flops / _TERA
     console.print(f"  to compute: {forward:.3g} TFLOP forward, {statistics:.3g} TFLOP statistics")
+    return found

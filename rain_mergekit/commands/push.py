@@ -6,10 +6,15 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import Talk, output_options, typed
+
+if TYPE_CHECKING:
+    from rain_mergekit.publish.upload import Upload
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class PushOptions:
     public: bool
     with_data: bool
     dry_run: bool
+    as_json: bool
     talk: Talk
 
 
@@ -30,6 +36,7 @@ class PushOptions:
 @click.option("--public", is_flag=True, help="For everybody to see  [default: private]")
 @click.option("--with-data", is_flag=True, help="The calibration sets too.")
 @click.option("--dry-run", is_flag=True, help="List the files and stop.")
+@json_option
 @output_options
 @typed(PushOptions)
 def push(options: PushOptions) -> None:
@@ -45,7 +52,7 @@ def push(options: PushOptions) -> None:
     from rain_mergekit.commands.moving_bar import moving_bar  # noqa: PLC0415
     from rain_mergekit.publish.upload import prepare, send  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     command = shlex.join(["mergekit-rain", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="rain-push-") as place:
@@ -58,11 +65,20 @@ def push(options: PushOptions) -> None:
             console.print(f"  {size(path.stat().st_size):>12}  {name}")
         if options.dry_run:
             console.print(f"{size(upload.bytes)} in all; nothing was sent")
+            _tell(upload, None, options)
             return
         console.print(f"Sending {size(upload.bytes)}")
         url = send(upload, options.name, public=options.public)
+        _tell(upload, url, options)
     console.heading(f"It is at {url}, {'for everybody' if options.public else 'private'}")
     console.print(f"Make it again anywhere: mergekit-rain reproduce {options.name}")
+
+
+def _tell(upload: Upload, url: str | None, options: PushOptions) -> None:
+    """The result for programs; url None: nothing was sent."""
+    if options.as_json:
+        files = {name: path.stat().st_size for name, path in upload.files.items()}
+        print_json("push", {"url": url, "public": options.public, "files": files})
 
 
 def _bytes(folder: Path) -> int:

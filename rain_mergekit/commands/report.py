@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     Talk,
@@ -46,6 +47,7 @@ class ReportOptions:
     drift: bool
     task_vectors: bool | None
     subspace: int
+    as_json: bool
     threads: int | None
     activation_budget: int
     device: str
@@ -87,6 +89,7 @@ class ReportOptions:
     show_default=True,
     help="How many of the strongest directions to compare.",
 )
+@json_option
 @budget_option
 @device_option()
 @dtype_option()
@@ -105,7 +108,7 @@ def report(options: ReportOptions) -> None:
     from rain_mergekit.report.extra import require_matplotlib  # noqa: PLC0415
     from rain_mergekit.report.page_file import protect_foreign, write_page  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     require_matplotlib()
     from rain_mergekit.report.page import render  # noqa: PLC0415 - imports it
 
@@ -115,6 +118,8 @@ def report(options: ReportOptions) -> None:
     page = render(file, merged, _vectors(file, options, console))
     write_page(options.output, page)
     console.heading(f"Wrote {options.output}")
+    if options.as_json:
+        print_json("report", {"file": options.output})
 
 
 def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) -> TaskVectors | str:

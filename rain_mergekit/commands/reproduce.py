@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import (
     Loading,
     Talk,
@@ -36,6 +37,7 @@ class ReproduceOptions:
     instruct: str | None
     pretrained: str | None
     device: str
+    as_json: bool
     loading: Loading
     talk: Talk
 
@@ -49,6 +51,7 @@ class ReproduceOptions:
 @click.option("--instruct", metavar="MODEL", help="Where the instruct model is now.")
 @click.option("--pretrained", metavar="MODEL", help="Where the pretrained model is now.")
 @device_option()
+@json_option
 @loading_options
 @output_options
 @typed(ReproduceOptions)
@@ -72,7 +75,7 @@ def reproduce(options: ReproduceOptions) -> None:
     from rain_mergekit.publish.record import read_record  # noqa: PLC0415
     from rain_mergekit.system.staged_folder import staged_folder  # noqa: PLC0415
 
-    console = options.talk.console()
+    console = options.talk.console(quiet=options.as_json)
     console.setup()
     device, load = pick_device(options.device), options.loading.options()
     folder = fetch(options.name, load.transformers_cache)
@@ -88,21 +91,30 @@ def reproduce(options: ReproduceOptions) -> None:
     completion = Completion.of(config, load)
     with staged_folder(options.out) as stage:
         fill(config, Path(options.out), stage, completion, Making(merge_options, run), console)
-    if not _compare(record, digests_with_bar(Path(options.out), console), console):
+    found = digests_with_bar(Path(options.out), console)
+    if options.as_json:
+        other = _differing(record, found)
+        print_json("reproduce", {"folder": options.out, "tensors": len(found), "different": other})
+    if not _compare(record, found, console):
         click.get_current_context().exit(_OTHER)
+
+
+def _differing(record: MergeRecord, found: dict[str, Any]) -> list[str]:
+    """Tensors that are not as they were published, missing and new ones too."""
+    wanted = record.tensors
+    return sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
 
 
 def _compare(record: MergeRecord, found: dict[str, Any], console: Console) -> bool:
     """Say what is alike and what is not; whether all is."""
     from rain_mergekit.publish.record import versions  # noqa: PLC0415
 
-    wanted = record.tensors
-    other = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
+    other = _differing(record, found)
     if not other:
         console.heading(f"The same bits: all {len(found)} tensors are those that were published")
         return True
     shown = ", ".join(other[:_SHOWN]) + (", ..." if len(other) > _SHOWN else "")
-    console.heading(f"{len(other)} of {len(wanted)} tensors are not the same bits: {shown}")
+    console.heading(f"{len(other)} of {len(record.tensors)} tensors are not the same bits: {shown}")
     now = versions()
     for name, version in record.versions.items():
         if now.get(name) != version:

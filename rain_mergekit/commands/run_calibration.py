@@ -86,6 +86,29 @@ def report(summary: CalibrationSummary, console: Console) -> None:
         console.warn(text)
 
 
+def content(summary: CalibrationSummary) -> dict[str, Any]:
+    """The same for programs."""
+    found = summary.samples
+    sets = {"reasoning": found.reasoning, "instruction": found.instruction}
+    return {
+        "file": str(summary.path),
+        "bytes": summary.bytes,
+        "seconds": summary.seconds,
+        "layers": summary.layers,
+        "first_layer": summary.first_layer,
+        "mean_rank": summary.mean_rank,
+        "markers": [list(pair) for pair in found.markers.pairs],
+        "samples": {name: None if data is None else used(data) for name, data in sets.items()},
+        "warnings": list(summary.warnings),
+    }
+
+
+def used(data: DataSet[Any]) -> dict[str, Any]:
+    """What was read of a set."""
+    skipped = [{"source": source, "reason": reason} for source, reason in data.skipped]
+    return {"file": data.path, "total": data.total, "used": len(data.samples), "skipped": skipped}
+
+
 def next_step(config: RainConfig, load: LoadOptions, console: Console) -> None:
     """What to run after a calibration, with the options without which it would not find a model."""
     words = [config.path, "./merged"]

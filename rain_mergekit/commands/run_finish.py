@@ -15,8 +15,10 @@ from rain_mergekit.models.weight_files import weight_files, write_index
 from rain_mergekit.system.wording import counted
 
 
-def finish_folder(merged: str, options: LoadOptions, console: Console) -> None:
-    """Put right what stock mergekit wrote. RainError if the folder is no merge of rain.
+def finish_folder(merged: str, options: LoadOptions, console: Console) -> bool:
+    """Put right what stock mergekit wrote; says whether anything was changed.
+
+    RainError if the folder is no merge of rain.
 
     Without a config no program takes the folder for a model, so it is removed first and written
     last: what is interrupted can be done again.
@@ -32,7 +34,9 @@ def finish_folder(merged: str, options: LoadOptions, console: Console) -> None:
         told_of_added(completion.write(folder, config), console)
         write_index(folder)
     files = finish_beside_weights(config, folder, completion, console)
-    console.heading(f"{'Finished' if weights or files else 'Nothing to change in'} {merged}")
+    changed = bool(weights) or files
+    console.heading(f"{'Finished' if changed else 'Nothing to change in'} {merged}")
+    return changed
 
 
 def told_of_added(added: tuple[str, ...], console: Console) -> None:

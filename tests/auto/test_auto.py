@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import shard
 
 from rain_mergekit.auto.own_set import write_own_set
-from rain_mergekit.auto.request import Request
+from rain_mergekit.auto.request import Request, continued, keep
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.commands.options import Loading, Talk
 from rain_mergekit.config.merge_config import read_config
@@ -24,6 +25,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.header_copy import preview
 from rain_mergekit.models.loading import parse_reference
+from rain_mergekit.publish.layout import REQUEST
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +233,14 @@ def test_a_preview_has_the_shapes_and_none_of_the_room(
 def test_models_with_adapters_are_left_to_a_configuration(place: Workplace) -> None:
     message = refused(place.folder, *arguments(place, place.model("reasoning"), "a/b+c/d"), "-y")
     assert "takes whole models" in message
+
+
+def test_arguments_of_the_template_are_kept_as_they_are(tmp_path: Path) -> None:
+    given = {"enable_thinking": True, "tools": [{"name": "add"}]}
+    request = Request(("a", "b"), "streams", 1.0, chat_template_kwargs=given)
+    keep(tmp_path, request)
+    assert json.loads((tmp_path / REQUEST).read_text())["chat_template_kwargs"] == given
+    assert continued(tmp_path, request)
+    other = replace(request, chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(RainError, match="was begun with other chat_template_kwargs"):
+        continued(tmp_path, other)
