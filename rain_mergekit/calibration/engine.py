@@ -68,7 +68,7 @@ class CalibrationEngine:
         """Read the headers of the three models; RainError names what does not fit together."""
         trio, count = job.walked, len(job.samples.reasoning.samples)
         layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(job.world.device))
-        weights = TrioTensors(trio, layerwise.model, layerwise.tensors)
+        weights = TrioTensors(trio, layerwise.model, layerwise.tensors, job.settings.gamma)
         weights.check(layer_shapes(layerwise), matrix_names(layerwise))
         head = None
         if job.settings.lm_head != "off":

@@ -10,6 +10,7 @@ import torch
 
 import rain_mergekit
 from rain_mergekit.config.method_names import RAIN
+from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.config.settings import RainSettings
 
 
@@ -60,6 +61,12 @@ class Origin:
     settings: RainSettings
     run: RunRecord
 
+    @property
+    def gamma(self) -> float:
+        """gamma, or 0 where it does nothing: the reasoning model stands for the pretrained one."""
+        proxy = is_proxy({role: str(one["reference"]) for role, one in self.models.items()})
+        return 0.0 if proxy else self.settings.gamma
+
 
 @dataclass(frozen=True)
 class CalibrationHeader:
@@ -88,6 +95,7 @@ class CalibrationHeader:
         header = {
             "created_by": f"rain_mergekit {rain_mergekit.__version__}",
             **({} if self.origin.method == RAIN else {"kind": self.origin.method}),
+            **({"gamma": self.origin.gamma} if self.origin.gamma else {}),
             "models": self.origin.models,
             "data": self.origin.data,
             "settings": self.origin.settings.model_dump(mode="json"),

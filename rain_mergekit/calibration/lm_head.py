@@ -48,7 +48,7 @@ class HeadWeight:
         return SiteMap(weights, {SITE: self.shape[1]})
 
     def task_vector(self, trio: TrioTensors, device: torch.device) -> Iterator[Tensor]:
-        """Delta = theta_I - theta_B of the rows that are merged, in blocks (n, width), float32."""
+        """The task vector of the rows that are merged, in blocks (n, width), float32."""
         return trio.of_tokens(self.name, self.rows, device)
 
 

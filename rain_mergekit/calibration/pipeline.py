@@ -98,7 +98,7 @@ def _calibrate(
     advice = warnings_of(config, trio, lost_tensors(run.layerwise.tensors, names))
     matrices = matrix_names(run.layerwise)
     tensors = stored_names(run.layerwise, matrices)
-    noted = check_trio(trio, models, tensors, samples.markers, accept)
+    noted = check_trio(trio, models, tensors, samples.markers, config.settings)
     identity = job.identity(models)
     with WorkDir(config.calibration, identity, world, every=options.snapshot_seconds) as work:
         first, likely = run.walk(work)

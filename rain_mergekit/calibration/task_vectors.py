@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,14 @@ from rain_mergekit.models.model_tensors import ModelTensors
 
 
 class TrioTensors:
-    """Tensors of the three models under the names of the reasoning model's modules."""
+    """Tensors of the three models under the names of the reasoning model's modules.
 
-    def __init__(self, trio: Trio, model: nn.Module, reasoning: ModelTensors) -> None:
+    gamma: how much of what reasoning training changed is taken from a task vector.
+    """
+
+    def __init__(
+        self, trio: Trio, model: nn.Module, reasoning: ModelTensors, gamma: float = 0.0
+    ) -> None:
         self.instruct = ModelTensors(trio.instruct, model)
         self.pretrained = ModelTensors(trio.pretrained, model)
         self._models = {
@@ -26,55 +31,64 @@ class TrioTensors:
             "instruct": self.instruct,
             "pretrained": self.pretrained,
         }
+        self._gamma = gamma
+        parts = {0.0: ("instruct", "pretrained"), 1.0: ("instruct", "reasoning")}
+        names = parts.get(gamma, ("instruct", "pretrained", "reasoning"))
+        self._read = [self._models[name] for name in names]
 
     def task_vector(
         self, layer: str, weight: LinearWeight, expert: int | None, device: torch.device
     ) -> Iterator[Tensor]:
-        """Delta = theta_I - theta_B of one weight in blocks of rows (n, d_in), float32, in order.
+        """Delta of one weight in blocks of rows (n, d_in), float32, in order.
 
-        expert: only this expert; None: all. The blocks are read when they are needed. Raises
-        RainError for NaN or infinity.
+        Delta = (theta_I - theta_B) - gamma (theta_R - theta_B). expert: only this expert; None:
+        all. The blocks are read when they are needed. Raises RainError for NaN or infinity.
         """
         name = f"{layer}.{weight.name}"
-        tensors = [self.instruct.get(name), self.pretrained.get(name)]
+        tensors = [model.get(name) for model in self._read]
         if weight.input_axis == -2:
             tensors = [tensor.mT for tensor in tensors]
         if expert is not None:
             tensors = [tensor[expert] for tensor in tensors]
         matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
-        for tuned, origin in matrices:
-            yield from self._blocks(name, tuned, origin, device)
+        for weights in matrices:
+            yield from self._blocks(name, weights, device)
         # Otherwise all weights of the layer stay mapped in memory.
-        for model in (self.instruct, self.pretrained):
+        for model in self._read:
             model.checkpoint.release()
 
     def of_tokens(self, name: str, rows: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Delta of a weight with a row for each token, in blocks (n, d_in), float32.
 
-        Only those rows that the mask says, (vocabulary) bool, and that both models have. The weight
+        Only those rows that the mask says, (vocabulary) bool, and that all models have. The weight
         is never in float32 as a whole.
         """
-        tuned, origin = self.instruct.of_tokens(name), self.pretrained.of_tokens(name)
-        count = min(len(tuned), len(origin), len(rows))
-        deltas = self._blocks(name, tuned[:count], origin[:count], device)
+        weights = [model.of_tokens(name) for model in self._read]
+        count = min(len(rows), *map(len, weights))
+        deltas = self._blocks(name, [weight[:count] for weight in weights], device)
         for delta, chosen in zip(deltas, torch.split(rows[:count], TASK_ROWS), strict=True):
             if bool(chosen.any()):
                 yield delta[chosen.to(device)]
 
     def _blocks(
-        self, name: str, instruct: Tensor, pretrained: Tensor, device: torch.device
+        self, name: str, weights: Sequence[Tensor], device: torch.device
     ) -> Iterator[Tensor]:
-        blocks = (torch.split(tensor, TASK_ROWS) for tensor in (instruct, pretrained))
-        for tuned, origin in zip(*blocks, strict=True):
+        for tuned, origin, *third in zip(
+            *(torch.split(tensor, TASK_ROWS) for tensor in weights), strict=True
+        ):
             # Moved in the stored type, which takes half the bytes on the way to a GPU.
             delta = tuned.to(device).to(torch.float32, copy=True)
-            delta -= origin.to(device).to(torch.float32)
+            subtracted = origin.to(device).to(torch.float32)
+            delta -= subtracted
+            for reasoning in third:
+                changed = reasoning.to(device).to(torch.float32) - subtracted
+                delta.sub_(changed, alpha=self._gamma)
             if not finite(delta):
-                raise RainError(self._not_finite(name, tuned, origin))
+                raise RainError(self._not_finite(name, [tuned, origin, *third]))
             yield delta
 
-    def _not_finite(self, name: str, instruct: Tensor, pretrained: Tensor) -> str:
-        for model, tensor in ((self.instruct, instruct), (self.pretrained, pretrained)):
+    def _not_finite(self, name: str, blocks: Sequence[Tensor]) -> str:
+        for model, tensor in zip(self._read, blocks, strict=True):
             if not finite(tensor):
                 who = f"{model.checkpoint.reference}: tensor {name}"
                 return f"{who} contains NaN or Inf: the checkpoint is damaged, fetch it again"

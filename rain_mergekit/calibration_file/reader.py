@@ -41,6 +41,7 @@ class CalibrationFile:
         path: the path it was opened by.
         header: the parsed header JSON.
         kind: the merge method that the file is for.
+        gamma: how much of W_R - W_B is taken from the task vectors, 0 to 1.
         models: what is recorded of each of the three models, by role.
         sites: for each input site its width, its rank and the keys of its factors, by name.
         tensors: for each weight how it is merged, by the name that it has in the checkpoint.
@@ -55,7 +56,7 @@ class CalibrationFile:
         size = os.fstat(file.fileno()).st_size
         metadata, self._entries, self._data_start = read_header(file, size)
         self.header, plans = _plans(metadata, self._entries)
-        self.kind = plans.kind
+        self.kind, self.gamma = plans.kind, plans.gamma
         self.models: Mapping[str, ModelRecord] = plans.models
         self.sites: Mapping[str, SitePlan] = plans.sites
         self.tensors: Mapping[str, TensorPlan] = plans.tensors

@@ -1,20 +1,21 @@
-"""The header of a calibration file (versions 1 and 2): names, types, what must fit together."""
+"""The header of a calibration file (versions 1 to 4): names, types, what must fit together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from rain_mergekit.calibration_file.container import Entry
+from rain_mergekit.calibration_file.header_fields import Fields
 from rain_mergekit.config.method_names import CALIBRATED, RAIN
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
-VERSION = 3
+VERSION = 4
 # The oldest version that can say what a file says: 2 added the factors A and B of a weight, 3 the
-# merge method that the file is for.
-_ADDED, _KIND = 2, 3
+# merge method that the file is for, 4 the part of W_R - W_B that is taken from task vectors.
+_ADDED, _KIND, _GAMMA = 2, 3, 4
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -79,10 +80,13 @@ class Plans:
     sites: Mapping[str, SitePlan]
     tensors: Mapping[str, TensorPlan]
     digests: Mapping[str, str]
+    gamma: float
 
 
 def version_of(header: Mapping[str, Any]) -> int:
     """The format version that a file with this header needs."""
+    if header.get("gamma"):
+        return _GAMMA
     if header.get("kind", RAIN) != RAIN:
         return _KIND
     entries = header.get("tensors")
@@ -92,7 +96,7 @@ def version_of(header: Mapping[str, Any]) -> int:
 
 def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Plans:
     """Check the header against itself and the stored tensors; RainError names the field."""
-    root = _Fields(header, "", entries)
+    root = Fields(header, "", entries)
     digests = root.table("tensor_sha256")
     if set(digests) != set(entries):
         odd = sorted(set(digests) ^ set(entries))
@@ -104,84 +108,13 @@ def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Pla
     sites = {name: _site(fields) for name, fields in root.table("sites").tables()}
     tensors = {name: _tensor(fields, sites) for name, fields in root.table("tensors").tables()}
     _check_remarks(root)
-    return Plans(kind, models, sites, tensors, {key: digests.text(key) for key in digests})
+    gamma = root.optional_number("gamma") or 0.0
+    if not 0 <= gamma <= 1:
+        root.fail("gamma", "a number from 0 to 1", gamma)
+    return Plans(kind, models, sites, tensors, {key: digests.text(key) for key in digests}, gamma)
 
 
-class _Fields:
-    """An object of the header; each getter checks the type and names the field when it is wrong."""
-
-    def __init__(self, values: Any, where: str, entries: Mapping[str, Entry]) -> None:
-        self.where = where
-        self.entries = entries
-        if not isinstance(values, dict):
-            self.fail("", "an object", values)
-        self._values = values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def get(self, name: str) -> Any:
-        return self._values.get(name)
-
-    def fail(self, name: str, expected: str, found: object) -> NoReturn:
-        path = f"{self.where}.{name}".strip(".") or "the header"
-        raise RainError(f"field {path!r} must be {expected}, found {found!r:.60}")
-
-    def table(self, name: str) -> _Fields:
-        return _Fields(self.get(name), f"{self.where}.{name}".strip("."), self.entries)
-
-    def tables(self) -> list[tuple[str, _Fields]]:
-        return [(name, self.table(name)) for name in self._values]
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str):
-            self.fail(name, "a text", value)
-        return value
-
-    def optional_text(self, name: str) -> str | None:
-        return None if self.get(name) is None else self.text(name)
-
-    def natural(self, name: str, least: int, most: int | None = None) -> int:
-        value = self.get(name)
-        if type(value) is not int or value < least or (most is not None and value > most):
-            limit = f" and at most {most}" if most is not None else ""
-            self.fail(name, f"a whole number of at least {least}{limit}", value)
-        return value
-
-    def optional_flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.fail(name, "true or false", value)
-        return value is True
-
-    def optional_number(self, name: str) -> float | None:
-        value = self.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
-            self.fail(name, "a finite number", value)
-        return float(value)
-
-    def key(self, name: str, shape: tuple[int | None, ...]) -> str | None:
-        """A key of a stored floating-point tensor of this shape (None: any size), or null."""
-        key = self.optional_text(name)
-        if key is None:
-            return None
-        entry = self.entries.get(key)
-        if entry is None:
-            self.fail(name, "the key of a stored tensor", key)
-        elif not entry.dtype.is_floating_point or not _fits(entry.shape, shape):
-            self.fail(name, f"a floating-point tensor of shape {list(shape)}", list(entry.shape))
-        return key
-
-
-def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    pairs = zip(found, wanted, strict=False)
-    return len(found) == len(wanted) and all(want in (None, have) for have, want in pairs)
-
-
-def _model(fields: _Fields) -> ModelRecord:
+def _model(fields: Fields) -> ModelRecord:
     digests = None
     if fields.get("fingerprint") is not None:
         table = fields.table("fingerprint")
@@ -189,7 +122,7 @@ def _model(fields: _Fields) -> ModelRecord:
     return ModelRecord(fields.text("reference"), fields.optional_text("revision"), digests)
 
 
-def _site(fields: _Fields) -> SitePlan:
+def _site(fields: Fields) -> SitePlan:
     width = fields.natural("width", 1)
     rank = fields.natural("rank", 0, width)
     u, v = fields.key("u", (width, rank)), fields.key("v", (width, rank))
@@ -209,7 +142,7 @@ def _site(fields: _Fields) -> SitePlan:
     )
 
 
-def _tensor(fields: _Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
+def _tensor(fields: Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
     shape = fields.get("shape")
     if not isinstance(shape, list) or len(shape) not in (2, 3):
         fields.fail("shape", "a list of 2 or 3 sizes", shape)
@@ -236,7 +169,7 @@ def _tensor(fields: _Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
 
 
 def _change(
-    fields: _Fields, shape: list[int], d_out: int, d_in: int
+    fields: Fields, shape: list[int], d_out: int, d_in: int
 ) -> tuple[str | None, str | None]:
     a, b = fields.key("a", (d_out, None)), fields.key("b", (d_in, None))
     if (a is None) != (b is None) or (a is not None and len(shape) != 2):
@@ -246,14 +179,14 @@ def _change(
     return a, b
 
 
-def _require_width(fields: _Fields, plan: SitePlan | None, name: object, width: int) -> None:
+def _require_width(fields: Fields, plan: SitePlan | None, name: object, width: int) -> None:
     if plan is None:
         fields.fail("site", "the name of a site", name)
     elif plan.width != width:
         fields.fail("site", f"a site of width {width}, the input size", f"{name} ({plan.width})")
 
 
-def _check_remarks(root: _Fields) -> None:
+def _check_remarks(root: Fields) -> None:
     """Sections for people and reports: types only, and each key must be a stored tensor."""
     root.optional_text("created_by")
     for name in ("data", "settings", "run"):
@@ -263,7 +196,7 @@ def _check_remarks(root: _Fields) -> None:
         if not isinstance(root.get(name) or [], list):
             root.fail(name, "a list", root.get(name))
     for index, layer in enumerate(root.get("layers") or []):
-        fields = _Fields(layer, f"layers.{index}", root.entries)
+        fields = Fields(layer, f"layers.{index}", root.entries)
         fields.text("name")
         for key in (stats := fields.table("stats")):
             if stats.text(key) not in root.entries:
@@ -273,14 +206,14 @@ def _check_remarks(root: _Fields) -> None:
         root.fail("warnings", "a list of texts", root.get("warnings"))
 
 
-def _check_streams(root: _Fields) -> None:
+def _check_streams(root: Fields) -> None:
     """Errors of stream matching by layer, and how each change was fitted: numbers by name."""
     if root.get("streams") is not None:
         section = root.table("streams")
         if not isinstance(section.get("layers"), list):
             section.fail("layers", "a list", section.get("layers"))
         for index, layer in enumerate(section.get("layers")):
-            fields = _Fields(layer, f"streams.layers.{index}", root.entries)
+            fields = Fields(layer, f"streams.layers.{index}", root.entries)
             fields.text("name")
             for kind in ("fitted", "held_out"):
                 _require_numbers(fields.table(kind))
@@ -291,7 +224,7 @@ def _check_streams(root: _Fields) -> None:
             _require_numbers(fit, "rank", "explained", "fitted", "wanted")
 
 
-def _require_numbers(fields: _Fields, *names: str) -> None:
+def _require_numbers(fields: Fields, *names: str) -> None:
     for name in names or tuple(fields):
         if fields.optional_number(name) is None:
             fields.fail(name, "a finite number", fields.get(name))

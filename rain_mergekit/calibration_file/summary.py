@@ -75,6 +75,7 @@ class FileSummary:
     matching: Matching | None = None
     taken_back: tuple[float, ...] = ()
     preset: PresetUse | None = None
+    gamma: float = 0.0
 
 
 def summarise(file: CalibrationFile) -> FileSummary:
@@ -99,6 +100,7 @@ def summarise(file: CalibrationFile) -> FileSummary:
         matching=matching(file),
         taken_back=tuple(_taken_back(header["tensors"])),
         preset=_preset(settings),
+        gamma=file.gamma,
     )
 
 

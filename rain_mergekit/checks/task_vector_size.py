@@ -1,4 +1,4 @@
-"""Check the size of the task vector W_instruct - W_pretrained on a few sampled rows."""
+"""Check the size of what makes up the task vector on a few sampled rows."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def check_task_vector(
     indices: Mapping[str, ShardedTensorIndex],
     names: Collection[str],
     accept: Collection[str],
+    gamma: float = 0.0,
 ) -> list[str]:
     """Refuse the same model given twice, and a task vector of nothing or larger than the weights.
+
+    Of a task vector (W_I - W_B) - gamma (W_R - W_B) each difference is looked at.
 
     Args:
         models: what to call the models, by role.
@@ -43,20 +46,34 @@ def check_task_vector(
         indices: of their checkpoints, by role.
         names: the tensors to be merged.
         accept: checks whose outcome is only a warning.
+        gamma: 0: W_I - W_B alone; 1: W_I - W_R alone.
     """
     same = list(_same_models(models, fingerprints, indices, names))
     if same:
         return [refuse_unless_accepted("same_model", problem, accept) for problem in same]
-    size = relative_size(indices["instruct"], indices["pretrained"], names)
-    if size >= LARGEST:
-        tuned, origin = f"instruct model {models['instruct']}", f"pretrained {models['pretrained']}"
-        problem = (
-            f"the task vector is {size:.2g} times as large as the weights of the smaller of the "
-            f"{tuned} and the {origin}: the {tuned} is not tuned from it"
-        )
-        return [refuse_unless_accepted("large_task_vector", problem, accept)]
-    LOG.info("the task vector is %.3g of the pretrained weights", size)
-    return []
+    found = []
+    for tuned, origin in differences(gamma):
+        size = relative_size(indices[tuned], indices[origin], names)
+        LOG.info("%s less %s is %.3g of the smaller's weights", tuned, origin, size)
+        if size >= LARGEST:
+            one, other = f"{tuned} model {models[tuned]}", f"{origin} {models[origin]}"
+            near = cosine(indices[tuned], indices[origin], names)
+            problem = (
+                f"the task vector is {size:.2g} times as large as the weights of the smaller of "
+                f"the {one} and the {other} (cosine of the two {near:.2f}; of models without a "
+                f"common origin about 0): the {one} is not tuned from it"
+                + (", nor from what it was tuned from" if origin == "reasoning" else "")
+            )
+            found.append(refuse_unless_accepted("large_task_vector", problem, accept))
+    return found
+
+
+def differences(gamma: float) -> list[tuple[str, str]]:
+    """The pairs of roles, first less second, that make up the task vector."""
+    if gamma == 1:
+        return [("instruct", "reasoning")]
+    tuned = ["instruct", "reasoning"] if gamma else ["instruct"]
+    return [(role, "pretrained") for role in tuned]
 
 
 def _same_models(
@@ -95,6 +112,14 @@ def relative_size(
     if not weights:
         return math.inf if change else 0.0
     return float((change / weights) ** 0.5)
+
+
+def cosine(one: ShardedTensorIndex, other: ShardedTensorIndex, names: Iterable[str]) -> float:
+    """Of the weights as two vectors, over the rows of `relative_size`; NaN where one is zero."""
+    rows = sampled_rows((one, other), _in_both(one, other, names))
+    product = sum(float((row * rows[1][name]).sum()) for name, row in rows[0].items())
+    norms = math.prod(sum(map(_square, side.values())) for side in rows)
+    return product / math.sqrt(norms) if norms else math.nan
 
 
 def sampled_rows(

@@ -11,6 +11,7 @@ from rain_mergekit.checks.accept import refuse_unless_accepted
 from rain_mergekit.checks.task_vector_size import check_task_vector
 from rain_mergekit.checks.thinking_likelihood import Likelihood, beside, likelihood_of
 from rain_mergekit.checks.tokenizers import check_tokenizers
+from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage
 from rain_mergekit.text.markers import Markers
@@ -24,14 +25,15 @@ def check_trio(
     records: Mapping[str, Any],
     names: Collection[str],
     markers: Markers,
-    accept: Collection[str],
+    settings: RainSettings,
 ) -> list[str]:
     """All checks that need no layer; returns accepted problems as warnings."""
+    accept, gamma = settings.accept, settings.gamma
     checkpoints = trio.items()
     models = {role: str(checkpoint.reference) for role, checkpoint in checkpoints.items()}
     fingerprints = {role: record["fingerprint"] for role, record in records.items()}
     indices = {role: checkpoint.index for role, checkpoint in checkpoints.items()}
-    found = check_task_vector(models, fingerprints, indices, names, accept)
+    found = check_task_vector(models, fingerprints, indices, names, accept, gamma)
     folders = {role: checkpoint.path for role, checkpoint in checkpoints.items()}
     trust = trio.reasoning.trust_remote_code
     return found + check_tokenizers(folders, models, markers.words, accept, trust_remote_code=trust)

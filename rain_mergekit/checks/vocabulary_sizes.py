@@ -31,7 +31,14 @@ def model_warnings(config: RainConfig, trio: Trio) -> list[str]:
     unreachable = adapter_warning(trio.items(), trio.config)
     found = [] if unreachable is None else [unreachable]
     proxy = is_proxy({role: str(model) for role, model in config.models.items()})
-    if proxy and config.settings.fit == "projection":
+    settings = config.settings
+    if settings.fit == "projection" and settings.gamma == 1:
+        found.append(
+            "gamma is 1, so the task vector is instruct minus reasoning: where nothing is "
+            "protected the merge takes back what reasoning training did; measure reasoning "
+            "afterwards"
+        )
+    elif proxy and settings.fit == "projection":
         found.append(
             "the reasoning model stands for the pretrained one, so the task vector is instruct "
             "minus reasoning: where nothing is protected the merge takes back what reasoning "

@@ -51,10 +51,17 @@ def tell_roles(config: RainConfig, console: Console) -> None:
     """Print the roles of the models; `fit: streams` needs no pretrained model."""
     if config.settings.fit == "streams" or config.method == AIM:
         return
-    console.print(f"Δ = {config.instruct} − {config.pretrained}")  # noqa: RUF001 - a minus sign
+    console.print(f"Δ = {_delta(config)}")
     hint = swapped_hint(config.instruct, config.pretrained)
     if hint is not None and config.pretrained != config.reasoning:
         console.warn(hint)
+
+
+def _delta(config: RainConfig) -> str:
+    gamma, (reasoning, tuned, origin) = config.settings.gamma, config.models.values()
+    if gamma in (0, 1):
+        return f"{tuned} − {reasoning if gamma else origin}"  # noqa: RUF001 - a minus sign
+    return f"({tuned} − {origin}) − {gamma:g} ({reasoning} − {origin})"  # noqa: RUF001
 
 
 def report(summary: CalibrationSummary, console: Console) -> None:

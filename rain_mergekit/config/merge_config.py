@@ -185,8 +185,9 @@ def _may_be_alone(method: str, section: object) -> bool:
     Without a section the fit is not known, and the merge has been made.
     """
     whole = expanded(section)
-    streams = isinstance(whole, Mapping) and whole.get("fit", "streams") == "streams"
-    return section is None or method == REGMEAN or streams
+    given = whole if isinstance(whole, Mapping) else {"fit": None}
+    free = given.get("fit", "streams") == "streams" or given.get("gamma") == 1
+    return section is None or method == REGMEAN or free
 
 
 def read_text(path: str | Path) -> str:
@@ -243,15 +244,7 @@ def _roles(
     if alone and len(models) == 1 and (models[0].parameters or {}).get("role") != "pretrained":
         return {"instruct": models[0].model, "pretrained": base}
     if len(models) != 2:
-        if alone:
-            raise RainError(
-                f"{source}: models: expected the instruct model, and the pretrained one if there "
-                f"is one, besides base_model; found {len(models)}"
-            )
-        raise RainError(
-            f"{source}: models: expected exactly two besides base_model (role instruct and role "
-            f"pretrained), found {len(models)}"
-        )
+        raise _wrong_count(source, len(models), alone=alone)
     found: dict[str, ModelReference] = {}
     for item in models:
         role = (item.parameters or {}).get("role")
@@ -272,6 +265,19 @@ def _roles(
             )
         found[str(role)] = item.model
     return found
+
+
+def _wrong_count(source: str, found: int, *, alone: bool) -> RainError:
+    if alone:
+        return RainError(
+            f"{source}: models: expected the instruct model, and the pretrained one if there is "
+            f"one, besides base_model; found {found}"
+        )
+    missed = ": fit: projection with gamma below 1 subtracts the pretrained model; list it, or set"
+    return RainError(
+        f"{source}: models: expected exactly two besides base_model (role instruct and role "
+        f"pretrained), found {found}{f'{missed} gamma: 1' if found == 1 else ''}"
+    )
 
 
 def _calibration_path(merge: MergeConfiguration, source: str) -> Path:

@@ -19,6 +19,7 @@ class Preset:
 # Markers alone, the output head left, and bounds of the coefficients as the scripts have them.
 _BOTH = {
     "fit": "projection",
+    "gamma": 0.0,
     "projection": "orthogonal",
     "ridge": 0.0,
     "window": 5,

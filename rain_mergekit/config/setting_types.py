@@ -113,6 +113,17 @@ PresetName = Annotated[
         "to its published scripts as these settings come. One given beside it wins."
     ),
 ]
+Gamma = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=1.0,
+        description="For fit: projection, how much of what reasoning training changed is taken "
+        "from the task vector: (instruct - pretrained) - gamma (reasoning - pretrained). 0 is the "
+        "paper's; 1 is instruct - reasoning, which needs no pretrained model.",
+    ),
+    Number,
+]
 Weights = Annotated[
     StreamWeights,
     Field(
@@ -144,15 +155,8 @@ RegMean = Annotated[
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
 _PROJECTION = (
-    *(
-        "preset",
-        "projection",
-        "rank_tolerance",
-        "rank_count",
-        "epsilon",
-        "ridge",
-        "instruction_rows",
-    ),
+    *("preset", "gamma", "projection", "rank_tolerance", "rank_count", "epsilon", "ridge"),
+    "instruction_rows",
     *("protect_thinking", "protect_prompt", "protect_response", "reading_share", "content_rows"),
     *("lm_head", "coefficients", "rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
 )

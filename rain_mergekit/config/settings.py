@@ -11,6 +11,7 @@ from rain_mergekit.config.setting_types import (
     Accepted,
     EpsilonOrAuto,
     Fit,
+    Gamma,
     MarkersOrAuto,
     NonNegative,
     Number,
@@ -95,6 +96,7 @@ class RainSettings(BaseModel):
         ),
     ] = 0.99
 
+    gamma: Gamma = 0.0
     projection: Annotated[
         Literal["oblique", "orthogonal"],
         Field(

@@ -111,7 +111,7 @@ def measure_task_vectors(
         count = weights.count(members)
         chosen = set(evenly_spaced(range(count), EXPERTS))
         parts = [
-            _part(*matrices, rank if index in chosen else 0)
+            _part(rank if index in chosen else 0, *matrices)
             for index, matrices in enumerate(weights.matrices(members))
         ]
         most = max(most, count)
@@ -160,8 +160,8 @@ class _Weights:
         shapes = (self._file.tensors[name].shape for name in names if name not in self.left_out)
         return sum(1 if len(shape) == 2 else shape[0] for shape in shapes)
 
-    def matrices(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each matrix: the two task vectors, and what is merged of the first; (d_out, d_in)."""
+    def matrices(self, names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
+        """For each matrix: the two task vectors, Δ, and what is merged of it; (d_out, d_in)."""
         for name in names:
             if name not in self.left_out:
                 plan = self._file.tensors[name]
@@ -174,7 +174,7 @@ class _Weights:
 
     def _change(
         self, plan: TensorPlan, expert: int, weights: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         instruct, pretrained, reasoning = (w.to(self._device, torch.float32) for w in weights)
         tuned, thinking = instruct - pretrained, reasoning - pretrained
         if plan.input_axis == -2:
@@ -183,19 +183,20 @@ class _Weights:
         factors = None if site is None else self._file.factors(site)
         rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
         added = self._file.change(plan)
-        merged = merged_part(tuned, factors, rows, cols) if plan.projected else None
+        delta = tuned - self._file.gamma * thinking if self._file.gamma else tuned
+        merged = merged_part(delta, factors, rows, cols) if plan.projected else None
         if added is not None:
             change = added[0].to(tuned) @ added[1].to(tuned).mT
             merged = change if merged is None else merged + change
         assert merged is not None  # noqa: S101 - a weight without a change is projected
-        return tuned, thinking, merged
+        return tuned, thinking, delta, merged
 
 
 def _part(
-    tuned: Tensor, thinking: Tensor, merged: Tensor, rank: int
+    rank: int, tuned: Tensor, thinking: Tensor, delta: Tensor, merged: Tensor
 ) -> tuple[float, float, Overlap | None]:
     shared = overlap(tuned, thinking, rank) if rank else None
-    return _norm(tuned), _norm(merged), shared
+    return _norm(delta), _norm(merged), shared
 
 
 def _mean(module: str, layer: int, parts: Sequence[tuple[float, float, Overlap | None]]) -> Change:

@@ -46,8 +46,9 @@ def merged_weight(
     scales: tuple[Tensor | None, Tensor | None],
     strength: float,
     input_axis: int = -1,
+    gamma: float = 0.0,
 ) -> Tensor:
-    """Compute W_R + λ (S_row Δ S_col)(I - U Vᵀ), with Δ = W_I - W_B (Eq. 16).
+    """Compute W_R + λ (S_row Δ S_col)(I - U Vᵀ), with Δ = (W_I - W_B) - gamma (W_R - W_B) (Eq. 16).
 
     Scales come first and the projection last, so that the change is zero on the protected
     features whatever the scales are. Blocks of output rows keep the temporaries in the cache.
@@ -59,6 +60,7 @@ def merged_weight(
         scales: S_row (d_out) and S_col (d_in); None for ones.
         strength: λ.
         input_axis: the axis of the input features, -1 or -2.
+        gamma: 0 is the paper's Δ, 1 is W_I - W_R, to which W_B is nothing.
 
     Returns:
         A new tensor like W_R; computed in float32, or in float64 for float64 weights.
@@ -68,6 +70,7 @@ def merged_weight(
     result = torch.empty_like(like, memory_format=torch.contiguous_format)
     views = (result, *weights)
     out, base, tuned, origin = views if input_axis == -1 else (view.mT for view in views)
+    origin = base if gamma == 1 else origin
     scale_rows, scale_cols = (s if s is None else s.to(device, dtype) for s in scales)
     factors = None if factors is None else factors.to(device, dtype)
     strength = _strength(strength, dtype)
@@ -77,6 +80,8 @@ def merged_weight(
         block = slice(start, start + step)
         delta, other = space[:, : out[block].shape[0]]
         delta.copy_(tuned[block]).sub_(other.copy_(origin[block]))
+        if 0 < gamma < 1:
+            delta.sub_(other.neg_().add_(base[block]), alpha=gamma)
         if scale_rows is not None:
             delta *= scale_rows[block, None]
         if scale_cols is not None:

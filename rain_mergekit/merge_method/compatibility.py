@@ -175,7 +175,8 @@ def _check_others(
         accept = accepted if isinstance(accepted, list) else ()
         # a number may be another token in another model, and sampled rows would not belong together
         inner = [name for name, plan in calibration.tensors.items() if not plan.tokens]
-        noted = check_task_vector(names, found, indices, inner, accept)
+        gamma = calibration.gamma
+        noted = check_task_vector(names, found, indices, inner, accept, gamma)
         folders = {role: indices[role].base_path for role in ("reasoning", *other)}
         noted += check_tokenizers(folders, names, _markers(calibration), accept)
         for text in noted:

@@ -179,25 +179,25 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             return changed_weight(weights[0], added, strength, axis)
         if added is not None:  # both in float32, and one cast
             wide = weights[0].to(torch.promote_types(weights[0].dtype, torch.float32))
-            others = (changed_weight(wide, added, strength, axis), *weights[1:])
-            whole = self.merged(calibration, replace(plan, a=None, b=None), others, strength)
-            return whole.to(weights[0].dtype)
+            rest, trio = replace(plan, a=None, b=None), (wide, *weights[1:])
+            whole = self.merged(calibration, rest, trio, strength)
+            return changed_weight(whole, added, strength, axis).to(weights[0].dtype)
         rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
         if plan.tokens and rows is not None:
             rows = _of_length(rows, weights[0].shape[0])
-        scales = (rows, cols)
+        scales, gamma = (rows, cols), calibration.gamma
 
         def factors(site: str | None) -> Factors | None:
             return None if site is None else self._bases.get(calibration, site, device)
 
         if len(plan.shape) == 2 and not isinstance(plan.site, tuple):
             basis = factors(plan.site)
-            return merged_weight(weights, basis, scales, strength, plan.input_axis)
+            return merged_weight(weights, basis, scales, strength, axis, gamma)
         sites = plan.site if isinstance(plan.site, tuple) else (plan.site,) * plan.shape[0]
         merged = torch.empty_like(weights[0])
         for expert, site in enumerate(sites):
             own = (weights[0][expert], weights[1][expert], weights[2][expert])
-            merged[expert] = merged_weight(own, factors(site), scales, strength, plan.input_axis)
+            merged[expert] = merged_weight(own, factors(site), scales, strength, axis, gamma)
         return merged
 
 

@@ -93,7 +93,11 @@ class TensorMerger:
             base, tuned, origin = (weight[block].to(device, dtype) for weight in weights)
             own = None if rows is None else rows[block]
             result[block] = merged_weight(
-                (base, tuned, origin), factors, (own, cols), self._strength
+                (base, tuned, origin),
+                factors,
+                (own, cols),
+                self._strength,
+                gamma=self._calibration.gamma,
             )
         return result
 

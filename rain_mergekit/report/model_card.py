@@ -14,6 +14,7 @@ from rain_mergekit.calibration_file.summary import FileSummary, PresetUse, summa
 from rain_mergekit.config.merge_config import MergeRecipe, parse_recipe, read_recipe
 from rain_mergekit.config.method_names import RAIN, REGMEAN
 from rain_mergekit.config.plain_merge import PlainMerge, read_any
+from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
 from rain_mergekit.report.card_text import (
@@ -38,11 +39,12 @@ _PLAIN_TAGS: tuple[str, ...] = ("mergekit", "merge")
 TAGS = (*_PLAIN_TAGS, "rain-merging")
 _INTRO = """\
 {reasoning} with the instruction following of {instruct}, merged by
-[RAIN-Merging](https://arxiv.org/abs/2602.22538) with rain-mergekit. The difference between the
-instruct model and the pretrained model that it was tuned from was added where the reasoning model's
-thinking does not notice it:
+[RAIN-Merging](https://arxiv.org/abs/2602.22538) with rain-mergekit. The difference between {of}
+was added where the reasoning model's thinking does not notice it:
 
-    W = W_reasoning + λ · (S_row · Δ · S_col) · (I − U Vᵀ),    Δ = W_instruct − W_pretrained"""  # noqa: RUF001
+    W = W_reasoning + λ · (S_row · Δ · S_col) · (I − U Vᵀ)
+    Δ = {delta}"""  # noqa: RUF001
+_TUNED_FROM = "the\ninstruct model and the pretrained model that it was tuned from"
 _STREAMS_INTRO = """\
 {reasoning} with the instruction following of {instruct}, merged by rain-mergekit. Every weight of
 the decoder layers got a low-rank change, found by ridge regression without gradients, so that the
@@ -175,12 +177,29 @@ def section(
         return regmean_section(config.strength, summary, measured)
     models = summary.models
     told_as = _INTRO if summary.matching is None else _STREAMS_INTRO
+    of, delta = _difference(summary)
     intro = told_as.format(
-        reasoning=model_link(models["reasoning"]), instruct=model_link(models["instruct"])
+        reasoning=model_link(models["reasoning"]),
+        instruct=model_link(models["instruct"]),
+        of=of,
+        delta=delta,
     )
     told = [*_rows(config, summary), *(measurement(measured) if measured else ())]
     parts = (intro, two_columns(told), USAGE, f"Please cite:\n\n{_CITATION}")
     return "\n\n".join(("## RAIN-Merging", *parts))
+
+
+def _difference(summary: FileSummary) -> tuple[str, str]:
+    """What was added, in words and as a formula."""
+    if summary.gamma == 1 or is_proxy(summary.models):
+        of = "the instruct model\nand the reasoning model"
+        return of, "W_instruct − W_reasoning"  # noqa: RUF001
+    delta = "W_instruct − W_pretrained"  # noqa: RUF001
+    if not summary.gamma:
+        return _TUNED_FROM, delta
+    less = f"{summary.gamma:g} (W_reasoning − W_pretrained)"  # noqa: RUF001
+    of = f"{_TUNED_FROM}, less a share of what reasoning training changed,"
+    return of, f"({delta}) − {less}"  # noqa: RUF001
 
 
 def _rows(config: MergeRecipe, summary: FileSummary) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,6 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.schema import VERSION
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import LoadOptions
 
@@ -159,7 +158,7 @@ def test_the_file_belongs_to_its_method(
 ) -> None:
     tiny, file = anchored
     version = load_metadata(file.path)["format_version"]
-    assert version == str(VERSION)
+    assert version == "3"
     said = merge(tmp_path / "rain", content(tiny) | {"merge_method": "rain"}).error()
     assert "is for merge_method: regmean, not rain" in said
     found = compare(tiny.using(tiny.calibration).config(), LoadOptions())

@@ -20,6 +20,7 @@ DIGESTS = {
     1: "d54005c67c40882e528167165c2f3b164d68440d28e0ba161223e564589eac75",
     2: "e5fb0ef7fb5baca28683baefbf84b05669766b5033467b9b0b3967e654e18c15",
     3: "d76b023ef7afb0bbd78722276b933863c54338f62be9e642bcceb17ea50c40e2",
+    4: "b82ea5c390c8553d79a08dacbb33650687ec6a635c3ab02be65435ec78eaa749",
 }
 SITE = "model.layers.0.self_attn.q_proj"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
@@ -67,6 +68,11 @@ def test_a_change_of_version_2_is_added() -> None:
     expected = 1 + torch.stack([row, 2 * row, -row])
     assert torch.equal(changed_weight(torch.ones(3, 4), added, 2.0), expected)
     assert torch.equal(changed_weight(torch.ones(4, 3), added, 2.0, -2), expected.mT)
+
+
+@pytest.mark.parametrize("version", DIGESTS)
+def test_version_4_takes_from_the_task_vector(version: int) -> None:
+    assert opened(version).gamma == (0.25 if version == 4 else 0.0)
 
 
 @pytest.mark.parametrize("version", DIGESTS)

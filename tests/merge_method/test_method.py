@@ -655,22 +655,47 @@ def test_experts_with_their_own_bases(tmp_path: Path, axis: int, *, shared: bool
         torch.testing.assert_close(found[expert], wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("axis", [-1, -2])
-def test_row_blocks_do_not_show(axis: int) -> None:
+def test_row_blocks_do_not_show(axis: int, gamma: float) -> None:
     d_out, d_in = 300, BLOCK_ELEMENTS // MIN_BLOCK_ROWS + 1  # two whole blocks and a piece
     shape = (d_out, d_in) if axis == -1 else (d_in, d_out)
     base, tuned, origin = (torch.randn(shape) for _ in range(3))
     u = torch.linalg.qr(torch.randn(d_in, 2))[0]
     rows, cols = torch.rand(d_out), torch.rand(d_in)
-    found = merged_weight((base, tuned, origin), Factors(u, u), (rows, cols), 0.3, axis)
+    found = merged_weight((base, tuned, origin), Factors(u, u), (rows, cols), 0.3, axis, gamma)
     first, second, third = (
         w.double() if axis == -1 else w.double().T for w in (base, tuned, origin)
     )
     keep = torch.eye(d_in, dtype=torch.float64) - u.double() @ u.double().T
-    wanted = first + 0.3 * (rows.double()[:, None] * (second - third) * cols.double()) @ keep
+    delta = (second - third) - gamma * (first - third)
+    wanted = first + 0.3 * (rows.double()[:, None] * delta * cols.double()) @ keep
     wanted = wanted if axis == -1 else wanted.T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert found.is_contiguous()
+
+
+def test_a_change_beside_a_projection_leaves_the_task_vector_alone(tmp_path: Path) -> None:
+    """W_R + lambda (Delta (I - U V^T) + A B^T): Delta is of the reasoning model, with gamma too."""
+    calibration = small(1, 6)
+    a, b = torch.randn(5, 2).double(), torch.randn(6, 2).double()
+    calibration.tensors |= {"a": a, "b": b}
+    calibration.header["gamma"] = 0.5
+    calibration.header["tensors"]["w"] = {
+        "site": "s0",
+        "shape": [5, 6],
+        "input_axis": -1,
+        "rows": None,
+        "cols": None,
+        "a": "a",
+        "b": "b",
+    }
+    path = calibration.write(tmp_path / "c.safetensors")
+    base, tuned, origin = (torch.randn(5, 6).double() for _ in range(3))
+    found = direct(path, "w", [base, tuned, origin], **{"lambda": 0.5})
+    delta = (tuned - origin) - 0.5 * (base - origin)
+    wanted = base + 0.5 * (delta @ (torch.eye(6) - calibration.projectors["s0"]) + a @ b.T)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_not_finite_shows_through_scales_of_zero(tmp_path: Path) -> None:

@@ -366,7 +366,8 @@ class Dense:
         self.layers = self.config.num_hidden_layers
 
     def delta(self, name: str) -> Tensor:
-        return self.weights["instruct"][name] - self.weights["pretrained"][name]
+        reasoning, instruct, origin = (weights[name] for weights in self.weights.values())
+        return (instruct - origin) - self.settings.gamma * (reasoning - origin)
 
     @cached_property
     def features(self) -> dict[str, list[dict[str, Tensor]]]:
