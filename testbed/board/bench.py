@@ -139,6 +139,8 @@ class Bench:
         sites = file.header["sites"].values()
         file.close()
         ranks = [site["rank"] for site in sites]
+        if not ranks:  # of stream matching, whose changes have ranks instead
+            return
         self.calibrations[name] = {
             "mean_rank": sum(ranks) / len(ranks),
             "capped": sum(site["capped"] for site in sites),

@@ -1,0 +1,53 @@
+"""Compare methods on trained trios with the same chances for every row.
+
+`python -m testbed.fair TRIO_DIR [TRIO_DIR ...] [--rows ROW ...] [--minutes M] [-o docs/PAGE.md]`
+
+Numbers go to testbed/results/fair/TRIO.json; what was measured before is not measured again, and
+the page is made from them.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from testbed.board.bench import digest
+from testbed.board.fair_page import page
+from testbed.board.fair_rows import fair_rows
+from testbed.board.fair_run import FairBench, run_all
+from testbed.board.results_file import Results
+
+RESULTS = Path("testbed/results/fair")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trios", type=Path, nargs="+")
+    parser.add_argument("-o", "--out", type=Path, help="write the page here")
+    names = [row.name for row in fair_rows()]
+    parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="ROW")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="measure no longer")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("mergekit").setLevel(logging.WARNING)
+    end = time.monotonic() + 60 * options.minutes
+    wanted = [row for row in fair_rows() if row.name in options.rows]
+    found = []
+    for trio in options.trios:
+        results = Results(RESULTS / f"{trio.name}.json", str(trio), digest(trio))
+        with tempfile.TemporaryDirectory() as folder:
+            run_all(FairBench(trio, Path(folder)), results, wanted, lambda: time.monotonic() > end)
+        found.append(results)
+    if options.out is not None:
+        options.out.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
