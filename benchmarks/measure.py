@@ -91,11 +91,13 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
         **result,
         "seconds": seconds,
         "processor_seconds": processor,
-        "passes_each": {name: count / sizes[name] for name, count in passes.items()},
+        "passes_each": {
+            name: passes[name] / size for name, size in sizes.items() if name in passes
+        },
         "layers": summary.layers,
         "bytes": summary.bytes,
         "planned_peak": planned.peak,
-        "planned_layer": planned.memory["layer"],
+        "planned_layer": planned.memory.get("layer", 0),
         "planned_bytes": planned.file_bytes,
         "forward_flops": planned.forward_flops,
         "statistics_flops": planned.statistics_flops,

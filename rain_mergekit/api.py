@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from rain_mergekit.calibration import pipeline
 from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import CalibrationSummary
+from rain_mergekit.calibration.shape_plan import plan_shape
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.errors import RainError
@@ -35,6 +37,7 @@ __all__ = [
     "VerificationResult",
     "calibrate",
     "estimate",
+    "estimate_shape",
     "merge",
     "project",
     "register",
@@ -75,6 +78,25 @@ def estimate(config: StrPath, options: RunOptions | None = None) -> Estimate:
         RainError: an input cannot be used.
     """
     return pipeline.plan(read_config(str(config)), options or RunOptions(quiet=True))
+
+
+def estimate_shape(shape: StrPath, options: RunOptions | None = None, **settings: Any) -> Estimate:
+    """Say what a calibration of a published model would need, from its config.json alone.
+
+    Args:
+        shape: path of the config.json.
+        options: as for `calibrate`.
+        settings: as in the YAML's `rain:` section; by default the package's own sets. Their tokens
+            are counted by their characters.
+
+    Returns:
+        Memory by part, disk and file size in bytes, floating-point operations, and what the
+        file's size would be at other ranks.
+
+    Raises:
+        RainError: the config, a setting or a set cannot be used.
+    """
+    return plan_shape(str(shape), settings, options or RunOptions(quiet=True))
 
 
 def merge(config: StrPath, out: StrPath, *arguments: str) -> Path:

@@ -24,6 +24,10 @@ from rain_mergekit.system.wording import did_you_mean
 _COMMANDS = {
     "auto": ("rain_mergekit.auto.command:auto", "From two or three names to a measured merge."),
     "check": ("rain_mergekit.commands.check:check", "Say what a configuration will meet."),
+    "estimate": (
+        "rain_mergekit.commands.estimate:estimate",
+        "What a calibration would need, from a config.json.",
+    ),
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
     "finish": ("rain_mergekit.commands.finish:finish", "Put right what mergekit-yaml wrote."),

@@ -7,20 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rain_mergekit.auto.candidates import Candidate
+from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.commands.console import duration, size
+from rain_mergekit.commands.plan import rates_here
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import default_dtype, read_model_config
-from rain_mergekit.system.speed import multiply_rate
 
-# Products in a model are smaller than those that are measured, and something else is between them.
-_EFFICIENCY = 0.5
-_DISK_RATE = 400e6  # bytes a second: a slow solid-state disk
 # Each layer of each model is built, filled and emptied, and a result is written and read.
 _START, _LAYER = 20.0, 0.5
 
@@ -51,21 +47,16 @@ def needs_of(config: RainConfig, roles: Mapping[str, Candidate], run: RunOptions
     reasoning = roles["reasoning"].checkpoint
     model_config = read_model_config(reasoning)
     dtype = run.dtype or default_dtype(model_config, run.device)
-    rate = multiply_rate(run.device, dtype) * _EFFICIENCY
-    solving = multiply_rate(run.device, torch.float64) * _EFFICIENCY
+    rates = rates_here(run.device, dtype, _there(config.calibration.parent))
     layers = model_config.get_text_config().num_hidden_layers
-    reading = found.read_bytes + reasoning.bytes * (1 + 2 * len(roles))
+    merge = Operations(read=2.0 * reasoning.bytes * len(roles), write=float(reasoning.bytes))
     return Needs(
         download=sum(one.seen.missing for one in roles.values()),
         result=reasoning.bytes,
         calibration=found.file_bytes,
         work=found.work_disk,
         memory=found.peak,
-        seconds=_START
-        + _LAYER * layers
-        + found.forward_flops / rate
-        + found.statistics_flops / solving
-        + reading / _DISK_RATE,
+        seconds=_START + _LAYER * layers + (found.operations + merge).total(rates),
     )
 
 

@@ -21,6 +21,7 @@ from rain_mergekit.linalg.coefficients import HeadStatistics
 from rain_mergekit.models.head_layout import HeadLayout
 from rain_mergekit.models.merge_names import Names, Target
 
+_FEW = 8  # protected tokens of an expert
 Sources: TypeAlias = "dict[str, Tensor | Callable[[], Tensor]]"
 
 
@@ -175,6 +176,13 @@ def _warnings(
             "their output weights take the task vector unprojected; more reasoning samples reach "
             "more experts"
         )
+    few = [name for name, site in sites.items() if _rarely_reached(name, site)]
+    if few:
+        yield (
+            f"fewer than {_FEW} protected tokens were routed to {len(few)} of the experts (the "
+            f"first: {few[0]}): their output weights are protected on these alone; more reasoning "
+            "samples reach them more often"
+        )
     if left:
         yield (
             f"{len(left)} layer weights are kept unchanged ({', '.join(left[:3])}"
@@ -193,6 +201,11 @@ def _warnings(
             f"{depth - len(layers)} of {depth} layers have no attention that can be "
             "observed: their coefficients are 1"
         )
+
+
+def _rarely_reached(name: str, site: Mapping[str, Any]) -> bool:
+    """Whether it is the site of one expert with few protected tokens."""
+    return name.rpartition(".")[2].isdigit() and 0 < site["positions"] < _FEW
 
 
 # Below this share of the task vector a merge at lambda 1 hardly differs from the reasoning model.

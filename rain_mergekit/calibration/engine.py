@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from rain_mergekit.calibration.site_rule import rule_of
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
+from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.streams import REASONING, Stream, StreamPlan, build_streams
 from rain_mergekit.capture.token_chunks import TokenChunks
@@ -95,7 +97,7 @@ class CalibrationEngine:
         """The shapes and token counts that determine the memory of this run."""
         positions = {plan.name: plan.positions for plan in self.plans}
         vocabulary = 0 if self._head is None else self._head.shape[0]
-        return model_shape(self.layerwise, vocabulary), workload(
+        return model_shape(self.layerwise.outline, vocabulary), workload(
             self._samples, positions, len(self.plans) - 1, self.layerwise.dtype
         )
 
@@ -122,7 +124,10 @@ class CalibrationEngine:
             tokens = sum(sum(store.lengths) for store in stores.values())
             quiet = self._job.quiet
             samples = sum(map(len, stores.values()))
-            with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
+            with (
+                self._reading_ahead(first),
+                Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress,
+            ):
                 for index in self.indices[first:]:
                     progress.layer(index)
                     where = f"in layer {index + 1} of {len(self.indices)}"
@@ -141,6 +146,14 @@ class CalibrationEngine:
             for store in stores.values():
                 store.close()
         return first, found
+
+    @contextmanager
+    def _reading_ahead(self, first: int) -> Iterator[None]:
+        if not self._options.read_ahead:
+            yield
+            return
+        with ReaderThread() as thread, self.layerwise.reading_ahead(self.indices[first:], thread):
+            yield
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:
         original = [stream for stream in streams.values() if not stream.merged]
@@ -176,6 +189,7 @@ class CalibrationEngine:
             rank=self.max_rank,
             oblique=oblique,
             stores_v=self._settings.stores_v,
+            ahead=self._options.read_ahead,
         )
 
     def _layer(

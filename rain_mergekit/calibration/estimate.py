@@ -6,11 +6,14 @@ The formulas are those of docs/performance.md. Bytes unless said otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 from rain_mergekit.calibration.estimate_site import FLOAT32, SiteNeeds, SiteShape
+from rain_mergekit.calibration.file_choices import FileChoices
+from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.capture.token_chunks import TOKENS
+from rain_mergekit.models.experts import stays_stored
 
 # Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
 LIBRARIES = 40 * 1024**2
@@ -33,6 +36,15 @@ class ModelShape:
     sites: tuple[SiteShape, ...] = ()
     # Rows of the output head where it is merged too, else 0.
     vocabulary: int = 0
+    # Of the layer's weights those that one token passes; 0: all of them.
+    active: int = 0
+    # Weights of each tensor of routed experts; large ones stay in memory as they are stored.
+    experts: tuple[int, ...] = ()
+
+    @property
+    def passed(self) -> int:
+        """Weights of a layer that one token passes."""
+        return self.active or self.layer_parameters
 
     @property
     def all_sites(self) -> tuple[SiteShape, ...]:
@@ -85,6 +97,9 @@ class Estimate:
         forward_flops: floating-point operations of the forward passes.
         statistics_flops: those of the bases and factors.
         rank: the largest that the change or the protection of a module may get.
+        operations: all of the work, by what limits its speed.
+        file: what the file's size is a choice of.
+        notes: what the user should know of this model and this activation budget.
     """
 
     memory: Mapping[str, int]
@@ -94,6 +109,9 @@ class Estimate:
     forward_flops: float
     statistics_flops: float
     rank: int = 0
+    operations: Operations = field(default_factory=Operations)
+    file: FileChoices | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -106,7 +124,8 @@ def layer_memory(shape: ModelShape, itemsize: int) -> int:
 
     Or, once no layer is needed any more, the output heads of both.
     """
-    converted = shape.layer_parameters * itemsize
+    kept = sum(n for n in shape.experts if stays_stored(n, itemsize, shape.stored_itemsize))
+    converted = (shape.layer_parameters - kept) * itemsize + kept * shape.stored_itemsize
     layer = converted + 2 * shape.largest_matrix * shape.stored_itemsize
     return max(layer, 2 * shape.vocabulary * shape.hidden * shape.stored_itemsize)
 
@@ -187,18 +206,30 @@ def estimate(
     rank: int,
     oblique: bool,
     stores_v: bool,
+    ahead: bool = False,
 ) -> Estimate:
-    """Memory, disk and operations of a calibration with at most `rank` directions a site."""
+    """Memory, disk and operations of a calibration with at most `rank` directions a site.
+
+    ahead: whether the next layer is read while one computes.
+    """
     sites = site_needs(shape, work, rank, oblique=oblique)
     hidden = hidden_bytes(shape, work)
     kept = min(hidden, hidden_budget(budget, shape, work, rank, oblique=oblique))
-    ranks = sum(min(rank, work.protected_rows, width) * width for width in shape.widths)
-    head = min(rank, work.protected_rows, shape.hidden)
-    written = file_bytes(shape, ranks, stores_v=stores_v)
-    written += head_bytes(shape, head, stores_v=stores_v)
+
+    def size(most: int) -> int:
+        ranks = sum(min(most, work.protected_rows, width) * width for width in shape.widths)
+        head = min(most, work.protected_rows, shape.hidden)
+        factors = file_bytes(shape, ranks, stores_v=stores_v)
+        return factors + head_bytes(shape, head, stores_v=stores_v)
+
+    written = size(rank)
+    forward = shape.layers * forward_flops(shape, work)
+    statistics = shape.layers * statistics_flops(shape, sites)
+    statistics += 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden)
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
+            "next layer, as stored": ahead * shape.layer_parameters * shape.stored_itemsize,
             "features": feature_memory(sites),
             "hidden states": kept,
             "working space": _transient(shape, work, sites),
@@ -207,16 +238,31 @@ def estimate(
         work_disk=hidden - kept + 2 * hidden + written,
         file_bytes=written,
         read_bytes=3 * shape.model_bytes,
-        forward_flops=shape.layers * forward_flops(shape, work),
-        statistics_flops=shape.layers * statistics_flops(shape, sites)
-        + 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden),
+        forward_flops=forward,
+        statistics_flops=statistics,
         rank=min(rank, work.protected_rows + work.reading_rows),
+        operations=Operations(
+            products=forward,
+            double=statistics,
+            memory=float(shape.layers * _moved(shape, work)),
+            read=3.0 * shape.model_bytes,
+            write=2.0 * written,
+            passes=float(shape.layers * len(work.lengths)),
+        ),
+        file=FileChoices.of(size, shape.model_bytes, shape.widths, rank),
     )
+
+
+def _moved(shape: ModelShape, work: Workload) -> int:
+    """Bytes that pass through memory beside the products of one layer: features, and weights."""
+    features = sum(work.lengths) * (30 * shape.hidden + 8 * shape.ffn) * work.itemsize
+    task_vectors = 3 * 2 * shape.layer_parameters * FLOAT32
+    return features + task_vectors + shape.layer_parameters * 3 * work.itemsize
 
 
 def forward_flops(shape: ModelShape, work: Workload) -> float:
     """All passes through one layer: matrices, and causal attention."""
-    matrices = 2.0 * shape.layer_parameters * sum(work.lengths)
+    matrices = 2.0 * shape.passed * sum(work.lengths)
     return matrices + 2.0 * shape.heads_width * sum(length**2 for length in work.lengths)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,37 +15,45 @@ from rain_mergekit.calibration.estimate import ModelShape, Workload
 from rain_mergekit.calibration.estimate_site import SiteShape
 from rain_mergekit.calibration.protected_positions import READ
 from rain_mergekit.calibration.samples import Samples
-from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.head_layout import feeds_attention
+from rain_mergekit.models.outline import ModelOutline
 
 # What families call the number of experts, and how many of them a token goes through.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 
 
-def model_shape(layerwise: LayerwiseModel, vocabulary: int = 0) -> ModelShape:
+def model_shape(outline: ModelOutline, vocabulary: int = 0) -> ModelShape:
     """From the modules without weights and the file headers; no tensor is read.
 
     vocabulary: rows of the output head, if it is merged.
     """
-    layer = max(layerwise.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
-    sites = _sites(layer, _experts_share(layerwise))
-    checkpoint = layerwise.checkpoint
-    everything = sum(parameter.numel() for parameter in layerwise.model.parameters())
+    layer = max(outline.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
+    share = experts_share(outline.config)
+    sites = _sites(layer, share)
     return ModelShape(
-        layers=len(layerwise.layers),
+        layers=len(outline.layers),
         layer_parameters=sum(parameter.numel() for parameter in layer.parameters()),
         largest_matrix=max(parameter.numel() for parameter in layer.parameters()),
-        hidden=layerwise.hidden_size,
+        hidden=outline.hidden_size,
         heads_width=max((site.width for name, site in sites if "attn" in name), default=0)
-        or layerwise.hidden_size,
+        or outline.hidden_size,
         ffn=max(site.width for _, site in sites),
-        stored_itemsize=max(1, min(8, round(checkpoint.bytes / everything))),
-        model_bytes=checkpoint.bytes,
+        stored_itemsize=outline.stored_itemsize,
+        model_bytes=outline.bytes,
         sites=tuple(site for _, site in sites),
         vocabulary=vocabulary,
+        active=int(
+            sum(p.numel() * (share if of_experts(n, p) else 1) for n, p in layer.named_parameters())
+        ),
+        experts=tuple(p.numel() for n, p in layer.named_parameters() if of_experts(n, p)),
     )
+
+
+def of_experts(name: str, parameter: nn.Parameter) -> bool:
+    """Whether the tensor holds all routed experts; a convolution has three axes too."""
+    return parameter.dim() == 3 and not name.endswith(".weight")
 
 
 def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
@@ -59,7 +68,7 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
     for name, parameter in layer.named_parameters():
         module = name.removesuffix(".weight")
         parent, reading = module.rpartition(".")[0], feeds_attention(module)
-        shape = _straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
+        shape = straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
         if parameter.dim() == 2 and name.endswith(".weight"):
             rows, width = shape
             known = sites.get((parent, width, reading), SiteShape(width, 0))
@@ -76,16 +85,16 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
     return [(parent, site) for (parent, _, _), site in sites.items()]
 
 
-def _straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
+def straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
     """(..., d_out, d_in), whichever way round the module holds it."""
     *first, rows, width = parameter.shape if parameter.dim() > 1 else (1, *parameter.shape)
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     return (*first, width, rows) if transposed else (*first, rows, width)
 
 
-def _experts_share(layerwise: LayerwiseModel) -> float:
+def experts_share(config: Any) -> float:
     """Which share of the tokens a routed expert gets if all get the same; 1 where unknown."""
-    config = text_config(layerwise.model.config)
+    config = text_config(config)
     chosen, count = (
         next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
         for names in (_CHOSEN, _EXPERTS)

@@ -56,11 +56,30 @@ def empty_sums(
     width: d, the inputs of the site. outputs: d_out by the weights' names. Several processes add
     up sums only.
     """
-    if MATRICES * width**2 <= rule.budget or world.size > 1:
+    if not needs_rows(width, rule.budget) or world.size > 1:
         return RidgeSums(width, outputs, world.device, choose=rule.epsilon is None), 1
     tokens = sum(len(text.groups) for text in texts if rule.uses(text))
-    row = sum(outputs.values()) + width
+    return RidgeRows(outputs), rows_within(width, sum(outputs.values()), tokens, rule.budget)
+
+
+def sums_bytes(width: int) -> int:
+    """What sums of d x d take for an input of that width: themselves, and their solution."""
+    return MATRICES * width**2
+
+
+def needs_rows(width: int, budget: int) -> bool:
+    """Whether sums of d x d are beyond the budget, so that single tokens are kept."""
+    return sums_bytes(width) > budget
+
+
+def rows_within(width: int, outputs: int, tokens: int, budget: int) -> int:
+    """The step between tokens that are used: 1 where all are, or where sums are.
+
+    outputs: Σ d_out of the site.
+    """
+    if not needs_rows(width, budget):
+        return 1
     # MATRICES n² + 4 row n = budget
-    room = 2 * row / MATRICES
-    most = int((room**2 + rule.budget / MATRICES) ** 0.5 - room)
-    return RidgeRows(outputs), max(1, -(-tokens // max(1, most)))
+    room = 2 * (outputs + width) / MATRICES
+    most = int((room**2 + budget / MATRICES) ** 0.5 - room)
+    return max(1, -(-tokens // max(1, most)))

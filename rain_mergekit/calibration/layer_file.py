@@ -19,6 +19,7 @@ from rain_mergekit.capture.input_sites import LinearWeight, dotted
 from rain_mergekit.linalg.coefficients import HeadStatistics
 from rain_mergekit.models.head_layout import HeadLayout
 from rain_mergekit.system.atomic_file import replacing
+from rain_mergekit.system.profile import WRITE, phase
 
 STORED_DTYPE = torch.float32
 TOKENS = "tokens"  # the key of the rows that are merged, where rows are tokens
@@ -81,7 +82,7 @@ def write_part(path: Path, name: str, result: LayerResult) -> None:
         stored["leakage"] = result.statistics.leakage
     layout = None if result.layout is None else asdict(result.layout)
     header = {"name": name, "sites": sites, "tensors": tensors, "keys": keys, "heads": layout}
-    with replacing(path) as out:
+    with phase(WRITE), replacing(path) as out:
         out.write(save(stored, metadata={"layer": json.dumps(header)}))
 
 

@@ -22,6 +22,7 @@ from rain_mergekit.linalg.row_collector import RowCollector
 from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import trim_heap
+from rain_mergekit.system.profile import SOLVE, phase
 
 TaskVector = Callable[[LinearWeight, "int | None"], Iterator[Tensor]]
 Collected = dict[str, dict[str, RowCollector]]
@@ -96,7 +97,8 @@ class LayerSites:
             mine = self.world.owner(index) == self.world.rank
             whole = dotted(self.name, site)
             solve = self.rule.solve
-            solved[site] = solve(whole, width, rows, deltas, max_rank) if mine else None
+            with phase(SOLVE):
+                solved[site] = solve(whole, width, rows, deltas, max_rank) if mine else None
             del rows
             trim_heap()
         return {

@@ -33,6 +33,8 @@ class RunOptions:
         deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was
             not in the environment before torch was loaded, or torch has no MKL, all runs on one
             thread.
+        read_ahead: the next layer is read while the present one computes; one layer more of each
+            model is in memory then, as it is stored.
         quiet: no progress bar.
     """
 
@@ -43,6 +45,7 @@ class RunOptions:
     snapshot_seconds: float = 60.0
     keep_on_device: bool = False
     deterministic: bool = False
+    read_ahead: bool = True
     quiet: bool = False
 
 

@@ -37,6 +37,7 @@ from rain_mergekit.models.merge_names import lost_tensors, merge_names
 from rain_mergekit.system.atomic_file import destination
 from rain_mergekit.system.determinism import deterministic
 from rain_mergekit.system.distributed import World, join, leave
+from rain_mergekit.system.profile import WRITE, phase
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _calibrate(
         warnings: tuple[str, ...] = ()
         if world.rank == 0:
             header, sources = assemble(origin, parts, names, matrices, [*noted, *advice])
-            write_calibration(config.calibration, header.to_json(), sources)
+            with phase(WRITE):
+                write_calibration(config.calibration, header.to_json(), sources)
             warnings = tuple(header.warnings)
     return CalibrationSummary(
         path=config.calibration,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,15 +19,17 @@ from rain_mergekit.calibration.layer_names import (
     matrix_names,
 )
 from rain_mergekit.calibration.progress import Progress
-from rain_mergekit.calibration.stream_estimate import StreamShape, estimate_streams
+from rain_mergekit.calibration.stream_estimate import StreamWork, estimate_streams
 from rain_mergekit.calibration.stream_layer import StreamLayer, StreamLayerResult
 from rain_mergekit.calibration.stream_layer_file import write_stream_layer
+from rain_mergekit.calibration.stream_shape import StreamShape
 from rain_mergekit.calibration.stream_texts import StreamTexts, stream_texts
 from rain_mergekit.calibration.stream_types import HiddenStates, Lesson, SiteTargets, Teacher
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.token_teachers import token_weights
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.models.loading import read_model_config
@@ -76,7 +78,7 @@ class StreamEngine:
 
     @cached_property
     def _shape(self) -> StreamShape:
-        return StreamShape.of(self.layerwise)
+        return StreamShape.of(self.layerwise.outline)
 
     @property
     def parts(self) -> int:
@@ -96,13 +98,17 @@ class StreamEngine:
         """
         texts = self.texts.part(self._world)
         folder = work.path / f"process-{self._world.rank}"
-        with self._streams(texts, folder) as streams:
+        with ExitStack() as stack:
+            streams = stack.enter_context(self._streams(texts, folder))
             stores = {name: states.store for name, states in streams.items()}
             first = work.restore(stores)
-            quiet, needs = self._job.quiet, self._shape.needs(texts, self._rule)
-            with Progress(
-                len(self.indices), needs.samples, needs.tokens, first=first, quiet=quiet
-            ) as progress:
+            if self._options.read_ahead:
+                thread = stack.enter_context(ReaderThread())
+                for model in (self.layerwise, self.instruct):
+                    stack.enter_context(model.reading_ahead(self.indices[first:], thread))
+            samples, tokens = self._work(texts).passes(self._shape.layers[-1][0])
+            quiet = self._job.quiet
+            with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
                 for index in self.indices[first:]:
                     progress.layer(index)
                     with naming_shortage(
@@ -118,10 +124,11 @@ class StreamEngine:
 
     def estimate(self) -> Estimate:
         """Memory, disk and operations of the whole run on one process."""
-        budget = self._options.activation_budget
-        return estimate_streams(
-            self._shape, self.texts, self.layerwise.dtype, self._rule.max_rank, budget
-        )
+        return estimate_streams(self._shape, self._work(self.texts))
+
+    def _work(self, texts: StreamTexts) -> StreamWork:
+        itemsize = self.layerwise.dtype.itemsize
+        return StreamWork.of(texts, self._rule, itemsize, self._options)
 
     def _layer(
         self,

@@ -2,120 +2,203 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from math import ceil
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
-from rain_mergekit.calibration.fit_rule import MATRICES, FitRule
-from rain_mergekit.calibration.options import MIN_RANK_CAP
+from rain_mergekit.calibration.file_choices import FileChoices
+from rain_mergekit.calibration.fit_rule import FitRule, sums_bytes
+from rain_mergekit.calibration.operations import Operations
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.stream_shape import FittedSite, LayerShape, StreamShape
+from rain_mergekit.calibration.stream_site_needs import FitNeeds
 from rain_mergekit.calibration.stream_texts import StreamTexts
-from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.capture.output_head import LOGITS
 
-FLOAT32, FLOAT64 = 4, 8
-# A plain decoder has four sites: the merged stream passes a layer once for each, and once more.
-_SITES = 4
-# What the early ends of these passes leave out: together they are about so many whole passes.
-_MERGED_PASSES = 2.4
+FLOAT32, GIB = 4, 1024**3
+# How often the features inside a layer pass through memory beside its products, a token: what
+# surrounds the residual stream, and what is between the projections.
+_HIDDEN_COPIES, _INNER_COPIES = 40, 8
 
 
 @dataclass(frozen=True)
-class StreamNeeds:
-    """Passes of texts through one layer, by samples and by tokens."""
+class StreamWork:
+    """Tokens of each text.
 
-    samples: int
-    tokens: int
+    Attributes:
+        own: of both sets, as the reasoning model reads them.
+        fitted: those of them that take part in the fit.
+        others: what the instruct model reads.
+        itemsize: bytes a number in the forward pass.
+        rank: the largest of a change.
+        budget: the activation budget in bytes.
+        ahead: whether the next layer of both models is read meanwhile.
+        chooses: whether the ridge penalty is chosen by tokens held aside.
+    """
 
-
-@dataclass(frozen=True)
-class StreamShape:
-    """The largest layer, and all two-dimensional weights of the layers as (d_out, d_in)."""
-
-    layers: int
-    layer_parameters: int
-    hidden: int
-    matrices: tuple[tuple[int, int], ...]
-    elements_per_rank: int
-    model_bytes: int
+    own: Sequence[int]
+    fitted: Sequence[int]
+    others: Sequence[int]
+    itemsize: int
+    rank: int
+    budget: int
+    ahead: bool = True
+    chooses: bool = True
 
     @classmethod
-    def of(cls, layerwise: LayerwiseModel) -> StreamShape:
-        """From the modules without weights and the file headers; no tensor is read."""
-        layer = max(layerwise.layers, key=_size)
+    def of(
+        cls, texts: StreamTexts, rule: FitRule, itemsize: int, options: RunOptions
+    ) -> StreamWork:
+        """The lengths of these texts."""
         return cls(
-            layers=len(layerwise.layers),
-            layer_parameters=_size(layer),
-            hidden=layerwise.hidden_size,
-            matrices=_matrices(layer),
-            elements_per_rank=sum(
-                sum(shape) for one in layerwise.layers for shape in _matrices(one)
-            ),
-            model_bytes=layerwise.checkpoint.bytes,
+            own=[len(text.input_ids) for text in texts.all],
+            fitted=[len(text.input_ids) for text in texts.all if rule.uses(text)],
+            others=[len(one.input_ids) for one in (*texts.readings, *texts.bare)],
+            itemsize=itemsize,
+            rank=rule.max_rank,
+            budget=options.activation_budget,
+            ahead=options.read_ahead,
+            chooses=rule.epsilon is None,
         )
 
-    def rank_within(self, settings: RainSettings) -> int:
-        """The largest rank of a change: as given, or what the size budget allows."""
-        if settings.max_rank is not None:
-            return settings.max_rank
-        room = settings.size_budget * self.model_bytes
-        return max(MIN_RANK_CAP, int(room / (self.elements_per_rank * FLOAT32)))
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max((*self.own, *self.others))
 
-    def needs(self, texts: StreamTexts, rule: FitRule) -> StreamNeeds:
-        """All passes of one layer, those that end early counted whole."""
-        own = [len(text.input_ids) for text in texts.all]
-        fitted = [len(text.input_ids) for text in texts.all if rule.uses(text)]
-        others = [len(one.input_ids) for one in (*texts.readings, *texts.bare)]
-        return StreamNeeds(
-            samples=2 * len(own) + _SITES * len(fitted) + len(others),
-            tokens=2 * sum(own) + _SITES * sum(fitted) + sum(others),
+    def passes(self, layer: LayerShape) -> tuple[int, int]:
+        """All passes of that layer, those that end early counted whole: samples, tokens."""
+        sites = len(layer.sites)
+        return (
+            2 * len(self.own) + sites * len(self.fitted) + len(self.others),
+            2 * sum(self.own) + sites * sum(self.fitted) + sum(self.others),
         )
 
-
-def _size(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters())
-
-
-def _matrices(layer: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((int(p.shape[0]), int(p.shape[1])) for p in layer.parameters() if p.dim() == 2)
+    def fit(self, site: FittedSite) -> FitNeeds:
+        """What the fit of that site needs."""
+        tokens = sum(self.fitted)
+        half = self.budget // 2
+        return FitNeeds(site, tokens, self.rank, half, self.itemsize, self.chooses)
 
 
-def estimate_streams(
-    shape: StreamShape, texts: StreamTexts, dtype: torch.dtype, rank: int, budget: int
-) -> Estimate:
-    """Memory, disk and operations of stream matching with changes of at most `rank`."""
-    own = sum(len(text.input_ids) for text in texts.all)
-    others = sum(len(one.input_ids) for one in (*texts.readings, *texts.bare))
-    longest = max(len(text.input_ids) for text in texts.all)
-    hidden = (2 * own + others) * shape.hidden * dtype.itemsize
-    targets = own * sum(rows for rows, _ in shape.matrices) * dtype.itemsize
-    kept = min(hidden, budget // 2), min(targets, budget // 2)
-    width = max(width for _, width in shape.matrices)
-    rows = max(rows for rows, _ in shape.matrices)
-    small = min(width, rows)
-    system = min(MATRICES * width**2, budget // 2)
-    system += FLOAT64 * (3 * width * rows + 3 * small**2)
-    passing = dtype.itemsize * longest * (8 * shape.hidden + 4 * rows)
-    written = shape.elements_per_rank * rank * FLOAT32
-    products = sum(2.0 * own * (r + w) * w for r, w in shape.matrices)
-    # A spectrum takes about 10 d³; the two sums of a weight and its change are turned into it.
-    solves = sum(10.0 * w**3 + 8.0 * w * w * r + 10.0 * min(w, r) ** 3 for r, w in shape.matrices)
+def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
+    """Memory, disk and operations of stream matching."""
+    hidden, targets = _hidden_bytes(shape, work), _targets(shape, work)
+    kept = min(hidden, work.budget // 2)
+    written = shape.bytes_at(work.rank)
+    done = Operations()
+    for layer, count in shape.layers:
+        done += layer_work(layer, shape, work) * count
+    spilled = hidden - kept + max(0, targets - work.budget // 2)
+    read = 2 * shape.model_bytes
     return Estimate(
-        memory={
-            "layers of both models": 2 * shape.layer_parameters * dtype.itemsize,
-            "hidden states": kept[0],
-            "targets": kept[1],
-            "working space": max(system, passing),
-            "libraries": LIBRARIES,
-        },
-        work_disk=hidden - kept[0] + targets - kept[1] + 2 * hidden + written,
+        memory=max(_phases(shape, work, kept), key=lambda parts: sum(parts.values())),
+        work_disk=spilled + 2 * hidden + written,
         file_bytes=written,
-        read_bytes=2 * shape.model_bytes,
-        forward_flops=shape.layers
-        * 2.0
-        * shape.layer_parameters
-        * (own * (1 + _MERGED_PASSES) + others),
-        statistics_flops=shape.layers * (products + solves),
-        rank=rank,
+        read_bytes=read,
+        forward_flops=_forward_flops(shape, work),
+        statistics_flops=done.products + done.double - _forward_flops(shape, work),
+        rank=work.rank,
+        operations=done + Operations(read=read, write=2.0 * written),
+        file=FileChoices.of(shape.bytes_at, shape.model_bytes, shape.sides or (1,), work.rank),
+        notes=tuple(_notes(shape, work)),
     )
+
+
+def _notes(shape: StreamShape, work: StreamWork) -> Iterator[str]:
+    """Which inputs are too wide for their sums, what that costs, and which budget is enough."""
+    sites = {site.width: site for layer, _ in shape.layers for site in layer.sites}
+    dual = {width: work.fit(site) for width, site in sites.items() if work.fit(site).dual}
+    if not dual:
+        return
+    enough = 2 * sums_bytes(max(dual))
+    steps = [needs.step for needs in dual.values()]
+    if max(steps) == 1:
+        return
+    widths = ", ".join(f"{width:,}" for width in sorted(dual))
+    yield (
+        f"inputs of width {widths} are fitted on one token in {max(steps)} of "
+        f"{sum(work.fitted):,}, as their sums are beyond half of the activation budget; with "
+        f"--activation-budget {ceil(enough / GIB)}GiB every token counts"
+    )
+
+
+def _hidden_bytes(shape: StreamShape, work: StreamWork) -> int:
+    return (2 * sum(work.own) + sum(work.others)) * shape.hidden * work.itemsize
+
+
+def _targets(shape: StreamShape, work: StreamWork) -> int:
+    widest = max(sum(site.rows for site in layer.sites) for layer, _ in shape.layers)
+    return sum(work.own) * widest * work.itemsize
+
+
+def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[str, int]]:
+    """Every moment that may be the highest: the teachers run, each site is fitted, the head."""
+    layer = max((one for one, _ in shape.layers), key=lambda one: one.parameters)
+    one = layer.held(work.itemsize, shape.stored_itemsize)
+    targets = min(work.budget // 2, _targets(shape, work))
+    fixed = {"hidden states": hidden, "libraries": LIBRARIES}
+    if work.ahead:
+        fixed["next layers, as stored"] = 2 * layer.parameters * shape.stored_itemsize
+    taught = {
+        "layers of both models": 2 * one,
+        "targets": targets,
+        "working space": _passing(layer, shape, work),
+    }
+    phases: list[Mapping[str, int]] = [{**taught, **fixed}]
+    open_rows = sum(site.rows for site in layer.sites)
+    for site in layer.sites:
+        left = min(work.budget // 2, sum(work.own) * open_rows * work.itemsize)
+        text = work.itemsize * work.longest * (site.width + 2 * site.rows)
+        space = max(work.fit(site).memory + text, _passing(layer, shape, work))
+        fitted = {"layers of both models": one, "targets": left, "working space": space}
+        phases.append({**fitted, **fixed})
+        open_rows -= site.rows
+    head = shape.vocabulary * shape.hidden * shape.stored_itemsize + 3 * FLOAT32 * LOGITS
+    return [*phases, {"output head": head, "hidden states": hidden, "libraries": LIBRARIES}]
+
+
+def _passing(layer: LayerShape, shape: StreamShape, work: StreamWork) -> int:
+    """One text on its way through a layer, with what every map receives and gives."""
+    features = sum(site.width + site.rows for site in layer.sites)
+    return work.itemsize * work.longest * (features + 2 * layer.widest + 8 * shape.hidden)
+
+
+def _forward_flops(shape: StreamShape, work: StreamWork) -> float:
+    """All passes of all layers; those that end early as far as they go."""
+    return sum(count * _layer_flops(layer, work) for layer, count in shape.layers)
+
+
+def _layer_flops(layer: LayerShape, work: StreamWork) -> float:
+    whole = (2.0 * sum(work.own) + sum(work.others)) * layer.active
+    early = 1.0 * sum(work.fitted) * sum(site.before for site in layer.sites)
+    heads = next((site.width for site in layer.sites if not site.reads), 0)
+    later = sum(not site.reads for site in layer.sites)
+    squares = 2 * _squares(work.own) + _squares(work.others) + later * _squares(work.fitted)
+    return 2.0 * (whole + early) + 2.0 * heads * squares
+
+
+def _squares(lengths: Sequence[int]) -> float:
+    return float(sum(length**2 for length in lengths))
+
+
+def layer_work(layer: LayerShape, shape: StreamShape, work: StreamWork) -> Operations:
+    """Everything that is done in one layer."""
+    samples, tokens = work.passes(layer)
+    inner = sum(site.width + site.rows for site in layer.sites)
+    copied = tokens * (_HIDDEN_COPIES * shape.hidden + _INNER_COPIES * inner)
+    filled = 2 * layer.parameters * (shape.stored_itemsize + 3 * work.itemsize)
+    filled += (
+        samples
+        * layer.kept(work.itemsize, shape.stored_itemsize)
+        * (shape.stored_itemsize + work.itemsize)
+    )
+    done = Operations(
+        products=_layer_flops(layer, work),
+        memory=float(work.itemsize * copied + filled),
+        passes=samples,
+    )
+    for site in layer.sites:
+        done += work.fit(site).work
+    return done

@@ -32,6 +32,8 @@ from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.ridge_fit import RidgeRows, RidgeSums
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.distributed import World
+from rain_mergekit.system.memory import trim_heap
+from rain_mergekit.system.profile import SOLVE, phase
 
 LOG = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class StreamLayer:
                 targets.open(self.sites, states.store.lengths)
             for name, rows in self._by_site(found):
                 targets.put(name, text, rows)
+            del found  # else it lives on while the next text passes
 
     def teach_answers(self, layer: nn.Module, teacher: Teacher, targets: SiteTargets) -> None:
         """Run another model's layer: its outputs enter the targets at the answers."""
@@ -85,6 +88,7 @@ class StreamLayer:
             found = self._advance(layer, teacher.states, lesson.reading)
             for name, rows in self._by_site(found):
                 targets.mix(name, lesson, rows[-lesson.tokens :], teacher)
+            del found
 
     def fit(
         self, states: HiddenStates, targets: SiteTargets, rule: FitRule
@@ -94,6 +98,7 @@ class StreamLayer:
         for name, site in self.sites.items():
             wanted = [one for one in site.outputs if one not in self._unfit]
             if wanted:
+                trim_heap()
                 sums = self._sums(name, wanted, states, targets, rule)
                 changes |= self._solve(name, sums, rule)
             targets.close(name)
@@ -130,13 +135,15 @@ class StreamLayer:
             self._require_finite(name, text, inputs, *errors.values())
             weights = rule.weights(text).to(self._device)
             counted = weights.nonzero().flatten()[index % step :: step]
-            sums.add(
-                inputs[counted],
-                {one: rows[counted] for one, rows in errors.items()},
-                weights[counted] * step,
-                aside=text.held_out,
-            )
+            with phase(SOLVE):
+                sums.add(
+                    inputs[counted],
+                    {one: rows[counted] for one, rows in errors.items()},
+                    weights[counted] * step,
+                    aside=text.held_out,
+                )
             self._tick(inputs.shape[0])
+            del found, goals, errors, inputs  # else they live on while the next text passes
         if isinstance(sums, RidgeSums):
             sums.sum_over(self._world.sum)
         return sums
@@ -161,11 +168,13 @@ class StreamLayer:
         self, name: str, sums: RidgeSums | RidgeRows, rule: FitRule
     ) -> dict[str, LowRankChange]:
         try:
-            changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
+            with phase(SOLVE):
+                changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
         except RainError as error:
             raise RainError(f"{dotted(self.name, name)}: {error}") from None
-        for weight, change in changes.items():
-            self._apply(weight, change)
+        with phase(SOLVE):
+            for weight, change in changes.items():
+                self._apply(weight, change)
         return changes
 
     def _apply(self, weight: str, change: LowRankChange) -> None:

@@ -14,6 +14,7 @@ from rain_mergekit.calibration.stream_layer import StreamLayerResult
 from rain_mergekit.capture.input_sites import dotted
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.atomic_file import replacing
+from rain_mergekit.system.profile import WRITE, phase
 
 
 def write_stream_layer(path: Path, name: str, result: StreamLayerResult) -> None:
@@ -32,7 +33,7 @@ def write_stream_layer(path: Path, name: str, result: StreamLayerResult) -> None
         "heads": None,
         "streams": {"name": name, "fitted": result.fitted, "held_out": result.held_out},
     }
-    with replacing(path) as out:
+    with phase(WRITE), replacing(path) as out:
         out.write(save(stored, metadata={"layer": json.dumps(header)}))
 
 

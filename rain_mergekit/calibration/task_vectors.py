@@ -13,6 +13,7 @@ from rain_mergekit.linalg.feature_rows import TASK_ROWS
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.system.profile import LOAD, phase
 
 
 class TrioTensors:
@@ -77,12 +78,13 @@ class TrioTensors:
             *(torch.split(tensor, TASK_ROWS) for tensor in weights), strict=True
         ):
             # Moved in the stored type, which takes half the bytes on the way to a GPU.
-            delta = tuned.to(device).to(torch.float32, copy=True)
-            subtracted = origin.to(device).to(torch.float32)
-            delta -= subtracted
-            for reasoning in third:
-                changed = reasoning.to(device).to(torch.float32) - subtracted
-                delta.sub_(changed, alpha=self._gamma)
+            with phase(LOAD):
+                delta = tuned.to(device).to(torch.float32, copy=True)
+                subtracted = origin.to(device).to(torch.float32)
+                delta -= subtracted
+                for reasoning in third:
+                    changed = reasoning.to(device).to(torch.float32) - subtracted
+                    delta.sub_(changed, alpha=self._gamma)
             if not finite(delta):
                 raise RainError(self._not_finite(name, [tuned, origin, *third]))
             yield delta

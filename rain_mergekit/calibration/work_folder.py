@@ -23,6 +23,7 @@ from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.atomic_file import replacing
 from rain_mergekit.system.distributed import World
+from rain_mergekit.system.profile import WRITE, phase
 
 LOG = logging.getLogger(__name__)
 # Files of a work folder; anything else in it is never deleted.
@@ -138,8 +139,9 @@ class WorkDir:
         """Save the hidden states after `layer`, if the last time is long enough ago."""
         if not self._world.agree(time.monotonic() - self._last >= self._every):
             return
-        for name, store in streams.items():
-            store.save(self._snapshot(layer, name))
+        with phase(WRITE):
+            for name, store in streams.items():
+                store.save(self._snapshot(layer, name))
         self._world.wait()
         if self._world.rank == 0:
             with replacing(self.path / "snapshot.json") as out:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.atomic_file import replacing
+from rain_mergekit.system.profile import STATES, phase
 
 
 class ActivationStore:
@@ -59,7 +60,10 @@ class ActivationStore:
         if tuple(hidden.shape) != self._shapes[index]:
             raise ValueError(f"sample {index}: {tuple(hidden.shape)} != {self._shapes[index]}")
         home = torch.device("cpu") if index in self._offsets else self._device
-        hidden = hidden.detach().to(home, self._dtype).contiguous()
+        with phase(STATES):
+            self._keep(index, hidden.detach().to(home, self._dtype).contiguous())
+
+    def _keep(self, index: int, hidden: Tensor) -> None:
         if index not in self._offsets:
             whole = hidden.untyped_storage().nbytes() == hidden.nbytes
             self._memory[index] = hidden if whole else hidden.clone()
@@ -78,6 +82,10 @@ class ActivationStore:
         """The hidden states (T, d) last stored for one sample, wherever they were kept."""
         if index not in self._offsets:
             return self._memory[index]
+        with phase(STATES):
+            return self._read(index)
+
+    def _read(self, index: int) -> Tensor:
         data = bytearray(self._size(index))
         view, read = memoryview(data), 0
         while read < len(data):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rain_mergekit.system.profile import FORWARD, phase
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -124,7 +126,8 @@ class PrefixSharing:
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """One sample (T, d) through one layer; its output hidden states (T, d)."""
-    output = layer(hidden[None], *call.args, **call.kwargs)
+    with phase(FORWARD):
+        output = layer(hidden[None], *call.args, **call.kwargs)
     if isinstance(output, tuple):
         output = output[0]
     result: Tensor = output[0]

@@ -24,11 +24,21 @@ from rain_mergekit.capture.layer_calls import (
     TupleExpected,
     deduplicated,
 )
+from rain_mergekit.capture.layers_ahead import (
+    LayersAhead,
+    ReaderThread,
+    Stage,
+    StoredLayer,
+    use,
+)
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.empty_model import decoder_layers, empty_model, text_config
+from rain_mergekit.models.experts import expert_weights, stays_stored
 from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.models.outline import ModelOutline
+from rain_mergekit.system.profile import LOAD, moved, phase
 
 TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]"
 _KEPT_MAPPED = 1 << 20
@@ -48,6 +58,14 @@ class LayerwiseModel:
         self.home, _, self._list = self.prefix.rpartition(".")
         self.decoder = self.model.get_submodule(self.home)
         self.as_tuple = False
+        self._ahead: LayersAhead | None = None
+        self._experts = expert_weights(self.model)
+
+    @property
+    def outline(self) -> ModelOutline:
+        """What can be said of the model without reading a tensor."""
+        config, size = self.model.config, self.checkpoint.bytes
+        return ModelOutline(config, self.model, self.layers, self.hidden_size, size)
 
     def record(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[LayerCall]]]:
         """Embed each sample: its hidden states (T, d) and one LayerCall a layer.
@@ -121,8 +139,29 @@ class LayerwiseModel:
         """The real layer `index` of the checkpoint, on the device, in the forward dtype."""
         layer = self.layers[index]
         _move_buffers(layer, self.device)
-        with self.filled(layer, f"{self.prefix}.{index}"), torch.no_grad():
+        with phase(LOAD):
+            found = None if self._ahead is None else self._ahead.take(index)
+        read = None if found is None else partial(self._convert_from, found)
+        with self.filled(layer, f"{self.prefix}.{index}", read), torch.no_grad():
             yield layer
+
+    @contextmanager
+    def reading_ahead(self, indices: Sequence[int], thread: ReaderThread) -> Iterator[None]:
+        """Inside the block, layers are read before they are asked for, in that order.
+
+        One more layer is in memory then, in the type in which it is stored.
+        """
+        reader = _LayerReader(self, Stage(self.device))
+        self._ahead = LayersAhead(reader.read, indices, thread)
+        try:
+            yield
+        finally:
+            self._ahead = None
+
+    def needed(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """The empty tensors of `module` that the checkpoint fills, by their names in it."""
+        empty = dict(module.state_dict())
+        return {n: t for n, t in empty.items() if t.is_meta or self._has(f"{prefix}.{n}")}
 
     @contextmanager
     def filled(
@@ -132,10 +171,10 @@ class LayerwiseModel:
 
         RainError if one is missing or has another shape than the model wants.
         """
-        empty = dict(module.state_dict())
-        stored = {n: t for n, t in empty.items() if t.is_meta or self._has(f"{prefix}.{n}")}
+        stored = self.needed(module, prefix)
         read = read or self._read
-        filled = {n: read(f"{prefix}.{n}", t.shape, t.dtype) for n, t in stored.items()}
+        with phase(LOAD):
+            filled = {n: read(f"{prefix}.{n}", t.shape, t.dtype) for n, t in stored.items()}
         module.load_state_dict(filled, strict=False, assign=True)
         filled.clear()  # must not keep alive what the module frees later
         try:
@@ -149,10 +188,26 @@ class LayerwiseModel:
 
     def _read(self, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         stored = self._stored(name, expected)
-        tensor = self.numbers(name, stored.to(self.device, dtype))
+        moved(LOAD, stored.nbytes)
+        tensor = self._converted(name, stored, dtype)
         if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
             self.tensors.release()  # else the stored form stays in memory beside the converted
         return tensor
+
+    def _convert_from(
+        self, found: StoredLayer, name: str, expected: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """What was read ahead; each stored tensor is let go of when it has been converted."""
+        stored = fitting(self.checkpoint, name, use(found.pop(name)), expected)
+        return self._converted(name, stored, dtype)
+
+    def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the device, in the type of the forward pass; large tensors of experts as stored."""
+        if name in self._experts and stays_stored(
+            stored.numel(), dtype.itemsize, stored.dtype.itemsize
+        ):
+            dtype = stored.dtype
+        return self.numbers(name, stored.to(self.device, dtype))
 
     def _read_rows(
         self, rows: Tensor, name: str, expected: tuple[int, ...], dtype: torch.dtype
@@ -173,13 +228,40 @@ class LayerwiseModel:
         )
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor.shape != expected:
-            raise RainError(
-                f"{self.checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
-                f"but config.json asks for {tuple(expected)}"
-            )
+        return fitting(self.checkpoint, name, self.tensors.get(name), expected)
+
+
+class _LayerReader:
+    """Reads layers of a model as they are stored, through files of its own."""
+
+    def __init__(self, model: LayerwiseModel, stage: Stage) -> None:
+        self._model, self._stage = model, stage
+        self._tensors = model.tensors.twin()
+
+    def read(self, index: int) -> StoredLayer:
+        """All tensors of one layer, by name; called in the reader's thread."""
+        model, found = self._model, StoredLayer()
+        prefix = f"{model.prefix}.{index}"
+        for name in model.needed(model.layers[index], prefix):
+            whole = f"{prefix}.{name}"
+            stored = self._tensors.get(whole)
+            moved(LOAD, stored.nbytes)
+            found[whole] = self._stage.put(stored)
+            if stored.nbytes > _KEPT_MAPPED:
+                self._tensors.release()  # so that each is let go of by itself
+        self._tensors.release()
+        self._stage.arrived()
+        return found
+
+
+def fitting(checkpoint: Checkpoint, name: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """The tensor, if it has the shape that the model wants."""
+    if tensor.shape == expected:
         return tensor
+    raise RainError(
+        f"{checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
+        f"but config.json asks for {tuple(expected)}"
+    )
 
 
 def _strange_layers(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.models.empty_model import embedding_weight, output_head
 
 # A float32 copy of this many logits takes 64 MiB, and so does a block of the head at width 4096.
-_LOGITS = 2**24
+LOGITS = 2**24
 _HEAD_ROWS = 4096
 
 
@@ -62,7 +62,7 @@ def arriving(layerwise: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]:
 
 def block_rows(vocabulary: int) -> int:
     """How many rows at once keep the logits small."""
-    return max(1, _LOGITS // vocabulary)
+    return max(1, LOGITS // vocabulary)
 
 
 @contextmanager

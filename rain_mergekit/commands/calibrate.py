@@ -35,6 +35,8 @@ class CalibrateOptions:
     keep_on_device: bool
     snapshot_every: float
     deterministic: bool
+    read_ahead: bool
+    profile: str | None
     plan: bool
     as_json: bool
     threads: int | None
@@ -65,6 +67,18 @@ class CalibrateOptions:
 @deterministic_option
 @threads_option
 @click.option(
+    "--read-ahead/--no-read-ahead",
+    default=True,
+    show_default=True,
+    help="Read the next layer while one computes; takes the memory of a stored layer a model.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write where the time went, as a trace for ui.perfetto.dev, and print the shares.",
+)
+@click.option(
     "--plan", is_flag=True, help="Print what it will need (memory, disk, operations) and stop."
 )
 @json_option
@@ -81,6 +95,7 @@ def calibrate(options: CalibrateOptions) -> None:
     """
     from rain_mergekit.calibration.options import RunOptions  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.plan import show_plan  # noqa: PLC0415
+    from rain_mergekit.commands.profile import profiled  # noqa: PLC0415
     from rain_mergekit.commands.run_calibration import content, next_step, run_calibration  # noqa: PLC0415
     from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
 
@@ -95,6 +110,7 @@ def calibrate(options: CalibrateOptions) -> None:
         snapshot_seconds=options.snapshot_every,
         keep_on_device=options.keep_on_device,
         deterministic=options.deterministic,
+        read_ahead=options.read_ahead,
         quiet=not console.progress,
     )
     config = read_config(options.config)
@@ -103,7 +119,8 @@ def calibrate(options: CalibrateOptions) -> None:
         if options.as_json and leader:
             print_json("calibrate", {"plan": {"peak": found.peak, **asdict(found)}})
         return
-    summary = run_calibration(config, run, console, options.threads)
+    with profiled(options.profile, run.device, console):
+        summary = run_calibration(config, run, console, options.threads)
     if options.as_json and leader:
         print_json("calibrate", {"calibration": content(summary)})
     next_step(config, run.load, console)

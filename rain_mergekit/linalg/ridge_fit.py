@@ -23,7 +23,7 @@ EPSILON = 0.01  # where no token is held out to choose by
 # What is chosen from: the error is flat around its least value, so half decades are enough.
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Rows wait until there are so many: one large product is faster than many small ones.
-_BUFFERED_ROWS = 1024
+BUFFERED_ROWS = 1024
 
 
 class TokenSums:
@@ -49,7 +49,7 @@ class TokenSums:
         if inputs.shape[0] == 0:
             return
         self._rows.append((inputs, weights, dict(errors)))
-        if sum(rows.shape[0] for rows, _, _ in self._rows) >= _BUFFERED_ROWS:
+        if sum(rows.shape[0] for rows, _, _ in self._rows) >= BUFFERED_ROWS:
             self.flush()
 
     def flush(self) -> None:

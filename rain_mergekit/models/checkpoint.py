@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,6 +98,12 @@ class Checkpoint:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise RainError(f"{self.reference}: cannot read tensor {name}: {error}") from None
         return tensor
+
+    def twin(self) -> Checkpoint:
+        """The same tensors through files that are opened anew, for another thread."""
+        other = copy(self)
+        other._loader = LazyTensorLoader(self.index, lazy_unpickle=False)  # noqa: SLF001
+        return other
 
     def release(self) -> None:
         """Close the open shard, so that its mapped memory can be freed."""

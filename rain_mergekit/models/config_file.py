@@ -14,6 +14,7 @@ from rain_mergekit.system.untrusted_input import first_line, read_regular
 NAME = "config.json"
 _TYPE_FIELDS = ("dtype", "torch_dtype")  # of transformers 5, and of 4
 _SIZE_FIELD = "vocab_size"
+QUANTISATION = "quantization_config"
 
 
 def read_config_file(folder: str | Path) -> dict[str, Any]:
@@ -26,6 +27,15 @@ def read_config_file(folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RainError(f"{path}: cannot be read as a model config: it is not a JSON object")
     return found
+
+
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """How a model is quantised, by what its config.json says; None where its weights are plain."""
+    for part in (config, config.get("text_config")):
+        section = part.get(QUANTISATION) if isinstance(part, Mapping) else None
+        if isinstance(section, Mapping):
+            return str(section.get("quant_method", "unknown"))
+    return None
 
 
 def published_config(

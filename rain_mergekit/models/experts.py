@@ -20,6 +20,9 @@ from transformers.integrations.moe import ExpertsInterface
 from rain_mergekit.system.context_value import holding
 
 NAME = "rain_mergekit"
+# A tensor of experts that would take more than this in the type of the forward pass stays as it is
+# stored; each expert is converted when it is used.
+AT_ONCE = 256 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,26 @@ def observe_experts(observer: ExpertsObserver) -> AbstractContextManager[None]:
     return holding(_OBSERVER, observer)
 
 
+def expert_weights(model: nn.Module) -> frozenset[str]:
+    """The names of the 3-D weights that `_experts` computes with, one expert after the other."""
+    return frozenset(
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME
+        and hasattr(module, "is_transposed")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    )
+
+
+def stays_stored(count: int, itemsize: int, stored: int) -> bool:
+    """Whether `count` weights of experts stay in the narrower type in which they are stored.
+
+    itemsize: bytes a number in the forward pass; stored: on disk.
+    """
+    return stored < itemsize and count * itemsize > AT_ONCE
+
+
 def register() -> None:
     """Make the experts function known to transformers; idempotent."""
     ExpertsInterface.register(NAME, _experts)
@@ -92,6 +115,6 @@ def _inner(module: Any, rows: Tensor, expert: int, up: str) -> Tensor:
 
 
 def _product(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
-    weight = getattr(module, name)[expert]
+    weight = getattr(module, name)[expert].to(rows.dtype)
     out = rows @ weight if module.is_transposed else nn.functional.linear(rows, weight)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

@@ -7,7 +7,7 @@ transformers publishes the conversions, and they are applied a tensor at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -127,6 +127,12 @@ class ModelTensors:
                 f"{len(source.parts)} tensors of the checkpoint (the first: {source.parts[0][0]})"
             )
         return tensors
+
+    def twin(self) -> ModelTensors:
+        """The same tensors through files that are opened anew, for another thread."""
+        other = copy(self)
+        other.checkpoint, other._last = self.checkpoint.twin(), {}  # noqa: SLF001 - of this class
+        return other
 
     def release(self) -> None:
         """Close the open shard and free the last conversion."""

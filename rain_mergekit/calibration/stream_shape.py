@@ -1,0 +1,175 @@
+"""What stream matching will meet in a model: the sites of each layer, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from rain_mergekit.calibration.estimate_inputs import experts_share, of_experts, straight
+from rain_mergekit.calibration.options import MIN_RANK_CAP
+from rain_mergekit.capture.left_alone import routes
+from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.models.experts import stays_stored
+from rain_mergekit.models.head_layout import feeds_attention
+from rain_mergekit.models.outline import ModelOutline
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class FittedSite:
+    """Linear maps that see the same input.
+
+    Attributes:
+        width: d, of the input.
+        outputs: d_out of each map.
+        before: weights that a token passes up to the end of these maps, from the layer's start.
+        reads: whether attention follows.
+    """
+
+    width: int
+    outputs: tuple[int, ...]
+    before: int = 0
+    reads: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Σ d_out."""
+        return sum(self.outputs)
+
+    @property
+    def elements_per_rank(self) -> int:
+        """What one rank more takes in the two factors of every map."""
+        return sum(rows + self.width for rows in self.outputs)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer.
+
+    Attributes:
+        parameters: all of its weights.
+        active: those that one token passes; of experts, a share.
+        experts: weights of each tensor of routed experts.
+        sites: what is fitted, in the order in which it runs.
+    """
+
+    parameters: int
+    active: int
+    experts: tuple[int, ...]
+    sites: tuple[FittedSite, ...]
+
+    def held(self, itemsize: int, stored: int) -> int:
+        """Bytes of the filled layer; large tensors of experts stay as they are stored."""
+        kept = self.kept(itemsize, stored)
+        return (self.parameters - kept) * itemsize + kept * stored
+
+    def kept(self, itemsize: int, stored: int) -> int:
+        """How many weights stay as they are stored."""
+        return sum(count for count in self.experts if stays_stored(count, itemsize, stored))
+
+    @property
+    def widest(self) -> int:
+        """The most features that a map gives, all maps of its site together."""
+        return max((site.rows for site in self.sites), default=0)
+
+    @classmethod
+    def of(cls, layer: nn.Module, share: float) -> LayerShape:
+        """From the modules; share: of the experts that one token goes through."""
+        sizes = [(n, p.numel() * (share if of_experts(n, p) else 1)) for n, p in _weights(layer)]
+        return cls(
+            parameters=sum(parameter.numel() for parameter in layer.parameters()),
+            active=int(sum(size for _, size in sizes)),
+            experts=tuple(p.numel() for n, p in _weights(layer) if of_experts(n, p)),
+            sites=tuple(_sites(layer, dict(sizes))),
+        )
+
+
+def _weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, one) for name, one in layer.named_parameters() if one.dim() > 1]
+
+
+def _sites(layer: nn.Module, sizes: dict[str, float]) -> Iterator[FittedSite]:
+    """Maps presumably see the same input that have the same parent, width and role in attention."""
+    members: dict[tuple[str, int, bool], list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in _weights(layer):
+        if parameter.dim() != 2 or not name.endswith(".weight"):
+            continue
+        shape = straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
+        if routes(name, shape[0], shape[1]):
+            continue
+        module = name.removesuffix(".weight")
+        key = module.rpartition(".")[0], shape[1], feeds_attention(module)
+        members.setdefault(key, []).append(name)
+        shapes[name] = shape
+    order = list(sizes)
+    for (_, width, reads), names in members.items():
+        end = order.index(names[-1]) + 1
+        before = int(sum(sizes[name] for name in order[:end]))
+        yield FittedSite(width, tuple(shapes[name][0] for name in names), before, reads)
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """All layers, alike ones counted, and what surrounds them.
+
+    vocabulary: rows of the output head.
+    """
+
+    layers: tuple[tuple[LayerShape, int], ...]
+    hidden: int
+    vocabulary: int
+    stored_itemsize: int
+    model_bytes: int
+
+    @classmethod
+    def of(cls, outline: ModelOutline) -> StreamShape:
+        """From the modules without weights; no tensor is read."""
+        share = experts_share(outline.config)
+        counts = Counter(LayerShape.of(layer, share) for layer in outline.layers)
+        return cls(
+            layers=tuple(counts.items()),
+            hidden=outline.hidden_size,
+            vocabulary=int(getattr(outline.config.get_text_config(), "vocab_size", 0)),
+            stored_itemsize=outline.stored_itemsize,
+            model_bytes=outline.bytes,
+        )
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return sum(count for _, count in self.layers)
+
+    @property
+    def elements_per_rank(self) -> int:
+        """What one rank more takes in the factors of all weights."""
+        return sum(
+            count * site.elements_per_rank for layer, count in self.layers for site in layer.sites
+        )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The smaller side of each fitted weight, beyond which its rank cannot go."""
+        sites = [site for layer, _ in self.layers for site in layer.sites]
+        return tuple(min(rows, site.width) for site in sites for rows in site.outputs)
+
+    def rank_within(self, settings: RainSettings) -> int:
+        """The largest rank of a change: as given, or what the size budget allows."""
+        if settings.max_rank is not None:
+            return settings.max_rank
+        room = settings.size_budget * self.model_bytes
+        return max(MIN_RANK_CAP, int(room / (max(1, self.elements_per_rank) * FLOAT32)))
+
+    def bytes_at(self, rank: int) -> int:
+        """The factors of all weights at that rank, or at their own where they have fewer."""
+        elements = sum(
+            count * min(rank, rows, site.width) * (rows + site.width)
+            for layer, count in self.layers
+            for site in layer.sites
+            for rows in site.outputs
+        )
+        return elements * FLOAT32
