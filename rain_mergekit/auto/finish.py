@@ -68,26 +68,27 @@ def _digest(text: str) -> str:
 def measure_and_tell(job: Job, out: Path, config: RainConfig, console: Console) -> str:
     """Measure the thinking unless that is done, write card and page; returns the verdict."""
     known = verification_record.load(out)
-    if known is None:
-        reasoning = open_model(config.reasoning, job.run.load)
-        merged = open_checkpoint(str(out), job.run.load)
-        held_out = out / HELD_OUT
-        path = str(held_out if held_out.exists() else out / REASONING)
-        how = VerifyOptions(job.run.load, job.run.device, job.run.dtype, job.run.activation_budget)
-        console.print(f"Measuring what it did to the thinking, on {Path(path).name}")
-        texts = texts_of(job.request, path, _SAMPLES)
-        found, data = measure_on(reasoning, merged, texts, how, console)
-        for line in verify_text.drift_lines(found.drift):
-            console.print(line)
-        _write_report(out, config, (reasoning, merged), found, console)
-        verification_record.save(out, found.drift, data.path, data.sha256)
-        verdict = found.drift.verdict
-    else:
-        verdict = known.verdict
+    verdict = _measure(job, out, config, console) if known is None else known.verdict
     write_card(out)
     console.heading(f"Verdict: {verify_text.MEANING[verdict]}")
     _next(out, config.settings.fit, console)
     return verdict
+
+
+def _measure(job: Job, out: Path, config: RainConfig, console: Console) -> str:
+    reasoning = open_model(config.reasoning, job.run.load)
+    merged = open_checkpoint(str(out), job.run.load)
+    held_out = out / HELD_OUT
+    path = str(held_out if held_out.exists() else out / REASONING)
+    how = VerifyOptions(job.run.load, job.run.device, job.run.dtype, job.run.activation_budget)
+    console.print(f"Measuring what it did to the thinking, on {Path(path).name}")
+    texts = texts_of(job.request, path, _SAMPLES)
+    found, data = measure_on(reasoning, merged, texts, how, console)
+    for line in verify_text.drift_lines(found.drift):
+        console.print(line)
+    _write_report(out, config, (reasoning, merged), found, console)
+    verification_record.save(out, found.drift, data.path, data.sha256)
+    return found.drift.verdict
 
 
 def _write_report(

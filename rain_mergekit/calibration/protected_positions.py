@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.capture.streams import (
     REASONING,
@@ -49,19 +47,17 @@ def _groups(
 ) -> PositionGroups:
     if isinstance(sample, InstructionTokens):
         return {INSTRUCTION: evenly_spaced(sample.response_positions, instruction)}
-    groups: dict[str, Sequence[int]] = {"think": sample.think_positions}
-    if settings.protect_thinking > 0:
-        groups["content"] = evenly_spaced(sample.content_positions, content)
-    if settings.protect_prompt > 0:
-        groups["prompt"] = evenly_spaced(sample.prompt_positions, content)
-    if settings.protect_response > 0:
-        groups["response"] = evenly_spaced(sample.response_positions, content)
-    if settings.reading_share > 0:
-        places = (sample.prompt_positions, sample.response_positions)
-        groups |= {
-            name: evenly_spaced(place, content) for name, place in zip(READ, places, strict=True)
-        }
-    return groups
+    wanted = [
+        ("content", settings.protect_thinking, sample.content_positions),
+        ("prompt", settings.protect_prompt, sample.prompt_positions),
+        ("response", settings.protect_response, sample.response_positions),
+    ]
+    places = (sample.prompt_positions, sample.response_positions)
+    wanted += [
+        (name, settings.reading_share, place) for name, place in zip(READ, places, strict=True)
+    ]
+    some = {name: evenly_spaced(place, content) for name, weight, place in wanted if weight > 0}
+    return {"think": sample.think_positions, **some}
 
 
 def protected_groups(settings: RainSettings) -> list[Group]:

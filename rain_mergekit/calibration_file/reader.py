@@ -170,7 +170,17 @@ def _plans(metadata: dict[str, Any], entries: Mapping[str, Entry]) -> tuple[dict
     """Format, version and digest first: only then does the rest of the header mean anything."""
     if metadata.get("format") != FORMAT:
         raise RainError(f"not a calibration file (its metadata does not say format={FORMAT!r})")
-    version = metadata.get("format_version")
+    _require_known(metadata.get("format_version"))
+    text = metadata.get("header")
+    if not isinstance(text, str):
+        raise RainError("its metadata has no text named header")
+    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != metadata.get("header_sha256"):
+        raise RainError("its header was altered: the content does not match header_sha256")
+    header = parse_json(text, "the header")
+    return header, parse_header(header, entries)
+
+
+def _require_known(version: object) -> None:
     if not isinstance(version, str) or not version.isdecimal() or not 0 < len(version) < 10:
         raise RainError(f"format_version must be a whole number, found {version!r:.40}")
     if int(version) > VERSION:
@@ -180,10 +190,3 @@ def _plans(metadata: dict[str, Any], entries: Mapping[str, Entry]) -> tuple[dict
         )
     if int(version) < 1:
         raise RainError(f"there is no format version {int(version)}")
-    text = metadata.get("header")
-    if not isinstance(text, str):
-        raise RainError("its metadata has no text named header")
-    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != metadata.get("header_sha256"):
-        raise RainError("its header was altered: the content does not match header_sha256")
-    header = parse_json(text, "the header")
-    return header, parse_header(header, entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,26 +96,32 @@ def _odd(found: ModelDiff) -> Iterator[str]:
 
 
 def _table(found: ModelDiff, *, blocks: bool) -> Iterator[str]:
-    from rain_mergekit.evaluation.model_diff import by_layer  # noqa: PLC0415
-    from rain_mergekit.report.text_heatmap import BLOCKS, DIGITS, heat_rows  # noqa: PLC0415
+    from rain_mergekit.report.text_heatmap import BLOCKS, DIGITS  # noqa: PLC0415
 
     marks = BLOCKS if blocks else DIGITS
     most = max((one.relative for one in found.changes), default=0.0)
     wide = max([len("change, percent of the norm"), *map(len, found.kinds)])
     yield f"{'change, percent of the norm':<{wide}}  changed     mean   largest  cosine  layers"
     for kind, group in found.kinds.items():
-        layers = by_layer(group)
-        columns = [[layers[layer]] for layer in layers]
-        text = heat_rows(columns, 0.0, most, marks)[0][0] if columns and most else ""
-        changed = f"{sum(not one.equal for one in group)}/{len(group)}"
-        relative = [100 * one.relative for one in group]
-        cosine = min(one.cosine for one in group)
-        yield (
-            f"{kind:<{wide}}  {changed:>7}  {sum(relative) / len(group):>7.3g}  "
-            f"{max(relative):>8.3g}  {cosine:>6.3f}  {text}".rstrip()
-        )
+        yield f"{kind:<{wide}}  {_numbers(group)}  {_picture(group, most, marks)}".rstrip()
     if most:
         yield f"layers from the first to the last: {marks[0]} = 0, {marks[-1]} = {100 * most:.3g} %"
+
+
+def _numbers(group: Sequence[TensorChange]) -> str:
+    changed = f"{sum(not one.equal for one in group)}/{len(group)}"
+    relative = [100 * one.relative for one in group]
+    mean, cosine = sum(relative) / len(group), min(one.cosine for one in group)
+    return f"{changed:>7}  {mean:>7.3g}  {max(relative):>8.3g}  {cosine:>6.3f}"
+
+
+def _picture(group: Sequence[TensorChange], most: float, marks: str) -> str:
+    """One mark a layer, by the size of its change."""
+    from rain_mergekit.evaluation.model_diff import by_layer  # noqa: PLC0415
+    from rain_mergekit.report.text_heatmap import heat_rows  # noqa: PLC0415
+
+    columns = [[change] for change in by_layer(group).values()]
+    return heat_rows(columns, 0.0, most, marks)[0][0] if columns and most else ""
 
 
 def _content(options: DiffOptions, found: ModelDiff) -> dict[str, Any]:

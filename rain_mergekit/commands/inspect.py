@@ -150,10 +150,14 @@ def _matching(found: Matching) -> list[str]:
             f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  "
             f"{_share(module.fitted):<13}  {_penalty(module.epsilon)}".rstrip()
         )
+    return [*lines, *_distances(found)]
+
+
+def _distances(found: Matching) -> list[str]:
     last = len(found.layers) - 1
     chosen = [found.layers[i] for i in sorted({0, last // 2, last})] if found.layers else []
     wide = max([len("layer"), *(len(clean(layer.name)) for layer in chosen)])
-    lines += [_head("Distance of the merged hidden states from their teacher (held out)")]
+    lines = [_head("Distance of the merged hidden states from their teacher (held out)")]
     lines += [f"  {'layer':<{wide}}  " + "  ".join(f"{group:<15}" for group in found.groups)]
     lines += [
         f"  {clean(layer.name):<{wide}}  "

@@ -7,7 +7,7 @@ and one tensor for all experts where the checkpoint has one for each, which serv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -77,12 +77,10 @@ def _divided(reasoning: ModelTensors, name: str, tensor: Tensor) -> Iterator[tup
     sizes = [math.prod(shapes[part]) for part in parts]
     total = sum(sizes)
     kind = torch.int32 if total < torch.iinfo(torch.int32).max else torch.int64
-    numbers = torch.arange(total, dtype=kind)
-    numbered: Mapping[str, Tensor] = {
-        part: block.view(shapes[part])
-        for part, block in zip(parts, torch.split(numbers, sizes), strict=True)
-    }
-    places = reasoning.assembled(name, lambda part: numbered[part]).flatten()
+    numbers = torch.split(torch.arange(total, dtype=kind), sizes)
+    blocks = zip(parts, numbers, strict=True)
+    numbered = {part: block.view(shapes[part]) for part, block in blocks}
+    places = reasoning.assembled(name, numbered.__getitem__).flatten()
     if len(places) != total or tensor.numel() != total:
         raise RainError(
             f"{name}: {len(parts)} tensors of the checkpoint make it up, and it cannot be split "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -111,18 +111,22 @@ def listed_names(config: Any) -> dict[str, str] | None:
     if architecture is None:
         return None
     listed: dict[str, str] = {}
+    for weight in _table(architecture, config):
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+            listed.setdefault(name, weight.name)
+    return listed
+
+
+def _table(architecture: Any, config: Any) -> Iterable[Any]:
     try:
-        weights = architecture.all_weights(config)
+        weights: Iterable[Any] = architecture.all_weights(config)
     except (RuntimeError, AttributeError, TypeError) as error:
         line = str(error).strip().splitlines()[0]
         raise RainError(
             f"mergekit cannot merge the architecture {config.model_type!r} by any method: its "
             f"table does not fit the config that transformers reads ({line:.100})"
         ) from None
-    for weight in weights:
-        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
-            listed.setdefault(name, weight.name)
-    return listed
+    return weights
 
 
 def left_out(tensors: ModelTensors, names: Names) -> dict[str, tuple[str, ...]]:

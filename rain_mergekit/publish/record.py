@@ -144,16 +144,7 @@ def read_record(folder: Path) -> MergeRecord:
     """RainError if the folder has none, or one that cannot be understood."""
     path = folder / RECORD
     try:
-        content: Any = json.loads(read_regular(path))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {str(content['format'])[:40]!r}, expected {FORMAT!r}")
-        found = {f.name: content[f.name] for f in fields(MergeRecord)}
-        maps = ("versions", "models", "data", "run", "tensors")
-        if not all(isinstance(found[name], dict) for name in maps):
-            raise ValueError("one of its parts is no JSON object")
-        if not all(isinstance(found[name], str) for name in ("config", "calibration")):
-            raise ValueError("one of its parts is no text")
-        return MergeRecord(**{**found, "commands": tuple(map(str, found["commands"]))})
+        return _record(json.loads(read_regular(path)))
     except FileNotFoundError:
         raise RainError(
             f"{path}: is not there: nothing says how this model was made (`mergekit-rain auto` and "
@@ -161,3 +152,16 @@ def read_record(folder: Path) -> MergeRecord:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RainError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def _record(content: Any) -> MergeRecord:
+    """From what the file says; ValueError, KeyError or TypeError where it is no record."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"its format is {str(content['format'])[:40]!r}, expected {FORMAT!r}")
+    found = {f.name: content[f.name] for f in fields(MergeRecord)}
+    maps = ("versions", "models", "data", "run", "tensors")
+    if not all(isinstance(found[name], dict) for name in maps):
+        raise ValueError("one of its parts is no JSON object")
+    if not all(isinstance(found[name], str) for name in ("config", "calibration")):
+        raise ValueError("one of its parts is no text")
+    return MergeRecord(**{**found, "commands": tuple(map(str, found["commands"]))})

@@ -47,14 +47,7 @@ def spectrum(prefix: str, curves: Sequence[Curve], what: str, of: str) -> str:
     def draw(axes: Any) -> None:
         for index, curve in enumerate(curves):
             colour = _DEPTH[round(index * (len(_DEPTH) - 1) / max(1, len(curves) - 1))]
-            values = np.maximum(np.array(curve.values), _FLOOR)
-            dots = np.where(curve.protected, values, np.nan)
-            axes.plot(curve.x, values, color=colour, lw=0.9, alpha=0.6)
-            axes.plot(curve.x, dots, ".", color=colour, ms=5, label=_depth(curve))
-            if curve.cut is not None:
-                place, height = curve.cut
-                ring = {"ms": 8, "mfc": "none", "mew": 1.6, "zorder": 5}
-                axes.plot([place], [max(height, _FLOOR)], "o", color=colour, **ring)
+            _draw_curve(axes, curve, colour)
         axes.set(xscale="log", yscale="log", xlabel="direction", ylabel=what)
         axes.set_ylim(bottom=max(_FLOOR, axes.get_ylim()[0]))
         axes.grid(visible=True, color=FAINT, alpha=0.25, lw=0.5)
@@ -62,6 +55,17 @@ def spectrum(prefix: str, curves: Sequence[Curve], what: str, of: str) -> str:
         axes.legend(fontsize=9, loc="lower left", handlelength=0.8)
 
     return drawn(prefix, f"{what}, input of {label(of)}", draw)
+
+
+def _draw_curve(axes: Any, curve: Curve, colour: str) -> None:
+    values = np.maximum(np.array(curve.values), _FLOOR)
+    dots = np.where(curve.protected, values, np.nan)
+    axes.plot(curve.x, values, color=colour, lw=0.9, alpha=0.6)
+    axes.plot(curve.x, dots, ".", color=colour, ms=5, label=_depth(curve))
+    if curve.cut is not None:
+        place, height = curve.cut
+        ring = {"ms": 8, "mfc": "none", "mew": 1.6, "zorder": 5}
+        axes.plot([place], [max(height, _FLOOR)], "o", color=colour, **ring)
 
 
 def _depth(curve: Curve) -> str:

@@ -66,22 +66,24 @@ def join(device: str) -> World:
 
     Each process takes the GPU of its local rank. Raises RainError if there are not enough.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, where = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device)
     if size == 1:
-        return World(torch.device(device))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device(device)
+        return World(where)
     if where.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise RainError(
-                f"torchrun started process {local + 1} here, but there are "
-                f"{torch.cuda.device_count()} GPUs: use that --nproc-per-node, or --device cpu"
-            )
-        where = torch.device("cuda", local)
+        where = _own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     return World(where, dist.get_rank(), size)
+
+
+def _own_gpu(local: int) -> torch.device:
+    if local >= torch.cuda.device_count():
+        raise RainError(
+            f"torchrun started process {local + 1} here, but there are "
+            f"{torch.cuda.device_count()} GPUs: use that --nproc-per-node, or --device cpu"
+        )
+    return torch.device("cuda", local)
 
 
 def leave(world: World) -> None:
