@@ -1,4 +1,4 @@
-"""The models that were named, seen before their weights are downloaded, and their roles."""
+"""The models that the user named and their roles, from headers, before any download."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Candidate:
 
     @property
     def pinned(self) -> str:
-        """A reference that means this model for ever: with its commit, or an absolute path."""
+        """A reference that stays valid: with the model's commit, or an absolute path."""
         if self.seen.commit is None:
             return str(Path(self.name).resolve())
         return f"{self.name.partition('@')[0]}@{self.seen.commit}"
 
 
 def look_at(name: str, place: Path, load: LoadOptions, template: Mapping[str, Any]) -> Candidate:
-    """Fetch what is small of a model; `place` is an empty folder that has to stay.
+    """Fetch a model's small files and headers; `place` is an empty folder that must be kept.
 
     Raises RainError if there is no such model, or it is none that can be read.
     """
@@ -70,7 +70,7 @@ def look_at(name: str, place: Path, load: LoadOptions, template: Mapping[str, An
 
 @contextmanager
 def called(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors call the models by these names in place of the folders where they are looked at."""
+    """Inside the block errors name the models as the user did, not by temporary folders."""
     try:
         yield
     except RainError as error:

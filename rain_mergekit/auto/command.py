@@ -145,7 +145,7 @@ def _check_usage(options: AutoOptions) -> None:
 
 def _ask() -> bool:
     if not sys.stdin.isatty():
-        raise click.UsageError("nobody is there to be asked: -y starts without")
+        raise click.UsageError("no terminal to ask for your agreement: -y starts without asking")
     return click.confirm("Go on?", default=True)
 
 

@@ -1,4 +1,4 @@
-"""After the merge: what was done is written down, the thinking is measured, a page shows both."""
+"""After the merge: write the record, measure the thinking, and draw a page of both."""
 
 from __future__ import annotations
 

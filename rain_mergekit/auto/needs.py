@@ -1,4 +1,4 @@
-"""What a merge will take, said before it begins: download, disk, memory, minutes."""
+"""What a merge will need, printed before it begins: download, disk, memory, minutes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Needs:
 
     @property
     def disk(self) -> int:
-        """At the folder of the result, at the worst moment."""
+        """Bytes at the result's folder, at the highest point."""
         return self.result + self.calibration + self.work
 
 
@@ -61,7 +61,7 @@ def needs_of(config: RainConfig, roles: Mapping[str, Candidate], run: RunOptions
 
 
 def need_lines(needs: Needs) -> Iterator[str]:
-    """For people, a line each."""
+    """One line of text for each need."""
     if needs.download:
         yield f"to download: {size(needs.download)}"
     yield (
@@ -87,5 +87,5 @@ def require_room(needs: Needs, out: Path, cache: Path) -> None:
 
 
 def _there(folder: Path) -> Path:
-    """The folder, or the one above it that is there already."""
+    """The folder, or its nearest parent that exists."""
     return next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -38,7 +38,7 @@ def texts_of(request: Request, path: str, count: int | None = None) -> Texts:
 
 
 def thinks_on(reasoning: Checkpoint, path: str, request: Request, run: RunOptions) -> bool:
-    """Whether the model gives the thinking markers of a few samples the probability that it should.
+    """Whether the model finds the thinking markers of a few samples likely.
 
     One layer of the model is in memory at a time. RainError if no sample can be used.
     """

@@ -1,4 +1,4 @@
-"""The whole way: look, plan, ask, calibrate, merge, measure, write down; each step once."""
+"""All steps in order: look, plan, ask, calibrate, merge, measure, record; each is done once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run_auto(job: Job, console: Console, agreed: Callable[[], bool]) -> str | No
 def _look(
     job: Job, out: Path, place: Path, console: Console
 ) -> tuple[Mapping[str, Candidate], str, Sets]:
-    """The roles, the YAML, and the sets to begin with; says who is who and what it will take."""
+    """Roles, YAML and the first sets; prints each model's role and what the merge will need."""
     request = job.request
     load, template = job.run.load, request.chat_template_kwargs
     found = []
@@ -88,7 +88,7 @@ def _look(
 
 
 def _check(job: Job, roles: Mapping[str, Candidate], console: Console) -> tuple[Sets, Needs]:
-    """All that can be told without weights; here the models are called by their folders."""
+    """Everything that headers alone show; the configuration names the models by their folders."""
     reasoning, request = roles["reasoning"], job.request
     if reasoning.tokenizer is None:
         raise RainError(f"{reasoning.name}: has no tokenizer")

@@ -61,7 +61,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def knows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
-    """Whether the tokenizer gives the texts back, by runs of three characters, and in words."""
+    """Whether decoding gives most of the texts back, and a token stands for several characters."""
     whole = kept = characters = tokens = 0
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -97,5 +97,5 @@ def lay_out(sets: Sets, out: Path) -> None:
 
 
 def _aside(count: int) -> set[int]:
-    """Which of so many samples are for measuring alone."""
+    """The indices of samples that are kept for measuring, out of `count`."""
     return set(evenly_spaced(range(count), _ASIDE)) if count >= _LEAST else set()

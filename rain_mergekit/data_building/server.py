@@ -1,6 +1,8 @@
 """A model behind an OpenAI-compatible server: chat completions, several at a time.
 
-Requests go through urllib: which HTTP library the hub's client brings depends on its version.
+Requests go through urllib, as no HTTP client is a dependency on every Python: huggingface_hub 1
+brings httpx, 2 brings httpx2, which needs Python 3.11. The hub's own session will not do: with
+HF_HUB_OFFLINE it refuses every address, servers of the local network too.
 """
 
 from __future__ import annotations

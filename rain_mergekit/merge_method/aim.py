@@ -35,7 +35,7 @@ CARD = Card(AIM, "AIM", "https://arxiv.org/abs/2502.02421")
 
 
 def aim_merged(group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
-    """One tensor of the merge, the first time after a look at the base model's fingerprint."""
+    """Merge one tensor; the first time, check that the calibration is the base model's."""
     from rain_mergekit.merge_method.base_check import check_base  # noqa: PLC0415 - needs mergekit
 
     with torch.device("cpu"):
@@ -82,7 +82,7 @@ def _relaxed_ties(vectors: TaskVectors, parameters: Mapping[str, Any]) -> Tensor
 
 
 def _permutation(key: str, count: int) -> Tensor:
-    """The same for all weights that share an input, and in every process."""
+    """A fixed random order, the same in every process and for all weights that share an input."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 

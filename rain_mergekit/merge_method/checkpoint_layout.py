@@ -25,7 +25,7 @@ from rain_mergekit.models.weight_files import (
 
 
 def restore_layout(folder: Path, reasoning: ModelTensors, names: Names) -> bool:
-    """Rewrite the weight files whose tensors are called or put together otherwise.
+    """Rewrite the weight files whose tensors have other names or another layout.
 
     names: what mergekit calls the tensors. Says whether anything was changed.
     """

@@ -60,7 +60,7 @@ class TaskVectors:
         return total
 
     def matrices(self) -> Iterator[tuple[Tensor, ...]]:
-        """Of a linear tensor the deltas' matrices (d_out, d_in): one, or one an expert."""
+        """The deltas as matrices (d_out, d_in): one group, or one for each expert."""
         if self.deltas[0].dim() == 2:
             yield self.deltas
         else:

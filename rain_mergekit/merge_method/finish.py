@@ -84,7 +84,7 @@ def _wanted(folder: Path, name: str, tokenizer: bool) -> bool:
 
 
 def _finish_config(folder: Path, reasoning: ModelTensors, dtype: str | None) -> bool:
-    """Write the config, key for key; says whether it was another one before."""
+    """Write the config, key for key; returns whether that changed it."""
     original = read_config_file(reasoning.checkpoint.path)
     wanted = published_config(original, dtype=dtype, vocabulary=_vocabulary(folder, reasoning))
     if (folder / "config.json").exists() and read_config_file(folder) == wanted:

@@ -1,4 +1,4 @@
-"""`merge_method: opcm`: each later task vector only outside what the earlier ones are (2501.09522).
+"""`merge_method: opcm`: later task vectors count outside of the earlier directions (2501.09522).
 
 Per matrix, with T = U Σ Vᵀ the task vectors so far: of Uᵀ Δ V the diagonal and the leading r x r
 block are set to zero, and U (..) Vᵀ is added to T. In the end T is scaled once. The published

@@ -1,4 +1,4 @@
-"""Parameters of the merge methods: how each value is checked, and what is said of a wrong one."""
+"""Parameters of the merge methods: the check of each value and its message."""
 
 from __future__ import annotations
 

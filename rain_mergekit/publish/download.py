@@ -1,4 +1,4 @@
-"""What was published of a merge besides its weights, and the configuration to make it again."""
+"""Download a published merge's record and calibration, and rebuild its configuration."""
 
 from __future__ import annotations
 

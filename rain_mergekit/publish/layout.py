@@ -1,4 +1,4 @@
-"""Where a merged model's folder keeps what it was made with: a folder of its own in it.
+"""The subfolder of a merged model in which its calibration, data and record are kept.
 
 Not beside the weights: some loaders take every safetensors file there for weights.
 """

@@ -80,7 +80,7 @@ def make_record(
 
 
 def public_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration's header with names that others find in place of this machine's folders."""
+    """A calibration's header with public names in place of this machine's folders."""
     models = {
         role: {**one, "reference": _reference(public_name(str(one.get("reference", ""))))}
         for role, one in header["models"].items()
@@ -104,7 +104,7 @@ def _reference(name: PublicName) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything on which the bits of a merge may depend."""
+    """Versions of everything on which the bits of a merge may depend."""
     found = {"rain_mergekit": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):

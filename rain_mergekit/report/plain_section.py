@@ -1,4 +1,4 @@
-"""Our part of the model card of a merge that needs no calibration."""
+"""The section of the model card that describes a merge without calibration."""
 
 from __future__ import annotations
 

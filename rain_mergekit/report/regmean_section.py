@@ -1,4 +1,4 @@
-"""Our part of the model card of a RegMean merge."""
+"""The section of the model card that describes a RegMean merge."""
 
 from __future__ import annotations
 

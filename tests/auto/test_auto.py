@@ -97,7 +97,7 @@ def test_three_names_for_the_papers_method(place: Workplace) -> None:
     outcome = run(*swapped, "--fit", "projection")
     assert outcome.code == 2
     assert "instruct has a chat template and" in outcome.output
-    assert "nobody is there to be asked" in outcome.output
+    assert "no terminal to ask for your agreement" in outcome.output
 
 
 def test_nothing_is_written_before_it_is_agreed(place: Workplace) -> None:
