@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-from rain_mergekit.calibration_file.schema import ModelRecord, SitePlan, TensorPlan
+from rain_mergekit.calibration_file.schema import VERSION, ModelRecord, SitePlan, TensorPlan
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.errors import RainError
 from rain_mergekit.system import atomic_file
@@ -433,7 +433,7 @@ def test_other_safetensors_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("4", "newer rain_mergekit.*upgrade"),
+        (str(VERSION + 1), "newer rain_mergekit.*upgrade"),
         ("999999999", "newer rain_mergekit"),
         ("0", "no format version 0"),
         ("1.0", "whole number"),
