@@ -27,7 +27,6 @@ from rain_mergekit.merge_method.spec import Card, require_once
 
 _EMBEDDINGS = ("wte", "wpe")
 _HEADS = ("embed_out",)
-_NEEDS_BASE = "needs `base_model`, the pretrained model from which all others were tuned"
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,10 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
         others = [model for model in input_ids if model != base_id]
         with reported():
             if base_id is None or base_id not in input_ids:
-                raise RainError(f"merge_method: {name} {_NEEDS_BASE}{where}")
+                raise RainError(
+                    f"merge_method: {name} needs `base_model`, the pretrained model from which "
+                    f"all others were tuned{where}"
+                )
             if not others:
                 raise RainError(
                     f"merge_method: {name} needs a model besides base_model under `models:`{where}"

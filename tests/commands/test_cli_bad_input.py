@@ -15,6 +15,7 @@ from commands import Workplace, make_models, make_workplace, refused, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rain_mergekit.calibration_file.schema import VERSION
 from rain_mergekit.system.staged_folder import staged_folder
 
 
@@ -344,7 +345,7 @@ def test_swapped_roles_are_not_calibrated_away(place: Workplace, calibrated: Pat
 
 def test_calibration_of_a_newer_format_stays(place: Workplace, calibrated: Path) -> None:
     with safe_open(calibrated, framework="pt") as file:
-        metadata = {**file.metadata(), "format_version": "4"}
+        metadata = {**file.metadata(), "format_version": str(VERSION + 1)}
     save_file(load_file(calibrated), place.calibration, metadata=metadata)
     message = refused(place.folder, "merge", place.yaml, place.folder / "out")
     assert "format version 4" in message

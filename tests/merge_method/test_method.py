@@ -28,6 +28,7 @@ from merging import (
 from safetensors.torch import load_file, save_file
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.schema import VERSION
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.merged_weight import BLOCK_ELEMENTS, MIN_BLOCK_ROWS, merged_weight
@@ -303,7 +304,7 @@ def altered(data: bytes) -> bytes:
 
 
 def newer(data: bytes) -> bytes:
-    return data.replace(b'"format_version":"1"', b'"format_version":"4"')
+    return data.replace(b'"format_version":"1"', b'"format_version":"%d"' % (VERSION + 1))
 
 
 def tampered(data: bytes) -> bytes:
