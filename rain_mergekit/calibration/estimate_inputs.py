@@ -15,6 +15,7 @@ from rain_mergekit.calibration.estimate import ModelShape, Workload
 from rain_mergekit.calibration.estimate_site import SiteShape
 from rain_mergekit.calibration.protected_positions import READ
 from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.capture.left_alone import left_alone
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.models.outline import ModelOutline
@@ -61,8 +62,8 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
 
     Weights presumably share an input that have the same parent module and width, and all or none
     of which make queries, keys or values: as wide as these, the attention's output sees another.
-    Routed experts share their input with their router, and each has a site of its own for its
-    output projection.
+    What the projection leaves alone has none. Routed experts share an input, and each has a site
+    of its own for its output projection.
     """
     sites: dict[tuple[str, int, bool], SiteShape] = {}
     for name, parameter in layer.named_parameters():
@@ -71,6 +72,8 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
         shape = straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
         if parameter.dim() == 2 and name.endswith(".weight"):
             rows, width = shape
+            if left_alone(name, rows, width):
+                continue
             known = sites.get((parent, width, reading), SiteShape(width, 0))
             sites[parent, width, reading] = SiteShape(width, known.outputs + rows, 1.0, reading)
         elif parameter.dim() == 3 and name.endswith("down_proj"):
@@ -79,7 +82,7 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
                 sites[f"{name}.{expert}", width, False] = SiteShape(width, rows, share)
         elif parameter.dim() == 3 and not name.endswith(".weight"):
             count, rows, width = shape
-            key = (parent.rpartition(".")[0], width, False)  # that of the router beside them
+            key = (parent.rpartition(".")[0], width, False)  # that of the block around them
             known = sites.get(key, SiteShape(width, 0))
             sites[key] = SiteShape(width, known.outputs + count * rows)
     return [(parent, site) for (parent, _, _), site in sites.items()]

@@ -33,10 +33,10 @@ def require_model_files(path: str, reference: ModelReference | str) -> None:
         raise RainError(f"{reference}: is a file, expected the folder of a model")
     here = list(Path(path).glob("*")) if os.path.isdir(path) else []
     _require_readable(here, reference)
-    if any(Path(path, name).exists() for name in _WEIGHTS):
+    if any(os.path.exists(Path(path, name)) for name in _WEIGHTS):
         return
     require_no_adapter(path, reference)
-    if os.access(path, os.R_OK):
+    if os.access(path, os.R_OK | os.X_OK):
         found = _instead_of_weights(here)
         raise RainError(f"{reference}: holds no weights that can be read: {found}")
 
@@ -52,12 +52,12 @@ def require_no_adapter(path: str, reference: ModelReference | str) -> None:
 
 def require_adapter_files(path: str, reference: ModelReference | str) -> None:
     """RainError that names the cause unless the folder holds the files of an adapter."""
-    if not Path(path, ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(Path(path, ADAPTER_CONFIG)):
         raise RainError(
             f"{reference}: what follows the + is not an adapter: it has no {ADAPTER_CONFIG}"
         )
     _require_readable(Path(path).glob("*"), f"{reference}: the adapter")
-    if not any(Path(path, name).exists() for name in ADAPTER_WEIGHTS):
+    if not any(os.path.exists(Path(path, name)) for name in ADAPTER_WEIGHTS):
         raise RainError(
             f"{reference}: the adapter has no weights: expected {' or '.join(ADAPTER_WEIGHTS)} "
             f"beside {path}/{ADAPTER_CONFIG}"
@@ -67,7 +67,9 @@ def require_adapter_files(path: str, reference: ModelReference | str) -> None:
 def _require_readable(paths: Iterable[Path], who: ModelReference | str) -> None:
     """RainError for what only looks like a file of a model."""
     here = list(paths)
-    odd = [p.name for p in here if p.suffix in _READ and p.exists() and not p.is_file()]
+    odd = [
+        p.name for p in here if p.suffix in _READ and os.path.exists(p) and not os.path.isfile(p)
+    ]
     if odd:
         raise RainError(
             f"{who}: cannot read the checkpoint: not a regular file: {', '.join(sorted(odd))}"
@@ -84,7 +86,7 @@ def _instead_of_weights(here: Iterable[Path]) -> str:
     """What a folder without weights under the usual names holds, and what to do."""
     paths = sorted(here)
     expected = "expected model.safetensors, or its shards and model.safetensors.index.json"
-    below = [p.name for p in paths if p.is_dir() and (p / "config.json").is_file()]
+    below = [p.name for p in paths if os.path.isfile(p / "config.json")]
     if below:
         more = ", ..." if len(below) > _SHOWN else ""
         return f"the models are in its folders {', '.join(below[:_SHOWN])}{more}: name one of them"
