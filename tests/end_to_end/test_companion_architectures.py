@@ -77,8 +77,8 @@ def test_regmean_is_the_dense_solution_for_every_matrix(tiny: Tiny, tmp_path: Pa
     found = merged(own, own.content(merge_method="regmean"), tmp_path)
     reference = Reference(tiny)
     base = reference.reasoning_model.state_dict()
-    assert reference.keys
-    for key in reference.keys:
+    assert reference.every
+    for key in reference.every:
         name, expert = key
         old, new, delta = (
             one[name] if expert is None else one[name][expert]
@@ -88,7 +88,7 @@ def test_regmean_is_the_dense_solution_for_every_matrix(tiny: Tiny, tmp_path: Pa
         keep = kept(reference.seen, key)
         change = axes(delta) * keep if keep.dim() == 0 else axes(delta) @ keep
         assert (axes(new - old) - change).norm() < 1e-3 * change.norm(), key
-    others = set(base) - {name for name, _ in reference.keys}
+    others = set(base) - {name for name, _ in reference.every}
     assert all(torch.equal(found[name], base[name]) for name in others)
 
 

@@ -439,10 +439,14 @@ class Reference:
         return found
 
     @property
+    def every(self) -> list[tuple[str, int | None]]:
+        """Every weight (and expert) of the layers that multiplies features."""
+        return list(dict.fromkeys(key for seen in self.seen["reasoning"] for key in seen))
+
+    @property
     def keys(self) -> list[tuple[str, int | None]]:
-        """Every weight (and expert) of the layers that multiplies features and is merged."""
-        found = dict.fromkeys(key for seen in self.seen["reasoning"] for key in seen)
-        return [key for key in found if not LEFT_ALONE.search(key[0])]
+        """Those that the projection merges."""
+        return [key for key in self.every if not LEFT_ALONE.search(key[0])]
 
     def rows(self, key: tuple[str, int | None], kind: str, positions: str) -> Tensor:
         """The inputs of one weight at the named positions of all samples of a set."""
