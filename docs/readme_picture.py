@@ -134,24 +134,31 @@ def _plot() -> list[str]:
     y = place(0, ceiling())[1]
     shown.append(f'<path class="rule" d="M{left} {y:.0f}H{left + width}"/>')
     shown.append(_text(left + 4, y + 16, "about the most that a merge can reach", "small soft"))
-    for name, values in table().items():
-        shown += _point(name, place(*values), left + width)
+    points = {name: place(*values) for name, values in table().items()}
+    crowd = sorted((at for at in points.values() if at[0] < left + width / 2), key=_from_right)
+    for name, at in points.items():
+        shown += _point(name, at, crowd)
     return shown
 
 
-def _point(name: str, at: tuple[float, float], edge: float) -> list[str]:
+def _from_right(at: tuple[float, float]) -> tuple[float, float]:
+    return -at[0], at[1]
+
+
+def _point(name: str, at: tuple[float, float], crowd: list[tuple[float, float]]) -> list[str]:
+    """A dot with its label: to its left, or, of the crowd, in a column above to the right."""
     kind = "ours" if name.startswith("rain") else "origin"
     kind = "other" if kind == "origin" and name not in ("reasoning", "instruct") else kind
     x, y = at
     label = re.sub(r" at [\d.]+$", "", name)
-    end = x > edge - 130
-    shift = {"instruct": 22, "linear": 36, "task_arithmetic": 50}.get(label, 4)
     bold = " title" if kind == "ours" else ""
+    where, line, anchor = x - 11, y + 4, "end"
+    if at in crowd:
+        top = min(each for _, each in crowd) - 15 * len(crowd)
+        where, line, anchor = crowd[0][0] + 14, top + 15 * crowd.index(at), "start"
     return [
         f'<circle class="{kind}" cx="{x:.0f}" cy="{y:.0f}" r="{6 if kind == "ours" else 5}"/>',
-        _text(
-            x + (-11 if end else 11), y + shift, label, f"small{bold}", "end" if end else "start"
-        ),
+        _text(where, line, label, f"small{bold}", anchor),
     ]
 
 
