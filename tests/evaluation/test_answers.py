@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from rain_mergekit.system.json_samples import JsonObject
 from rain_mergekit.text.markers import Markers
 from testbed import own_prompts as generator
 
+# scipy 1.15 renamed the argument
+SEED = "rng" if "rng" in inspect.signature(bootstrap).parameters else "random_state"
 CHINESE = "\u56e0\u4e3a\u8fd9\u662f\u7b54\u6848"
 GOOD = "<think>\nTwo and two make four.\n</think>\n\nThe answer is 4."
 LOOP = "<think>\nTwo." + " Wait, let me check that again." * 20
@@ -164,7 +169,8 @@ def test_keys_that_cannot_be_used(content: dict[str, Any], words: str) -> None:
 
 
 def test_own_prompts_are_those_of_the_script() -> None:
-    assert generator.FILE.read_text(encoding="utf-8") == generator.text()
+    shipped = resources.files("rain_mergekit").joinpath("evaluation", generator.FILE.name)
+    assert shipped.read_text(encoding="utf-8") == generator.text()
     found = own_prompts()
     kinds = {prompt.kind for prompt in found}
     assert kinds == {"arithmetic", "logic", "general", "constraint", "both"}
@@ -327,6 +333,7 @@ def test_transformers_own_server(tmp_path: Path) -> None:
     how = ("--prompts", path, "--max-new-tokens", 96, "--temperature", 0)
     with subprocess.Popen([*map(str, command), *place, "--dtype", "float32"]) as process:
         try:
+            await_listener(process, url)
             remote = tmp_path / "remote.jsonl"
             succeed("ask", model, "--server", url, "-o", remote, *how, "--retries", 6)
         finally:
@@ -335,6 +342,16 @@ def test_transformers_own_server(tmp_path: Path) -> None:
     found = [read_answers(str(tmp_path / f"{name}.jsonl")) for name in ("remote", "here")]
     pairs = zip(*(one.answers for one in found), strict=True)
     assert all(there.measured == here.measured for there, here in pairs)
+
+
+def await_listener(process: subprocess.Popen[bytes], url: str) -> None:
+    """Until somebody listens there, however long a loaded machine takes, or the process ends."""
+    port = int(url.rpartition(":")[2].removesuffix("/v1"))
+    while process.poll() is None:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -396,7 +413,7 @@ def test_interval_equals_scipys_percentile_bootstrap() -> None:
     apart = torch.randn(80, dtype=torch.float64) + 0.2
     low, high = interval(apart, share=False)
     expected = bootstrap(
-        (apart.numpy(),), np.mean, n_resamples=4000, method="percentile", rng=1
+        (apart.numpy(),), np.mean, n_resamples=4000, method="percentile", **{SEED: 1}
     ).confidence_interval
     assert low == pytest.approx(expected.low, abs=0.02)
     assert high == pytest.approx(expected.high, abs=0.02)
