@@ -348,7 +348,7 @@ def test_calibration_of_a_newer_format_stays(place: Workplace, calibrated: Path)
         metadata = {**file.metadata(), "format_version": str(VERSION + 1)}
     save_file(load_file(calibrated), place.calibration, metadata=metadata)
     message = refused(place.folder, "merge", place.yaml, place.folder / "out")
-    assert "format version 4" in message
+    assert f"format version {VERSION + 1}" in message
     assert "upgrade" in message
 
 
