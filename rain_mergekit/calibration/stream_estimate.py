@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
+from rain_mergekit.calibration.estimate_site import FLOAT32
 from rain_mergekit.calibration.file_choices import FileChoices
 from rain_mergekit.calibration.fit_rule import FitRule, sums_bytes
 from rain_mergekit.calibration.operations import Operations
@@ -16,7 +17,7 @@ from rain_mergekit.calibration.stream_site_needs import FitNeeds
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.capture.output_head import LOGITS
 
-FLOAT32, GIB = 4, 1024**3
+GIB = 1024**3
 # How often the features inside a layer pass through memory beside its products, a token: what
 # surrounds the residual stream, and what is between the projections.
 _HIDDEN_COPIES, _INNER_COPIES = 40, 8

@@ -167,12 +167,11 @@ class StreamLayer:
     def _solve(
         self, name: str, sums: RidgeSums | RidgeRows, rule: FitRule
     ) -> dict[str, LowRankChange]:
-        try:
-            with phase(SOLVE):
-                changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
-        except RainError as error:
-            raise RainError(f"{dotted(self.name, name)}: {error}") from None
         with phase(SOLVE):
+            try:
+                changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
+            except RainError as error:
+                raise RainError(f"{dotted(self.name, name)}: {error}") from None
             for weight, change in changes.items():
                 self._apply(weight, change)
         return changes

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from rain_mergekit.calibration.estimate_inputs import experts_share, of_experts, straight
+from rain_mergekit.calibration.estimate_site import FLOAT32
 from rain_mergekit.calibration.options import MIN_RANK_CAP
 from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.experts import stays_stored
 from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.models.outline import ModelOutline
-
-FLOAT32 = 4
 
 
 @dataclass(frozen=True)

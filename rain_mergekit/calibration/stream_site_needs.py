@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rain_mergekit.calibration.estimate_site import FLOAT32, FLOAT64
 from rain_mergekit.calibration.fit_rule import needs_rows, rows_within
 from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.calibration.stream_shape import FittedSite
 from rain_mergekit.linalg.ridge_fit import BUFFERED_ROWS
 
-FLOAT32, FLOAT64 = 4, 8
 # Of a symmetric matrix: itself, made symmetric, its eigenvectors, LAPACK's work space of two.
 _EIGEN_COPIES = 5
 # How often each feature of a token is copied on its way into the sums, and each target.

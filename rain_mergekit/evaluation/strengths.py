@@ -13,6 +13,7 @@ from rain_mergekit.evaluation.answer_files import AnswerSet
 from rain_mergekit.evaluation.answer_summary import means
 from rain_mergekit.evaluation.sweep import AUTHOR, REPORT, folder_name
 from rain_mergekit.system.json_samples import StrPath, read_json
+from rain_mergekit.system.untrusted_input import finite_number
 
 _NAME = re.compile(r"lambda-(-?\d[\w.+-]*)$")
 # What a merge is for, the first of them that the prompts can show.
@@ -51,19 +52,11 @@ def strengths(sets: Sequence[AnswerSet], divergences: Mapping[str, float]) -> li
     """Those of the sets whose file is called `lambda-NUMBER`, in the order of the numbers."""
     found = []
     for one in sets:
-        if (match := _NAME.search(Path(one.path).stem)) is not None and _is_number(match[1]):
-            number = float(match[1])
+        match = _NAME.search(Path(one.path).stem)
+        if match is not None and (number := finite_number(match[1])) is not None:
             known = divergences.get(folder_name(number))
             found.append(Strength(one.name, number, known, means(one)))
     return sorted(found, key=lambda one: one.strength)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def quality(found: Sequence[Strength]) -> str:
