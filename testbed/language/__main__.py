@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from testbed.language.board import Board
-from testbed.language.judging import Judge, cached, model_digest
+from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.origin import gguf_file, make_pretrained
 from testbed.language.page import write_page
-from testbed.language.recipes import rain_rows, rivals
+from testbed.language.recipes import companions, rain_rows, rivals
 from testbed.language.sets import Samples, write_prompts, write_sets
 from testbed.language.table import write_table
 from testbed.language.tuning import tune
@@ -44,7 +44,7 @@ def make(options: argparse.Namespace) -> None:
     made = all((out / f"{name}.jsonl").exists() for name in asdict(Samples()))
     if "reasoning" in options.roles and not made:
         reasoning = out / "reasoning"
-        model = load_model(reasoning).bfloat16()  # as it is published
+        model = load_model(reasoning).to(getattr(torch, options.dtype))
         write_sets(options.seed, out, model, load_tokenizer(reasoning))
 
 
@@ -52,7 +52,9 @@ def score(options: argparse.Namespace) -> None:
     """The numbers of one model as JSON; `--quick` takes the validation prompts."""
     split = "validation" if options.quick else "test"
     prompts = options.trio / f"{split}.jsonl"
-    judge = Judge(options.trio / "reasoning", prompts, divergence=not options.quick)
+    judge = Judge(
+        options.trio / "reasoning", prompts, divergence=not options.quick, dtype=options.dtype
+    )
     key = {"model": model_digest(options.model), "prompts": judge.digest}
     out = options.out or options.model / f"score-{split}.json"
     found = cached(out, key, lambda: judge.measure(options.model))
@@ -62,8 +64,8 @@ def score(options: argparse.Namespace) -> None:
 def board(options: argparse.Namespace) -> None:
     """The rows asked for, and the table."""
     results = options.results / f"{options.trio.name}{'-quick' if options.quick else ''}"
-    made = Board(options.trio, options.work, results, options.quick)
-    rows = [*rivals(), *(row for path in options.rain for row in rain_rows(path))]
+    made = Board(options.trio, options.work, results, options.quick, options.dtype)
+    rows = [*rivals(), *companions(), *(row for path in options.rain for row in rain_rows(path))]
     every = ["reasoning", "instruct", "ceiling", "fine-tune", *(row.name for row in rows)]
     wanted = options.rows or (MAIN if options.quick else every)
     for role in ("pretrained", "reasoning", "instruct"):
@@ -81,15 +83,16 @@ def board(options: argparse.Namespace) -> None:
 
 def attempt(options: argparse.Namespace) -> None:
     """Rows on prompts that settings are chosen on; the test prompts are not asked."""
-    made = Board(options.trio, options.work, options.results / options.trio.name)
+    results = options.results / options.trio.name
+    made = Board(options.trio, options.work, results, dtype=options.dtype)
     for row in (row for path in options.rain for row in rain_rows(path)):
         found = made.attempt(row)["numbers"]
         print(row.name, {name: round(value["value"], 3) for name, value in found.items()})
 
 
 def page(options: argparse.Namespace) -> None:
-    """The results page, from the rows of one trio."""
-    print(write_page(options.results / options.trio))
+    """The results page, from the rows of all trios."""
+    print(write_page(options.results))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default=DTYPE,
+        help="of the products while models speak; on a CPU without bfloat16, float32 is faster",
+    )
     commands = parser.add_subparsers(required=True)
     making = commands.add_parser("make", help=make.__doc__)
     making.add_argument("--seed", type=int, default=0)
@@ -131,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     attempting.add_argument("--rain", type=Path, action="append", required=True, help="rows, YAML")
     attempting.set_defaults(run=attempt)
     writing = commands.add_parser("page", help=page.__doc__)
-    writing.add_argument("--trio", default="trio-s0", help="the name of its folder of rows")
     writing.add_argument("--results", type=Path, default=RESULTS)
     writing.set_defaults(run=page)
     return parser

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.language.generating import Output
-from testbed.language.judging import Judge, cached, model_digest
+from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
 from testbed.language.sets import Samples, write_choosing
@@ -32,13 +32,15 @@ Found = dict[str, Any]
 class Board:
     """One trio, the folder for everything made on the way, and where the rows are kept.
 
-    quick: half of the prompts, and no strengths but those given.
+    quick: half of the prompts, and no strengths but those given. dtype: of the products while models
+    speak.
     """
 
     trio: Path
     work: Path
     results: Path
     quick: bool = False
+    dtype: str = DTYPE
 
     @cached_property
     def validation(self) -> Judge:
@@ -48,6 +50,7 @@ class Board:
             divergence=False,
             plain=VALIDATION_PLAIN,
             every=1 + self.quick,
+            dtype=self.dtype,
         )
 
     @cached_property
@@ -57,11 +60,14 @@ class Board:
             write_choosing(SEED, self.trio),
             divergence=False,
             plain=CHOOSING_PLAIN,
+            dtype=self.dtype,
         )
 
     @cached_property
     def test(self) -> Judge:
-        return Judge(self.trio / "reasoning", self.trio / "test.jsonl", every=1 + self.quick)
+        prompts = self.trio / "test.jsonl"
+        every = 1 + self.quick
+        return Judge(self.trio / "reasoning", prompts, every=every, dtype=self.dtype)
 
     @cached_property
     def models(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
@@ -21,6 +22,7 @@ from testbed.language.scoring import numbers, score, split
 from testbed.models.loading import load_model, load_tokenizer
 from testbed.puzzles.records import Record, read_lines, write_lines
 
+DTYPE = "bfloat16"  # of the products while a model speaks; its weights are bfloat16 always
 TEXTS = 64  # of the prompts, evenly spaced, on which L_think is measured
 
 
@@ -35,6 +37,7 @@ class Judge:
         divergence: bool = True,
         plain: int | None = None,
         every: int = 1,
+        dtype: str = DTYPE,
     ) -> None:
         """Which prompts are used: each so-manieth, and of those without a constraint `plain`."""
         found = read_lines(prompts)[::every]
@@ -42,9 +45,11 @@ class Judge:
         self.records = [*(record for record in found if record["constraints"]), *without]
         part = "" if plain is None else f", {plain} plain"
         part += "" if every == 1 else f", one in {every}"
+        part += "" if dtype == DTYPE else f", {dtype}"
         self.digest = hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] + part
         self._reasoning = reasoning
         self._divergent = divergence
+        self._dtype = getattr(torch, dtype)
 
     @cached_property
     def _texts(self) -> Sequence[ReasoningTokens]:
@@ -55,8 +60,8 @@ class Judge:
         return meter(self._reasoning, self._texts)
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        """All numbers of one model; it speaks in bfloat16, as it is published."""
-        model, tokenizer = load_model(folder).bfloat16(), load_tokenizer(folder)
+        """All numbers of one model."""
+        model, tokenizer = load_model(folder).to(self._dtype), load_tokenizer(folder)
         outputs = generate(model, tokenizer, [record["prompt"] for record in self.records])
         return self._judged(outputs, self._divergence(folder))
 
@@ -64,7 +69,7 @@ class Judge:
         """The instruct model goes on where the reasoning model's thinking ends."""
         heads = [split(output.text).head for output in reasoning]
         prompts = [record["prompt"] for record in self.records]
-        model, tokenizer = load_model(instruct).bfloat16(), load_tokenizer(instruct)
+        model, tokenizer = load_model(instruct).to(self._dtype), load_tokenizer(instruct)
         after = generate(model, tokenizer, prompts, heads)
         joined = [
             Output(head + output.text, output.tokens, output.ended)

@@ -10,6 +10,8 @@ from testbed.language.table import FIRST, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
 OURS = "rain"
+# What the parts of the page are named after, by the folder of the rows they are written from.
+TRIOS = {"trio-s0": "", "trio-s1": " of seed 1"}
 TRIED = {
     "plain_right": "plain right",
     "constrained_right": "right",
@@ -26,13 +28,14 @@ SWEPT = {
 
 
 def write_page(results: Path) -> Path:
-    """Put both parts into the page."""
-    rows = load_rows(results)
+    """Put what is written from rows into the page. results: the folder of all trios' rows."""
     text = PAGE.read_text(encoding="utf-8")
-    text = _between(text, "verdict", verdict(rows) + "\n")
-    text = _between(text, "table", "\n" + table(rows) + "\n")
-    text = _between(text, "strengths", "\n" + strengths(rows) + "\n")
-    text = _between(text, "attempts", "\n" + attempts(results.parent) + "\n")
+    for trio, named in TRIOS.items():
+        rows = load_rows(results / trio)
+        text = _between(text, f"verdict{named}", verdict(rows) + "\n")
+        text = _between(text, f"table{named}", "\n" + table(rows) + "\n")
+        text = _between(text, f"strengths{named}", "\n" + strengths(rows) + "\n")
+    text = _between(text, "attempts", "\n" + attempts(results) + "\n")
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
 

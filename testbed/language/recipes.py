@@ -91,6 +91,45 @@ def rivals() -> list[Row]:
     ]
 
 
+def _added(method: str, **parameters: Any) -> Recipe:
+    """Both task vectors merged into the pretrained model, by a method with one factor for all."""
+
+    def recipe(trio: Path, strength: float) -> Config:
+        models: Mapping[str, Mapping[str, Any]] = {"reasoning": {}, "instruct": {}}
+        return _merge(method, trio, "pretrained", models, **parameters, **{"lambda": strength})
+
+    return recipe
+
+
+def regmean(trio: Path, strength: float) -> Config:
+    """Of the reasoning and the instruct model alone."""
+    models = {"instruct": {"role": "instruct"}}
+    return _merge("regmean", trio, "reasoning", models, **{"lambda": strength})
+
+
+def aim(trio: Path, strength: float) -> Config:
+    """On task arithmetic, with the omega of the paper's tables."""
+    models = {
+        "reasoning": {"role": "reasoning", "weight": 1.0},
+        "instruct": {"role": "instruct", "weight": strength},
+    }
+    return _merge("aim", trio, "pretrained", models, omega=0.4, merge="task_arithmetic")
+
+
+def companions() -> list[Row]:
+    """Methods that this package registers beside rain, with the settings of their pages."""
+    calibrated = {"": None}  # on the same sets as rain, with defaults
+    merged = {"regmean": {"features": "merged"}}
+    return [
+        Row("regmean", BETWEEN, regmean, rain=calibrated),
+        Row("regmean, merged features", BETWEEN, regmean, rain=merged),
+        Row("aim", ADDED, aim, rain=calibrated),
+        Row("opcm", ADDED, _added("opcm", alpha=0.5)),
+        Row("pcb", ADDED, _added("pcb", density=0.6)),
+        Row("wudi", ADDED, _added("wudi")),
+    ]
+
+
 def rain_rows(path: Path) -> list[Row]:
     """Rows of a YAML list of `{name, strengths, models, rain, parameters, samples}`.
 

@@ -1,6 +1,9 @@
 """The real-language testbed: lessons, training, generation, rows."""
 
+import math
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,11 @@ import torch
 from rain_mergekit.system.shipped_files import TRIO
 from testbed.language.board import Board, further
 from testbed.language.generating import generate
-from testbed.language.judging import cached
+from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
+from testbed.language.making import configuration, merged
 from testbed.language.origin import split_halves
-from testbed.language.recipes import FLOAT, rain_rows, rivals
+from testbed.language.recipes import FLOAT, companions, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
 from testbed.language.sets import Samples, prompt_record, write_prompts
@@ -173,11 +177,35 @@ def test_a_quick_board_asks_half_of_the_prompts(tmp_path: Path) -> None:
 def test_recipes_round_once(tmp_path: Path) -> None:
     written = tmp_path / "rows.yml"
     written.write_text("- {name: two models, models: [instruct], rain: {rank_share: 0.9}}\n")
-    for row in (*rivals(), *rain_rows(written)):
+    for row in (*rivals(), *companions(), *rain_rows(written)):
         config = row.recipe(tmp_path, 0.5)
         assert FLOAT.items() <= config.items()
     assert [model["model"] for model in config["models"]] == [str(tmp_path / "instruct")]
     assert row.rain == {"rank_share": 0.9}
+
+
+def test_every_recipe_is_one_that_mergekit_carries_out(tmp_path: Path) -> None:
+    trio = tmp_path / "trio"
+    shutil.copytree(TRIO, trio)
+    shutil.copy(trio / "reasoning.jsonl", trio / "plain.jsonl")
+    (trio / "constrained.jsonl").write_text("")
+    few = Samples(plain=8, constrained=0, instruction=8)
+    plain = load_model(trio / "reasoning").state_dict()
+    for row in (replace(row, samples=few) for row in (*rivals(), *companions())):
+        config = configuration(row, row.strengths[0], trio, tmp_path / "work")
+        weights = load_model(merged(config, tmp_path / "merged")).state_dict()
+        moved = [float((weights[name] - tensor).norm()) for name, tensor in plain.items()]
+        assert all(math.isfinite(one) for one in moved)
+        assert max(moved) > 0, row.name
+
+
+def test_the_judge_names_how_models_speak(tmp_path: Path) -> None:
+    write_prompts(0, tmp_path)
+    usual, exact = (
+        Judge(TRIO / "reasoning", tmp_path / "test.jsonl", dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert exact.digest == f"{usual.digest}, float32"
 
 
 def test_the_table_puts_models_first_and_merges_by_both() -> None:
