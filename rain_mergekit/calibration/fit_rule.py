@@ -1,18 +1,20 @@
-"""How the sites of a layer are fitted, and the sums for it within the given memory."""
+"""How the sites of a layer are fitted, and within how many directions the memory allows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rain_mergekit.calibration.token_teachers import TaughtText, weights_of
-from rain_mergekit.linalg.ridge_fit import RidgeRows, RidgeSums
-from rain_mergekit.system.distributed import World
+from rain_mergekit.linalg.landmarks import evenly_by_weight
 
 # Bytes a number of a site's square matrix: both sums, the eigenvectors, two to work in; float64.
 MATRICES = 5 * 8
+# Bytes a number of the landmarks: themselves, their copy that is factored, the basis; float32.
+LANDMARKS = 3 * 4
 
 
 @dataclass(frozen=True)
@@ -44,42 +46,34 @@ class FitRule:
         return weights_of(text, self.held_out_weight if text.held_out else self.token_weight)
 
 
-def empty_sums(
-    width: int,
-    outputs: Mapping[str, int],
-    texts: Sequence[TaughtText],
-    rule: FitRule,
-    world: World,
-) -> tuple[RidgeSums | RidgeRows, int]:
-    """Sums (d, d), or single rows if the sums exceed the budget; and the step between used tokens.
-
-    width: d, the inputs of the site. outputs: d_out by the weights' names. Several processes add
-    up sums only.
-    """
-    if not needs_rows(width, rule.budget) or world.size > 1:
-        return RidgeSums(width, outputs, world.device, choose=rule.epsilon is None), 1
-    tokens = sum(len(text.groups) for text in texts if rule.uses(text))
-    return RidgeRows(outputs), rows_within(width, sum(outputs.values()), tokens, rule.budget)
-
-
 def sums_bytes(width: int) -> int:
     """What sums of d x d take for an input of that width: themselves, and their solution."""
     return MATRICES * width**2
 
 
-def needs_rows(width: int, budget: int) -> bool:
-    """Whether sums of d x d are beyond the budget, so that single tokens are kept."""
-    return sums_bytes(width) > budget
+def directions_within(width: int, budget: int) -> int:
+    """m, the directions in which an input of width d is fitted: d where its sums fit the budget."""
+    if sums_bytes(width) <= budget:
+        return width
+    # MATRICES m² + LANDMARKS d m = budget
+    half = LANDMARKS * width / (2 * MATRICES)
+    return max(1, int((half**2 + budget / MATRICES) ** 0.5 - half))
 
 
-def rows_within(width: int, outputs: int, tokens: int, budget: int) -> int:
-    """The step between tokens that are used: 1 where all are, or where sums are.
+def landmarks(
+    texts: Sequence[TaughtText], rule: FitRule, count: int, features: Callable[[int], Tensor]
+) -> Iterator[Tensor]:
+    """The features (n, d) of at most `count` fitted tokens, spread by weight, text by text.
 
-    outputs: Σ d_out of the site.
+    features: from the index of a text to the features (tokens, d) of all its tokens.
     """
-    if not needs_rows(width, budget):
-        return 1
-    # MATRICES n² + 4 row n = budget
-    room = 2 * (outputs + width) / MATRICES
-    most = int((room**2 + budget / MATRICES) ** 0.5 - room)
-    return max(1, -(-tokens // max(1, most)))
+    fitted = [index for index, text in enumerate(texts) if not text.held_out]
+    weights = [rule.weights(texts[index]) for index in fitted]
+    counted = [one.nonzero().flatten() for one in weights]
+    every = torch.cat([one[at] for one, at in zip(weights, counted, strict=True)])
+    taken = torch.zeros(len(every), dtype=torch.bool)
+    taken[evenly_by_weight(every, count)] = True
+    parts = taken.split([len(at) for at in counted])
+    for index, at, here in zip(fitted, counted, parts, strict=True):
+        if here.any():
+            yield features(index)[at[here]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rain_mergekit.calibration.fit_rule import FitRule, empty_sums
+from rain_mergekit.calibration.fit_rule import FitRule, directions_within, landmarks
 from rain_mergekit.calibration.linear_sites import LinearSite, linear_sites
 from rain_mergekit.calibration.stream_types import (
     HiddenStates,
@@ -29,7 +29,8 @@ from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.ridge_fit import RidgeRows, RidgeSums
+from rain_mergekit.linalg.landmarks import LandmarkSums, spanned
+from rain_mergekit.linalg.ridge_fit import RidgeSums
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import trim_heap
@@ -111,14 +112,9 @@ class StreamLayer:
         states: HiddenStates,
         targets: SiteTargets,
         rule: FitRule,
-    ) -> RidgeSums | RidgeRows:
+    ) -> RidgeSums | LandmarkSums:
         site = self.sites[name]
-        outputs = {one: site.outputs[one] for one in wanted}
-        sums, step = empty_sums(site.width, outputs, self.texts, rule, self._world)
-        if step > 1:
-            LOG.info(
-                "%s: every %d-th token is used at a site of width %d", self.name, step, site.width
-            )
+        sums = self._empty(name, wanted, states, rule)
         for index, text in enumerate(self.texts):
             if not rule.uses(text):
                 continue
@@ -134,19 +130,40 @@ class StreamLayer:
             inputs = found[wanted[0]].inputs
             self._require_finite(name, text, inputs, *errors.values())
             weights = rule.weights(text).to(self._device)
-            counted = weights.nonzero().flatten()[index % step :: step]
+            counted = weights.nonzero().flatten()
             with phase(SOLVE):
                 sums.add(
                     inputs[counted],
                     {one: rows[counted] for one, rows in errors.items()},
-                    weights[counted] * step,
+                    weights[counted],
                     aside=text.held_out,
                 )
             self._tick(inputs.shape[0])
             del found, goals, errors, inputs  # else they live on while the next text passes
-        if isinstance(sums, RidgeSums):
-            sums.sum_over(self._world.sum)
+        sums.sum_over(self._world.sum)
         return sums
+
+    def _empty(
+        self, name: str, wanted: Sequence[str], states: HiddenStates, rule: FitRule
+    ) -> RidgeSums | LandmarkSums:
+        """Sums of d x d, or of m x m where those exceed the budget."""
+        site, choose = self.sites[name], rule.epsilon is None
+        outputs = {one: site.outputs[one] for one in wanted}
+        count = directions_within(site.width, rule.budget)
+        if count == site.width:
+            return RidgeSums(site.width, outputs, self._device, choose=choose)
+        LOG.info(
+            "%s: fitted within %d of %d directions", dotted(self.name, name), count, site.width
+        )
+
+        def features(text: int) -> Tensor:
+            rows = self._until(wanted[:1], states, text)[wanted[0]].inputs
+            self._tick(rows.shape[0])
+            return rows
+
+        own = torch.cat(list(landmarks(self.texts, rule, count // self._world.size, features)))
+        basis = self._world.same(spanned(self._world.rows(own)))  # not equal up to rounding alone
+        return LandmarkSums(basis, outputs, choose=choose)
 
     def _split(
         self, site: LinearSite, targets: SiteTargets, name: str, index: int
@@ -165,7 +182,7 @@ class StreamLayer:
         return trace.outputs()
 
     def _solve(
-        self, name: str, sums: RidgeSums | RidgeRows, rule: FitRule
+        self, name: str, sums: RidgeSums | LandmarkSums, rule: FitRule
     ) -> dict[str, LowRankChange]:
         with phase(SOLVE):
             try:

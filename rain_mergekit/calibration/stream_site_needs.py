@@ -1,6 +1,6 @@
 """What fitting one site takes: the arrays that each step of the fit holds, and its work.
 
-Bytes and operations; the same decisions as in `fit_rule.empty_sums`.
+Bytes and operations; the same decision as in `fit_rule.directions_within`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rain_mergekit.calibration.estimate_site import FLOAT32, FLOAT64
-from rain_mergekit.calibration.fit_rule import needs_rows, rows_within
+from rain_mergekit.calibration.fit_rule import LANDMARKS, directions_within
 from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.calibration.stream_shape import FittedSite
 from rain_mergekit.linalg.ridge_fit import BUFFERED_ROWS
@@ -40,23 +40,19 @@ class FitNeeds:
         return max(FLOAT32, self.itemsize)
 
     @property
-    def dual(self) -> bool:
-        """Whether single tokens are kept, as the sums of d x d are beyond the budget."""
-        return needs_rows(self.site.width, self.budget)
+    def directions(self) -> int:
+        """Within how many directions of the input it is fitted."""
+        return directions_within(self.site.width, self.budget)
 
     @property
-    def step(self) -> int:
-        """Every how many tokens one is used."""
-        return rows_within(self.site.width, self.site.rows, self.tokens, self.budget)
+    def whole(self) -> bool:
+        """Whether these are all."""
+        return self.directions == self.site.width
 
     @property
     def memory(self) -> int:
         """The largest of the steps, besides the layer, the states and the targets."""
-        return self._rows_memory if self.dual else self._sums_memory
-
-    @property
-    def _sums_memory(self) -> int:
-        width, rows, most = self.site.width, self.site.rows, max(self.outputs)
+        width, rows, most = self.directions, self.site.rows, max(self.outputs)
         sums = (1 + self.chooses) * FLOAT64 * width * (width + rows)
         waiting = min(2 * BUFFERED_ROWS, self.tokens) * (width + rows) * self._row
         adding = 2 * waiting + width * max(width, most) * self._row
@@ -64,24 +60,21 @@ class FitNeeds:
         held = 2 * square  # eigenvectors and the sums held aside in their terms; or the factor
         factoring = 2 * square if self.chooses else 0  # what is on the way to them
         solving = max(self._solving(size) for size in self.outputs)
-        applying = FLOAT64 * 3 * width * most
-        return sums + max(adding, held + factoring, held + solving, applying) + self._results
+        applying = FLOAT64 * 3 * self.site.width * most
+        steps = max(adding, held + factoring, held + solving, applying)
+        fitting = self._basis + sums + steps + self._results
+        return max(fitting, LANDMARKS * self._basis // self._row)
+
+    @property
+    def _basis(self) -> int:
+        """Bytes of the basis of the directions."""
+        return 0 if self.whole else self._row * self.directions * self.site.width
 
     def _solving(self, size: int) -> int:
         """C in two forms and what is made of them for one weight."""
-        width, small = self.site.width, min(self.site.width, size)
+        width, small = self.directions, min(self.directions, size)
         squares = max(_EIGEN_COPIES * small**2, 2 * width**2 if self.chooses else 0)
         return FLOAT64 * (2 * width * size + squares)
-
-    @property
-    def _rows_memory(self) -> int:
-        width, count, most = self.site.width, -(-self.tokens // self.step), max(self.outputs)
-        kept = count * (width + self.site.rows) * self._row
-        inputs, square = count * width * self._row, FLOAT64 * count**2
-        solving = 2 * square + FLOAT64 * (4 * count * most + _EIGEN_COPIES * most**2)
-        applying = FLOAT64 * 3 * width * most
-        working = inputs + max(_EIGEN_COPIES * square, solving)
-        return kept + max(working, applying) + self._results
 
     @property
     def _results(self) -> int:
@@ -93,25 +86,22 @@ class FitNeeds:
         return self.site.outputs
 
     def _rank(self, size: int) -> int:
-        return min(self.rank, size, self.site.width)
+        return min(self.rank, size, self.directions)
 
     @property
     def work(self) -> Operations:
         """Sums over the tokens, the solution, and the change of the weights."""
-        width, rows = self.site.width, self.site.rows
-        used = self.tokens / self.step
-        copied = _COPIES * self._row * self.tokens * (width + rows)
-        applied = Operations(
-            double=sum(2.0 * size * width * self._rank(size) for size in self.outputs),
-            memory=6.0 * FLOAT64 * width * rows + copied,
-        )
-        if self.dual:
-            return applied + self._rows_work(used)
-        flushes = max(1.0, used / BUFFERED_ROWS)
-        return applied + Operations(
-            products=2.0 * used * width * (width + rows),
-            memory=24.0 * flushes * width * (width + rows),
-            double=self._factor_work + sum(self._solve(size) for size in self.outputs),
+        width, rows, whole = self.directions, self.site.rows, self.site.width
+        copied = _COPIES * self._row * self.tokens * (whole + rows)
+        flushes = max(1.0, self.tokens / BUFFERED_ROWS)
+        ranks = sum(self._rank(size) for size in self.outputs)
+        widened = 0.0 if self.whole else 2.0 * whole * width * (self.tokens + 2 * width + ranks)
+        return Operations(
+            products=2.0 * self.tokens * width * (width + rows) + widened,
+            memory=24.0 * flushes * width * (width + rows) + 6.0 * FLOAT64 * whole * rows + copied,
+            double=self._factor_work
+            + sum(self._solve(size) for size in self.outputs)
+            + sum(2.0 * size * whole * self._rank(size) for size in self.outputs),
             eigen=self.chooses * float(width) ** 3
             + sum(float(min(width, size)) ** 3 for size in self.outputs),
         )
@@ -119,22 +109,11 @@ class FitNeeds:
     @property
     def _factor_work(self) -> float:
         """The sums held aside in terms of eigenvectors, or the Cholesky factor."""
-        return (4.0 if self.chooses else 1 / 3) * self.site.width**3
+        return (4.0 if self.chooses else 1 / 3) * self.directions**3
 
     def _solve(self, size: int) -> float:
         """C in other terms, the product that is decomposed, and both factors of the change."""
-        width, rank = self.site.width, self._rank(size)
+        width, rank = self.directions, self._rank(size)
         turned = 8.0 if self.chooses else 1.0
         products = 2.0 * width * size * (min(width, size) + rank)
         return turned * width**2 * size + 2.0 * width**2 * rank + products
-
-    def _rows_work(self, used: float) -> Operations:
-        width, aside = self.site.width, 0.125 * self.chooses
-        turned = 6.0 + 18.0 * aside if self.chooses else 4.0
-        answers = sum(turned * used**2 * size + 2.0 * used * size**2 for size in self.outputs)
-        thin = sum(2.0 * used * width * self._rank(size) for size in self.outputs)
-        return Operations(
-            products=2.0 * used**2 * width * (1 + aside) + thin,
-            double=answers + (0.0 if self.chooses else used**3 / 3),
-            eigen=self.chooses * used**3 + sum(float(size) ** 3 for size in self.outputs),
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from rain_mergekit.linalg.ridge_solver import (
     RidgeSolver,
     Root,
     Spectrum,
-    leading,
-    low_rank_change,
-    rank_for,
 )
 
 SUM_DTYPE = torch.float64
@@ -56,12 +53,12 @@ class TokenSums:
         """Add the rows that still wait to the sums."""
         if not self._rows:
             return
-        inputs = _exact(torch.cat([rows for rows, _, _ in self._rows]))
+        inputs = exact(torch.cat([rows for rows, _, _ in self._rows]))
         roots = torch.cat([weights for _, weights, _ in self._rows]).sqrt().to(inputs)[:, None]
         inputs = inputs * roots
         self.gram += inputs.mT @ inputs
         for name in self.cross:
-            errors = _exact(torch.cat([one[name] for _, _, one in self._rows])) * roots
+            errors = exact(torch.cat([one[name] for _, _, one in self._rows])) * roots
             self.cross[name] += errors.mT @ inputs
             self.energy[name] += float(torch.linalg.vector_norm(errors, dtype=SUM_DTYPE)) ** 2
         self._rows.clear()
@@ -78,14 +75,22 @@ class TokenSums:
 class RidgeSums:
     """Mutable: the sums of one site, of tokens that are fitted and of tokens that are held aside.
 
-    choose: whether there are tokens held aside, to choose ε by.
+    choose: whether there are tokens held aside, to choose ε by. features: how many the mean energy
+    in the penalty is over, where they are not `width`.
     """
 
     def __init__(
-        self, width: int, outputs: Mapping[str, int], device: torch.device, *, choose: bool = False
+        self,
+        width: int,
+        outputs: Mapping[str, int],
+        device: torch.device,
+        *,
+        choose: bool = False,
+        features: int | None = None,
     ) -> None:
         self._fitted = TokenSums(width, outputs, device)
         self._aside = TokenSums(width, outputs, device) if choose else None
+        self._features = width if features is None else features
 
     def add(
         self,
@@ -127,9 +132,9 @@ class RidgeSums:
         if epsilon is None and aside is not None:
             aside.flush()
             if any(aside.energy.values()):
-                return self._chosen(Spectrum.of(gram), aside)
+                return self._chosen(Spectrum.of(gram, self._features), aside)
         fixed = EPSILON if epsilon is None else epsilon
-        root = CholeskyRoot(gram, fixed, len(gram))
+        root = CholeskyRoot(gram, fixed, self._features)
         return lambda _: (root, fixed)
 
     def _chosen(self, spectrum: Spectrum, aside: TokenSums) -> Callable[[str], tuple[Root, float]]:
@@ -151,105 +156,6 @@ class RidgeSums:
         return root_of
 
 
-class TokenRows:
-    """Mutable: weighted rows, X (n, d) and by weight E (n, d_out)."""
-
-    def __init__(self, outputs: Iterable[str]) -> None:
-        self.energy = dict.fromkeys(outputs, 0.0)
-        self._inputs: list[Tensor] = []
-        self._errors: dict[str, list[Tensor]] = {name: [] for name in self.energy}
-
-    def add(self, inputs: Tensor, errors: Mapping[str, Tensor], weights: Tensor) -> None:
-        """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
-        inputs = _exact(inputs)
-        roots = weights.sqrt().to(inputs)[:, None]
-        self._inputs.append(inputs * roots)
-        for name, rows in self._errors.items():
-            rows.append(_exact(errors[name]) * roots)
-            self.energy[name] += float(torch.linalg.vector_norm(rows[-1], dtype=SUM_DTYPE)) ** 2
-
-    @property
-    def inputs(self) -> Tensor:
-        """X (n, d)."""
-        return torch.cat(self._inputs)
-
-    def errors(self, name: str) -> Tensor:
-        """E (n, d_out) of one weight, float64."""
-        return torch.cat(self._errors[name]).to(SUM_DTYPE)
-
-
-class RidgeRows:
-    """Mutable: the rows of one site's regression, where d is too wide for sums of d x d.
-
-    The same methods as RidgeSums. The dual form needs only n x n for n rows: with X (n, d) and
-    E (n, d_out) the weighted rows and K = X Xᵀ, D = Eᵀ (K + g I)⁻¹ X.
-    """
-
-    def __init__(self, outputs: Mapping[str, int]) -> None:
-        self._fitted, self._aside = TokenRows(outputs), TokenRows(outputs)
-
-    def add(
-        self,
-        inputs: Tensor,
-        errors: Mapping[str, Tensor],
-        weights: Tensor,
-        *,
-        aside: bool = False,
-    ) -> None:
-        """Add tokens: inputs (n, d), errors by weight (n, d_out), weights (n) above zero."""
-        (self._aside if aside else self._fitted).add(inputs, errors, weights)
-
-    def changes(
-        self, epsilon: float | None, max_rank: int, share: float
-    ) -> dict[str, LowRankChange]:
-        """As RidgeSums.changes."""
-        inputs = self._fitted.inputs
-        outer = (inputs @ inputs.mT).to(SUM_DTYPE)
-        solve = self._solves(epsilon, inputs, outer)
-        found: dict[str, LowRankChange] = {}
-        for name, energy in self._fitted.energy.items():
-            errors = self._fitted.errors(name)
-            solved, used = solve(name, errors)  # (n, d_out)
-            # C (G + g I)⁻¹ Cᵀ = Eᵀ K (K + g I)⁻¹ E
-            values, vectors = leading(errors.mT @ (outer @ solved))
-            wanted = rank_for(values, share)
-            kept = vectors[:, : min(wanted, max_rank)]
-            b = (inputs.mT @ (solved @ kept).to(inputs)).to(SUM_DTYPE)
-            found[name] = low_rank_change(kept, b, values, (wanted, energy, used))
-        return found
-
-    def _solves(
-        self, epsilon: float | None, inputs: Tensor, outer: Tensor
-    ) -> Callable[[str, Tensor], tuple[Tensor, float]]:
-        """From a weight's name and E to (K + g I)⁻¹ E and ε."""
-        if epsilon is None and any(self._aside.energy.values()):
-            return self._chosen(inputs, Spectrum.of(outer))
-        fixed = EPSILON if epsilon is None else epsilon
-        factor = CholeskyRoot(outer, fixed, int(inputs.shape[1]))
-        return lambda _, errors: (factor.solve(errors), fixed)
-
-    def _chosen(
-        self, inputs: Tensor, spectrum: Spectrum
-    ) -> Callable[[str, Tensor], tuple[Tensor, float]]:
-        # g is relative to the mean energy of d features, and K has n eigenvalues.
-        scale = inputs.shape[0] / inputs.shape[1]
-        between = (self._aside.inputs @ inputs.mT).to(SUM_DTYPE) @ spectrum.vectors
-
-        def solve(name: str, errors: Tensor) -> tuple[Tensor, float]:
-            goal, turned = self._aside.errors(name), spectrum.vectors.mT @ errors
-
-            def left(epsilon: float) -> float:
-                """‖E - X Dᵀ‖² of the rows held aside; D x = Eᵀ (K + g I)⁻¹ X x."""
-                met = (between * spectrum.inverse(epsilon * scale)) @ turned
-                return float((goal - met).square().sum())
-
-            epsilon = min(CANDIDATES, key=left)
-            inverse = spectrum.inverse(epsilon * scale)
-            return spectrum.vectors @ (inverse[:, None] * turned), epsilon
-
-        return solve
-
-
-def _exact(rows: Tensor) -> Tensor:
+def exact(rows: Tensor) -> Tensor:
     """The rows in float32, or in float64 if they are."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

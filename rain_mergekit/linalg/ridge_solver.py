@@ -51,21 +51,25 @@ class Root(Protocol):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """G = V diag(values) Vᵀ (d, d), from which every penalty is solved at the same price."""
+    """G = V diag(values) Vᵀ (m, m), from which every penalty is solved at the same price.
+
+    energy: the mean energy of a feature, which penalties are relative to.
+    """
 
     values: Tensor
     vectors: Tensor
+    energy: float
 
     @classmethod
-    def of(cls, gram: Tensor) -> Spectrum:
+    def of(cls, gram: Tensor, features: int) -> Spectrum:
         """RainError where the inputs are all zero, NaN or infinite."""
-        require_energy(gram)
+        trace = require_energy(gram)
         values, vectors = torch.linalg.eigh(gram)
-        return cls(values.clamp(min=0.0), vectors)
+        return cls(values.clamp(min=0.0), vectors, trace / features)
 
     def inverse(self, epsilon: float) -> Tensor:
-        """The eigenvalues (d) of (G + g I)⁻¹, g = ε tr(G) / d."""
-        return 1.0 / (self.values + epsilon * self.values.mean())
+        """The eigenvalues (m) of (G + g I)⁻¹, g = ε times the mean energy of a feature."""
+        return 1.0 / (self.values + epsilon * self.energy)
 
     def root(self, epsilon: float) -> SpectralRoot:
         """F = V diag(values + g)^½."""
@@ -92,7 +96,7 @@ class SpectralRoot:
 
 @dataclass(frozen=True)
 class RidgeSolver:
-    """argmin_D Σ w ‖e - D x‖² + g ‖D‖², g = ε tr(G) / d, from a square root of G + g I."""
+    """argmin_D Σ w ‖e - D x‖² + g ‖D‖² from a square root of G + g I; ε is what g was made of."""
 
     root: Root
     epsilon: float
@@ -119,12 +123,12 @@ class RidgeSolver:
 
 
 class CholeskyRoot:
-    """The Cholesky factor of M + g I with g = ε tr(M) / width."""
+    """The Cholesky factor of G + g I with g = ε tr(G) / features."""
 
-    def __init__(self, matrix: Tensor, epsilon: float, width: int) -> None:
-        trace = require_energy(matrix)
-        system = matrix.clone()
-        system.diagonal().add_(epsilon * trace / width)
+    def __init__(self, gram: Tensor, epsilon: float, features: int) -> None:
+        trace = require_energy(gram)
+        system = gram.clone()
+        system.diagonal().add_(epsilon * trace / features)
         self.lower, failed = torch.linalg.cholesky_ex(system)
         if bool(failed):
             raise RainError(
@@ -141,10 +145,6 @@ class CholeskyRoot:
         """L⁻ᵀ right."""
         found: Tensor = torch.linalg.solve_triangular(self.lower.mT, right, upper=True)
         return found
-
-    def solve(self, right: Tensor) -> Tensor:
-        """(M + g I)⁻¹ right."""
-        return torch.cholesky_solve(right, self.lower)
 
 
 def require_energy(gram: Tensor) -> float:

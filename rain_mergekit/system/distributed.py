@@ -60,6 +60,19 @@ class World:
         result: T = values[0]
         return result
 
+    def rows(self, own: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return own
+        parts = [self.same(own, rank) for rank in range(self.size)]
+        return torch.cat(parts)
+
+    def same(self, tensor: Tensor, owner: int = 0) -> Tensor:
+        """The owner's tensor, on every process; its shape may differ."""
+        if self.size == 1:
+            return tensor
+        return self.broadcast(tensor.cpu(), owner).to(tensor.device)
+
 
 def join(device: str) -> World:
     """Join the processes that torchrun started, or stand alone.

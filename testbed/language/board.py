@@ -32,8 +32,8 @@ Found = dict[str, Any]
 class Board:
     """One trio, the folder for everything made on the way, and where the rows are kept.
 
-    quick: half of the prompts, and no strengths but those given. dtype: of the products while models
-    speak.
+    quick: half of the prompts, and no strengths but those given.
+    dtype: of the products while models speak.
     """
 
     trio: Path

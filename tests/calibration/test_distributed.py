@@ -75,6 +75,33 @@ def test_two_processes_give_the_same_file_as_one(
     assert not two.path.with_name(two.path.name + ".work").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True])
+def test_two_processes_fit_what_one_fits(tmp_path: Path, wide: bool) -> None:
+    """wide: within the directions of all tokens, because sums of d x d exceed the budget."""
+    settings = {"fit": "streams", "stream_rank_share": 1.0, "stream_epsilon": 0.1}
+    one = Tiny.make(tmp_path, "llama", intermediate_size=640).using(**settings)
+    two = one.using(calibration="two.rain.safetensors", **settings)
+    budget = 8 * 2**20 if wide else 2**31
+    one.calibrate(activation_budget=budget)
+    done = torchrun(two, "--activation-budget", str(budget))
+    assert done.returncode == 0, done.stderr
+    expected, found = products(one.path), products(two.path)
+    assert expected.keys() == found.keys()
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-3, atol=1e-5)
+
+
+def products(path: Path) -> Mapping[str, Tensor]:
+    """A Bᵀ of every weight."""
+    file, found = CalibrationFile.open(path), {}
+    for name, plan in file.tensors.items():
+        factors = file.change(plan)
+        assert factors is not None
+        found[name] = factors[0].double() @ factors[1].double().mT
+    return found
+
+
 def test_more_processes_than_samples_are_refused(tmp_path: Path) -> None:
     tiny = Tiny.make(tmp_path, "llama")
     data = tmp_path / "reasoning.jsonl"

@@ -84,7 +84,7 @@ def test_the_sums_of_a_site_by_hand() -> None:
     """The largest step: tokens are added, the system is factored or one weight is solved."""
     site = FittedSite(width=1000, outputs=(3000, 500))
     fixed = FitNeeds(site, tokens=8000, rank=50, budget=10**9, itemsize=4, chooses=False)
-    assert not fixed.dual
+    assert fixed.whole
     sums = 8 * 1000 * 4500
     results = 8 * 50 * (3000 + 1000 + 500 + 1000)
     adding = 2 * 4 * 2 * BUFFERED_ROWS * 4500 + 4 * 1000 * 3000
@@ -96,14 +96,17 @@ def test_the_sums_of_a_site_by_hand() -> None:
     assert chosen.work.eigen == fixed.work.eigen + 1000**3
 
 
-def test_too_wide_an_input_uses_some_of_the_tokens() -> None:
+def test_too_wide_an_input_is_fitted_within_some_directions() -> None:
     site = FittedSite(width=10_000, outputs=(1000,))
     needs = FitNeeds(site, tokens=60_000, rank=50, budget=1024**3, itemsize=4)
-    assert needs.dual
-    used = needs.tokens / needs.step
-    assert MATRICES * used**2 + 4 * used * 11_000 <= 1024**3
-    one_more = needs.tokens / (needs.step - 1)
-    assert MATRICES * one_more**2 + 4 * one_more * 11_000 > 1024**3
+    assert not needs.whole
+    within = needs.directions
+    assert MATRICES * within**2 + 12 * within * 10_000 <= 1024**3
+    assert MATRICES * (within + 1) ** 2 + 12 * (within + 1) * 10_000 > 1024**3
+    wide = dataclasses.replace(needs, budget=MATRICES * 10_000**2)
+    assert wide.whole
+    assert wide.directions == 10_000
+    assert wide.memory > needs.memory
 
 
 def test_seconds_are_amounts_over_rates() -> None:

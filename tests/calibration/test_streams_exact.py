@@ -7,6 +7,7 @@ outputs by hooks on nn.Linear, and solves the normal equations as they stand.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
+from rain_mergekit.calibration.fit_rule import LANDMARKS, MATRICES, directions_within
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.linalg.ridge_fit import CANDIDATES
 from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
@@ -227,8 +229,8 @@ def changes(tiny: Tiny) -> dict[str, Tensor]:
     return found
 
 
-def agree(tiny: Tiny, reference: Reference) -> None:
-    tiny.calibrate(dtype=torch.float64)
+def agree(tiny: Tiny, reference: Reference, **options: Any) -> None:
+    tiny.calibrate(dtype=torch.float64, **options)
     expected, found = reference.fit(), changes(tiny)
     assert found.keys() == expected.keys()
     for name, change in expected.items():  # some are zero, but for rounding
@@ -239,6 +241,20 @@ def agree(tiny: Tiny, reference: Reference) -> None:
 def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE)
     agree(tiny, Reference(tiny))
+
+
+def test_a_very_wide_input_is_fitted_exactly_where_all_tokens_are_landmarks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    width = 640
+    tiny = Tiny.make(tmp_path, "llama", intermediate_size=width).using(**WHOLE)
+    reference = Reference(tiny)
+    count = sum(len(text.ids) for text in reference.texts)
+    budget = MATRICES * count**2 + LANDMARKS * count * width
+    assert directions_within(width, budget) == count < width
+    with caplog.at_level(logging.INFO):
+        agree(tiny, reference, activation_budget=2 * budget)
+    assert f"down_proj: fitted within {count} of {width} directions" in caplog.text
 
 
 def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> None:

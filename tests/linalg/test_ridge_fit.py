@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.ridge_fit import CANDIDATES, EPSILON, RidgeRows, RidgeSums
+from rain_mergekit.linalg.landmarks import LandmarkSums, evenly_by_weight, spanned
+from rain_mergekit.linalg.ridge_fit import CANDIDATES, EPSILON, RidgeSums
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 
 CPU = torch.device("cpu")
@@ -43,11 +44,11 @@ def solve(
     share: float = 1.0,
     aside: Tokens | None = None,
 ) -> LowRankChange:
-    inputs, errors, _ = data
-    sums: RidgeSums | RidgeRows = (
-        RidgeSums(inputs.shape[1], {"w": errors.shape[1]}, CPU, choose=epsilon is None)
+    outputs = {"w": data[1].shape[1]}
+    sums: RidgeSums | LandmarkSums = (
+        RidgeSums(data[0].shape[1], outputs, CPU, choose=epsilon is None)
         if kind == "sums"
-        else RidgeRows({"w": errors.shape[1]})
+        else LandmarkSums(spanned(data[0][: data[0].shape[1]]), outputs, choose=epsilon is None)
     )
     for tokens, apart in ((data, False), (aside, True)):
         if tokens is not None:
@@ -60,7 +61,7 @@ def solve(
 SHAPES = [(60, 12, 7), (60, 7, 12), (9, 20, 6), (9, 20, 30)]
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_full_rank_it_is_the_formula(kind: str, shape: tuple[int, int, int]) -> None:
     data = problem(*shape)
@@ -69,7 +70,7 @@ def test_at_full_rank_it_is_the_formula(kind: str, shape: tuple[int, int, int]) 
     assert np.linalg.norm(found - expected) < 1e-9 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 def test_rows_in_bfloat16_lose_no_more_than_their_own_rounding(kind: str) -> None:
     """Two massive activations that move together; a product rounded to 16 bits hides the rest."""
     inputs, errors, weights = problem(400, 24, 5)
@@ -81,7 +82,7 @@ def test_rows_in_bfloat16_lose_no_more_than_their_own_rounding(kind: str) -> Non
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_low_rank_is_the_best_one_in_the_metric(kind: str, shape: tuple[int, int, int]) -> None:
     """Eckart and Young: the best rank-r approximation of D (G + g I)^½, taken back."""
@@ -96,7 +97,7 @@ def test_a_low_rank_is_the_best_one_in_the_metric(kind: str, shape: tuple[int, i
     assert found.explained == pytest.approx(float((s[:3] ** 2).sum() / (s**2).sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 def test_the_share_chooses_the_smallest_rank_that_keeps_it(kind: str) -> None:
     data = problem(60, 12, 7)
     whole, system = dense(*data, 0.1)
@@ -124,7 +125,7 @@ def test_both_forms_agree_and_no_change_of_that_rank_is_better(
 ) -> None:
     data = problem(25, 10, 8, seed)
     inputs, errors, weights = data
-    one, other = (solve(kind, data, epsilon, rank) for kind in ("sums", "rows"))
+    one, other = (solve(kind, data, epsilon, rank) for kind in ("sums", "landmarks"))
     penalty = epsilon * float((weights[:, None] * inputs**2).sum()) / inputs.shape[1]
 
     def loss(change: Tensor) -> float:
@@ -140,7 +141,7 @@ def test_both_forms_agree_and_no_change_of_that_rank_is_better(
         assert loss(one.matrix) <= loss(a @ b.mT) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 @pytest.mark.parametrize("shape", [(60, 30, 7), (25, 40, 6)])
 def test_epsilon_is_what_leaves_least_of_the_errors_held_aside(
     kind: str, shape: tuple[int, int, int]
@@ -166,7 +167,7 @@ def test_epsilon_is_what_leaves_least_of_the_errors_held_aside(
     assert found.epsilon > min(CANDIDATES)  # much noise asks for a larger one
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 def test_without_tokens_held_aside_epsilon_is_the_fixed_one(kind: str) -> None:
     data = problem(60, 12, 7)
     found, fixed = (solve(kind, data, value, 1000) for value in (None, EPSILON))
@@ -181,8 +182,49 @@ def test_no_errors_give_no_change() -> None:
     assert torch.equal(found.matrix, torch.zeros(4, 6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("kind", ["sums", "landmarks"])
 def test_inputs_of_zeros_are_told(kind: str) -> None:
     inputs, errors, weights = problem(20, 6, 4)
     with pytest.raises(RainError, match="all zero"):
         solve(kind, (torch.zeros_like(inputs), errors, weights), 0.01, 1000)
+
+
+def test_within_landmarks_it_is_the_formula_on_their_directions() -> None:
+    """argmin over D = M Qᵀ by the normal equations, with the penalty of the whole input."""
+    data = problem(200, 40, 6)
+    inputs, errors, weights = (t.numpy() for t in data)
+    basis = np.linalg.svd(inputs[:15], full_matrices=False)[2].T  # of the same span
+    inner = inputs @ basis
+    energy = float((weights[:, None] * inner**2).sum()) / 40
+    system = inner.T @ (weights[:, None] * inner) + 0.05 * energy * np.eye(15)
+    expected = errors.T @ (weights[:, None] * inner) @ np.linalg.inv(system) @ basis.T
+    sums = LandmarkSums(spanned(data[0][:15]), {"w": 6})
+    sums.add(data[0], {"w": data[1]}, data[2])
+    found = sums.changes(0.05, 1000, 1.0)["w"].matrix.numpy()
+    assert np.linalg.norm(found - expected) < 1e-9 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_repeat_span_what_there_is(dtype: torch.dtype) -> None:
+    inputs, errors, weights = problem(60, 12, 5)
+    inputs[:, 6:] = 0
+    data = inputs.to(dtype), errors.to(dtype), weights
+    sums = LandmarkSums(spanned(torch.cat([data[0][:6], data[0][:6]])), {"w": 5})
+    sums.add(data[0], {"w": data[1]}, weights)
+    expected, _ = dense(data[0].double(), data[1].double(), weights, 0.01)
+    found = sums.changes(0.01, 1000, 1.0)["w"].matrix.numpy()
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@given(st.integers(1, 60), st.integers(1, 30), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_landmarks_are_spread_by_weight(tokens: int, count: int, seed: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    weights = torch.rand(tokens, generator=chance, dtype=torch.float64) ** 3 + 1e-3
+    found = evenly_by_weight(weights, count)
+    assert len(found) == len(set(found.tolist())) <= count
+    assert len(found) >= min(tokens, 0.8 * count)
+    if tokens > count:  # between two landmarks lies at most two steps of weight
+        steps = weights.clamp(max=float(weights.sum()) / count)
+        parts = [float(part.sum()) for part in torch.tensor_split(steps, found + 1)]
+        assert max(parts) <= 2.5 * float(weights.sum()) / count
