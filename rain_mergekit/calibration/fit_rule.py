@@ -73,7 +73,7 @@ def landmarks(
     every = torch.cat([one[at] for one, at in zip(weights, counted, strict=True)])
     taken = torch.zeros(len(every), dtype=torch.bool)
     taken[evenly_by_weight(every, count)] = True
-    parts = taken.split([len(at) for at in counted])
+    parts = torch.split(taken, [len(at) for at in counted])
     for index, at, here in zip(fitted, counted, parts, strict=True):
         if here.any():
             yield features(index)[at[here]]

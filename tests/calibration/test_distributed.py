@@ -16,6 +16,7 @@ from tiny import Tiny
 from torch import Tensor
 
 from rain_mergekit.calibration.exchange import collect_rows
+from rain_mergekit.calibration.fit_rule import sums_bytes
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.linalg.row_collector import RowCollector
 from rain_mergekit.system.distributed import World, join
@@ -78,11 +79,11 @@ def test_two_processes_give_the_same_file_as_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 def test_two_processes_fit_what_one_fits(tmp_path: Path, wide: bool) -> None:
-    """wide: within the directions of all tokens, because sums of d x d exceed the budget."""
+    """wide: within the directions of all tokens, because sums of d x d just exceed the budget."""
     settings = {"fit": "streams", "stream_rank_share": 1.0, "stream_epsilon": 0.1}
     one = Tiny.make(tmp_path, "llama", intermediate_size=640).using(**settings)
     two = one.using(calibration="two.rain.safetensors", **settings)
-    budget = 8 * 2**20 if wide else 2**31
+    budget = 2 * sums_bytes(640) - wide
     one.calibrate(activation_budget=budget)
     done = torchrun(two, "--activation-budget", str(budget))
     assert done.returncode == 0, done.stderr
