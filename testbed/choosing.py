@@ -66,7 +66,7 @@ class Bench:
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         texts = load_reasoning(held_out, self.tokenizer, keep_response=True).samples
         how = VerifyOptions(LoadOptions(), dtype=torch.float32)
-        self.meter = DivergenceMeter(self.reasoning, texts, how)
+        self.meter = DivergenceMeter.of(self.reasoning, texts, how)
 
     def measure(self, point: Mapping[str, Any]) -> dict[str, Any]:
         config = self.configure(point)

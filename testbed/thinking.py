@@ -29,7 +29,7 @@ ROLES = ("reasoning", "instruct", "pretrained")
 def seen(model: Path, samples: Sequence[ReasoningTokens]) -> Likelihood:
     """With this model in the reasoning model's place, on samples that its template rendered."""
     checkpoint = Checkpoint.open(ModelReference.model_validate({"model": {"path": str(model)}}))
-    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
+    shell = LayerwiseModel.open(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
     recorded = list(shell.record([sample.input_ids for sample in samples]))
     states = [hidden for hidden, _ in recorded]
     for index in range(len(shell.layers)):

@@ -45,7 +45,7 @@ def thinks_on(reasoning: Checkpoint, path: str, request: Request, run: RunOption
     samples, _ = read_texts(reasoning, texts_of(request, path, _PROBED))
     config = read_model_config(reasoning)
     dtype = run.dtype or default_dtype(config, run.device)
-    found = likelihood_of(LayerwiseModel(reasoning, config, dtype, run.device), samples)
+    found = likelihood_of(LayerwiseModel.open(reasoning, config, dtype, run.device), samples)
     LOG.info("the reasoning model %s", found)
     return found is not None and found.thinks
 

@@ -32,7 +32,7 @@ from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED
 from rain_mergekit.calibration.regmean_site import UNMERGED
-from rain_mergekit.calibration.site_rule import rule_of
+from rain_mergekit.calibration.site_rule import SiteRule, rule_of
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.input_sites import LinearWeight, SiteMap
@@ -62,15 +62,16 @@ class CalibrationEngine:
         self._samples, self._world = job.samples, job.world
         self.layerwise, self._weights, self._head = layerwise, weights, head
         self.indices = range(len(layerwise.layers))
-        self._rule = rule_of(job.method, job.settings)
         self._passes: dict[str, int] = {}
 
     @classmethod
     def of(cls, job: CalibrationJob) -> CalibrationEngine:
         """Read the headers of the three models; RainError names what does not fit together."""
         trio, count = job.walked, len(job.samples.reasoning.samples)
-        layerwise = LayerwiseModel(trio.reasoning, trio.config, job.dtype, str(job.world.device))
-        weights = TrioTensors(trio, layerwise.model, layerwise.tensors, job.settings.gamma)
+        layerwise = LayerwiseModel.open(
+            trio.reasoning, trio.config, job.dtype, str(job.world.device)
+        )
+        weights = TrioTensors.of(trio, layerwise.model, layerwise.tensors, job.settings.gamma)
         weights.check(layer_shapes(layerwise), matrix_names(layerwise))
         head = None
         if job.settings.lm_head != "off":
@@ -81,6 +82,10 @@ class CalibrationEngine:
                 "one process a sample"
             )
         return cls(job, layerwise, weights, head)
+
+    @cached_property
+    def _rule(self) -> SiteRule:
+        return rule_of(self._job.method, self._settings)
 
     @cached_property
     def max_rank(self) -> int:

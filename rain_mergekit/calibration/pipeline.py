@@ -101,7 +101,9 @@ def _calibrate(
     tensors = stored_names(run.layerwise, matrices)
     noted = check_trio(trio, models, tensors, samples.markers, config.settings)
     identity = job.identity(models)
-    with WorkDir(config.calibration, identity, world, every=options.snapshot_seconds) as work:
+    with WorkDir.beside(
+        config.calibration, identity, world, every=options.snapshot_seconds
+    ) as work:
         first, likely = run.walk(work)
         world.wait()
         if config.method != AIM:  # it is the reasoning model that ran
@@ -139,7 +141,7 @@ def _calibrate(
 
 
 def _engine(job: CalibrationJob) -> CalibrationEngine | StreamEngine:
-    return StreamEngine(job) if job.settings.fit == "streams" else CalibrationEngine.of(job)
+    return StreamEngine.of(job) if job.settings.fit == "streams" else CalibrationEngine.of(job)
 
 
 def _model_records(trio: Trio) -> dict[str, Any]:

@@ -21,18 +21,19 @@ class Progress:
         self, layers: int, samples: int, tokens: int, *, first: int = 0, quiet: bool = False
     ) -> None:
         self._layers, self._samples, self._passed = layers, samples, 0
+        self._tokens, self._first, self._quiet = tokens, first, quiet
+
+    def __enter__(self) -> Progress:  # noqa: PYI034 - Self needs Python 3.11
         size = _size()
         self._bar: tqdm[Any] = tqdm(
-            total=tokens * layers,
-            initial=tokens * first,
+            total=self._tokens * self._layers,
+            initial=self._tokens * self._first,
             unit="tok",
             unit_scale=True,
             dynamic_ncols=not size,
-            disable=quiet,
+            disable=self._quiet,
             **size,
         )
-
-    def __enter__(self) -> Progress:  # noqa: PYI034 - Self needs Python 3.11
         return self
 
     def __exit__(

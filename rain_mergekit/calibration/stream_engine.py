@@ -45,18 +45,26 @@ class StreamEngine:
     One layer of each model is in memory at a time.
     """
 
-    def __init__(self, job: CalibrationJob) -> None:
+    def __init__(
+        self, job: CalibrationJob, layerwise: LayerwiseModel, instruct: LayerwiseModel
+    ) -> None:
+        """layerwise, instruct: the reasoning and the instruct model."""
         self._job, self._settings, self._options = job, job.settings, job.options
         self._samples, self._world = job.samples, job.world
-        trio, dtype, device = job.trio, job.dtype, str(job.world.device)
-        self.layerwise = LayerwiseModel(trio.reasoning, trio.config, dtype, device)
-        self.instruct = LayerwiseModel(
-            trio.instruct, read_model_config(trio.instruct), dtype, device
-        )
-        self.indices = range(len(self.layerwise.layers))
-        weights = TrioTensors(trio, self.layerwise.model, self.layerwise.tensors)
-        weights.check(layer_shapes(self.layerwise), matrix_names(self.layerwise))
+        self.layerwise, self.instruct = layerwise, instruct
+        self.indices = range(len(layerwise.layers))
         self._passes = Counter[str]()
+
+    @classmethod
+    def of(cls, job: CalibrationJob) -> StreamEngine:
+        """Read the models' headers; RainError names what does not fit together."""
+        trio, dtype, device = job.trio, job.dtype, str(job.world.device)
+        layerwise = LayerwiseModel.open(trio.reasoning, trio.config, dtype, device)
+        config = read_model_config(trio.instruct)
+        instruct = LayerwiseModel.open(trio.instruct, config, dtype, device)
+        weights = TrioTensors.of(trio, layerwise.model, layerwise.tensors)
+        weights.check(layer_shapes(layerwise), matrix_names(layerwise))
+        return cls(job, layerwise, instruct)
 
     @cached_property
     def texts(self) -> StreamTexts:

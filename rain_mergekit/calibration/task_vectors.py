@@ -22,20 +22,38 @@ class TrioTensors:
     gamma: how much of what reasoning training changed is taken from a task vector.
     """
 
-    def __init__(
-        self, trio: Trio, model: nn.Module, reasoning: ModelTensors, gamma: float = 0.0
-    ) -> None:
-        self.instruct = ModelTensors(trio.instruct, model)
-        self.pretrained = ModelTensors(trio.pretrained, model)
-        self._models = {
-            "reasoning": reasoning,
-            "instruct": self.instruct,
-            "pretrained": self.pretrained,
-        }
-        self._gamma = gamma
+    def __init__(self, models: Mapping[str, ModelTensors], gamma: float = 0.0) -> None:
+        """models: by role, all three."""
+        self._models, self._gamma = models, gamma
+
+    @classmethod
+    def of(
+        cls, trio: Trio, model: nn.Module, reasoning: ModelTensors, gamma: float = 0.0
+    ) -> TrioTensors:
+        """From the names of the tensors of all three; no tensor is read.
+
+        model: the reasoning model without weights, and `reasoning` its tensors.
+        """
+        instruct, pretrained = (ModelTensors.of(c, model) for c in (trio.instruct, trio.pretrained))
+        models = {"reasoning": reasoning, "instruct": instruct, "pretrained": pretrained}
+        return cls(models, gamma)
+
+    @property
+    def instruct(self) -> ModelTensors:
+        """Tensors of the instruct model."""
+        return self._models["instruct"]
+
+    @property
+    def pretrained(self) -> ModelTensors:
+        """Tensors of the model from which the instruct model was tuned."""
+        return self._models["pretrained"]
+
+    @property
+    def _read(self) -> list[ModelTensors]:
+        """Those that a task vector is made of, in the order of its formula."""
         parts = {0.0: ("instruct", "pretrained"), 1.0: ("instruct", "reasoning")}
-        names = parts.get(gamma, ("instruct", "pretrained", "reasoning"))
-        self._read = [self._models[name] for name in names]
+        names = parts.get(self._gamma, ("instruct", "pretrained", "reasoning"))
+        return [self._models[name] for name in names]
 
     def task_vector(
         self, layer: str, weight: LinearWeight, expert: int | None, device: torch.device

@@ -36,15 +36,22 @@ class WorkDir:
     After an exception the folder is kept only if a later run can continue from it.
     """
 
-    def __init__(
-        self, calibration: Path, job: Mapping[str, Any], world: World, *, every: float
-    ) -> None:
-        self.path = calibration.with_name(calibration.name + ".work")
-        self._job = json.dumps(job, sort_keys=True)
-        self._world, self._every, self._last = world, every, time.monotonic()
+    def __init__(self, path: Path, job: str, world: World, *, every: float) -> None:
+        """job: what must be equal to continue; every: seconds from one snapshot to the next."""
+        self.path, self._job, self._world, self._every = path, job, world, every
+        self._last = 0.0
         self._lock: int | None = None
 
+    @classmethod
+    def beside(
+        cls, calibration: Path, job: Mapping[str, Any], world: World, *, every: float
+    ) -> WorkDir:
+        """The folder of the calibration file of that path: its name with `.work`."""
+        path = calibration.with_name(calibration.name + ".work")
+        return cls(path, json.dumps(job, sort_keys=True), world, every=every)
+
     def __enter__(self) -> WorkDir:  # noqa: PYI034 - Self needs Python 3.11
+        self._last = time.monotonic()
         if self._world.rank == 0:
             self._lock_folder()
             try:

@@ -48,15 +48,20 @@ class CalibrationFile:
         reads: how often each stored tensor was read from the disk, by key.
     """
 
-    def __init__(self, path: str, file: BinaryIO) -> None:
-        self.path = path
-        self._file = file
+    def __init__(
+        self,
+        path: str,
+        file: BinaryIO,
+        entries: Mapping[str, Entry],
+        data_start: int,
+        header: dict[str, Any],
+        plans: Plans,
+    ) -> None:
+        """entries: where each tensor is stored, from byte `data_start` on; plans: of `header`."""
+        self.path, self._file, self._entries, self._data_start = path, file, entries, data_start
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, file.close)
-        size = os.fstat(file.fileno()).st_size
-        metadata, self._entries, self._data_start = read_header(file, size)
-        self.header, plans = _plans(metadata, self._entries)
-        self.kind, self.gamma = plans.kind, plans.gamma
+        self.header, self.kind, self.gamma = header, plans.kind, plans.gamma
         self.models: Mapping[str, ModelRecord] = plans.models
         self.sites: Mapping[str, SitePlan] = plans.sites
         self.tensors: Mapping[str, TensorPlan] = plans.tensors
@@ -78,7 +83,8 @@ class CalibrationFile:
                 raise RainError("it is a git-lfs pointer, not the file itself: run `git lfs pull`")
             file = Path(name).open("rb")  # noqa: SIM115 - stays open with the object
             try:
-                return cls(name, file)
+                metadata, entries, start = read_header(file, os.fstat(file.fileno()).st_size)
+                return cls(name, file, entries, start, *_plans(metadata, entries))
             except BaseException:
                 file.close()
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,18 +35,32 @@ class ActivationStore:
         self._shapes = [(length, width) for length in lengths]
         self._dtype, self._device = dtype, device or torch.device("cpu")
         self._memory: dict[int, Tensor] = {}
-        self._offsets: dict[int, int] = {}
-        self._path = path
+        self._budget, self._path = budget, path
+        self._descriptor: int | None = None
+
+    @cached_property
+    def _offsets(self) -> dict[int, int]:
+        """Where each sample that the memory has no room for begins in the file, in bytes."""
+        offsets: dict[int, int] = {}
         used = spilled = 0
-        for index, (length, _) in enumerate(self._shapes):
-            size = length * width * dtype.itemsize
-            if used + size <= budget:
+        for index in range(len(self)):
+            size = self._size(index)
+            if used + size <= self._budget:
                 used += size
             else:
-                self._offsets[index] = spilled
+                offsets[index] = spilled
                 spilled += size
-        self.memory_bytes, self.disk_bytes = used, spilled
-        self._descriptor: int | None = None
+        return offsets
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the samples in memory take."""
+        return sum(self._size(index) for index in range(len(self)) if index not in self._offsets)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the other samples take in the file."""
+        return sum(map(self._size, self._offsets))
 
     def __len__(self) -> int:
         return len(self._shapes)

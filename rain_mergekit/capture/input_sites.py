@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -87,8 +88,11 @@ class _InputSiteFinder:
     ) -> None:
         self._layer, self._sites, self._pick, self._length = layer, sites, pick, length
         self._leave = leave
-        self._names = {id(module): name for name, module in layer.named_modules()}
         self._seen: list[tuple[Tensor, str]] = []  # kept alive, so that addresses are not reused
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name for name, module in self._layer.named_modules()}
 
     def product(self, name: str, inputs: Tensor, input_axis: int) -> None:
         """One weight multiplies `inputs` (..., d_in), or each expert its own (E, n, d_in)."""

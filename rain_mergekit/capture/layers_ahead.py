@@ -8,18 +8,21 @@ changes no number.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rain_mergekit.system.profile import LOAD, phase
+from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.system.profile import LOAD, moved, phase
 
 _PAGE = 4096
+KEPT_MAPPED = 1 << 20  # bytes: smaller tensors may stay mapped until their layer has been read
 StoredLayer = dict[str, Tensor]
 
 
@@ -59,7 +62,15 @@ class LayersAhead:
     ) -> None:
         self._read, self._left, self._thread = read, deque(indices), thread
         self._next: tuple[int, Future[StoredLayer]] | None = None
-        self._begin()
+
+    @classmethod
+    def begin(
+        cls, read: Callable[[int], StoredLayer], indices: Sequence[int], thread: ReaderThread
+    ) -> LayersAhead:
+        """Begin to read the first of them."""
+        ahead = cls(read, indices, thread)
+        ahead._begin()
+        return ahead
 
     def take(self, index: int) -> StoredLayer | None:
         """That layer, as soon as it has been read; the next one is begun.
@@ -86,11 +97,16 @@ class Stage:
     A GPU gets them by a stream of its own from pinned memory, while it computes.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        cuda: Any = torch.cuda  # its streams have no type information
-        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        """stream: of torch.cuda, for the copies; None where the device is no GPU."""
+        self._device, self._stream = device, stream
         self._pinned: list[Tensor] = []
+
+    @classmethod
+    def of(cls, device: torch.device) -> Stage:
+        """With a stream of its own where the device is a GPU."""
+        cuda: Any = torch.cuda  # its streams have no type information
+        return cls(device, cuda.Stream(device) if device.type == "cuda" else None)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The same tensor, read from its file and on its way to the device."""
@@ -107,6 +123,31 @@ class Stage:
         if self._stream is not None:
             self._stream.synchronize()
         self._pinned.clear()
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """Reads layers of a model as they are stored, through open files of its own.
+
+    names: the tensors of a layer, by its index; tensors: those of the model.
+    """
+
+    names: Callable[[int], Iterable[str]]
+    tensors: ModelTensors
+    stage: Stage
+
+    def read(self, index: int) -> StoredLayer:
+        """All tensors of one layer, by name; called in the reader's thread."""
+        found = StoredLayer()
+        for name in self.names(index):
+            stored = self.tensors.get(name)
+            moved(LOAD, stored.nbytes)
+            found[name] = self.stage.put(stored)
+            if stored.nbytes > KEPT_MAPPED:
+                self.tensors.release()  # so that each is let go of by itself
+        self.tensors.release()
+        self.stage.arrived()
+        return found
 
 
 def use(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ is filled from the checkpoint, called with the recorded arguments, and emptied a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +25,8 @@ from rain_mergekit.capture.layer_calls import (
     deduplicated,
 )
 from rain_mergekit.capture.layers_ahead import (
+    KEPT_MAPPED,
+    LayerReader,
     LayersAhead,
     ReaderThread,
     Stage,
@@ -41,25 +43,62 @@ from rain_mergekit.models.outline import ModelOutline
 from rain_mergekit.system.profile import LOAD, moved, phase
 
 TensorReader: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype], Tensor]"
-_KEPT_MAPPED = 1 << 20
 
 
 class LayerwiseModel:
     """A decoder without weights, and the way to fill one of its layers at a time."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: str
+        self,
+        model: Any,
+        tensors: ModelTensors,
+        layers: nn.ModuleList,
+        prefix: str,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self.model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
-        self.tensors = ModelTensors(checkpoint, self.model)
-        self.hidden_size = int(text_config(config).hidden_size)
-        self.layers, self.prefix = decoder_layers(self.model, config)
-        self.home, _, self._list = self.prefix.rpartition(".")
-        self.decoder = self.model.get_submodule(self.home)
+        """prefix: the name of `layers` in `model`; dtype: of the forward pass."""
+        self.model, self.tensors, self.checkpoint = model, tensors, tensors.checkpoint
+        self.layers, self.prefix, self.dtype, self.device = layers, prefix, dtype, device
         self.as_tuple = False
         self._ahead: LayersAhead | None = None
-        self._experts = expert_weights(self.model)
+
+    @classmethod
+    def open(
+        cls, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: str
+    ) -> LayerwiseModel:
+        """Build the modules without weights; no tensor of the checkpoint is read yet.
+
+        Raises:
+            RainError: transformers cannot build it, or it has no list of decoder layers.
+        """
+        model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
+        layers, prefix = decoder_layers(model, config)
+        tensors = ModelTensors.of(checkpoint, model)
+        return cls(model, tensors, layers, prefix, dtype, torch.device(device))
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the hidden states."""
+        return int(text_config(self.model.config).hidden_size)
+
+    @property
+    def home(self) -> str:
+        """The name of the decoder: the module with the list of layers."""
+        return self.prefix.rpartition(".")[0]
+
+    @property
+    def decoder(self) -> Any:
+        """The module with the list of layers; it embeds and calls them."""
+        return self.model.get_submodule(self.home)
+
+    @property
+    def _list(self) -> str:
+        return self.prefix.rpartition(".")[2]
+
+    @cached_property
+    def _experts(self) -> Collection[str]:
+        return expert_weights(self.model)
 
     @property
     def outline(self) -> ModelOutline:
@@ -151,12 +190,17 @@ class LayerwiseModel:
 
         One more layer is in memory then, in the type in which it is stored.
         """
-        reader = _LayerReader(self, Stage(self.device))
-        self._ahead = LayersAhead(reader.read, indices, thread)
+        reader = LayerReader(self._names, self.tensors.twin(), Stage.of(self.device))
+        self._ahead = LayersAhead.begin(reader.read, indices, thread)
         try:
             yield
         finally:
             self._ahead = None
+
+    def _names(self, index: int) -> list[str]:
+        """The tensors that fill layer `index`, by their names in the checkpoint."""
+        prefix = f"{self.prefix}.{index}"
+        return [f"{prefix}.{name}" for name in self.needed(self.layers[index], prefix)]
 
     def needed(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """The empty tensors of `module` that the checkpoint fills, by their names in it."""
@@ -190,7 +234,7 @@ class LayerwiseModel:
         stored = self._stored(name, expected)
         moved(LOAD, stored.nbytes)
         tensor = self._converted(name, stored, dtype)
-        if tensor is not stored and stored.nbytes > _KEPT_MAPPED:
+        if tensor is not stored and stored.nbytes > KEPT_MAPPED:
             self.tensors.release()  # else the stored form stays in memory beside the converted
         return tensor
 
@@ -229,29 +273,6 @@ class LayerwiseModel:
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
         return fitting(self.checkpoint, name, self.tensors.get(name), expected)
-
-
-class _LayerReader:
-    """Reads layers of a model as they are stored, through files of its own."""
-
-    def __init__(self, model: LayerwiseModel, stage: Stage) -> None:
-        self._model, self._stage = model, stage
-        self._tensors = model.tensors.twin()
-
-    def read(self, index: int) -> StoredLayer:
-        """All tensors of one layer, by name; called in the reader's thread."""
-        model, found = self._model, StoredLayer()
-        prefix = f"{model.prefix}.{index}"
-        for name in model.needed(model.layers[index], prefix):
-            whole = f"{prefix}.{name}"
-            stored = self._tensors.get(whole)
-            moved(LOAD, stored.nbytes)
-            found[whole] = self._stage.put(stored)
-            if stored.nbytes > _KEPT_MAPPED:
-                self._tensors.release()  # so that each is let go of by itself
-        self._tensors.release()
-        self._stage.arrived()
-        return found
 
 
 def fitting(checkpoint: Checkpoint, name: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:

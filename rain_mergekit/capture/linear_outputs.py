@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,13 +83,16 @@ class LinearOutputs(WeightProductHook):
         self, layer: nn.Module, length: int, wanted: Collection[str] | None = None
     ) -> None:
         super().__init__(layer, self._product)
-        self._shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
         self._length, self._wanted = length, None if wanted is None else set(wanted)
         self._pending: LinearOutput | None = None
         self._open: dict[int, list[LinearOutput]] = {}
         self._alive: list[Tensor] = []
         self.found: dict[str, LinearOutput] = {}
         self.unfit: set[str] = set()
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._layer.named_parameters()}
 
     def __torch_function__(
         self,

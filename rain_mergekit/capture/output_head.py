@@ -27,7 +27,7 @@ def finishing(layerwise: LayerwiseModel) -> Iterator[Callable[[Tensor], Tensor]]
     capping of logits is included.
     """
     name, own = output_head(layerwise.model)
-    head = _BlockHead(layerwise, name, own)
+    head = _BlockHead.of(layerwise, name, own)
     with _ending(layerwise, name, head) as run:
 
         def logits(rows: Tensor) -> Tensor:
@@ -125,15 +125,21 @@ class _Arrival(_Head):
 class _BlockHead(_Head):
     """The head, converted to the forward type block by block."""
 
-    def __init__(self, layerwise: LayerwiseModel, name: str, head: nn.Module) -> None:
+    def __init__(self, layerwise: LayerwiseModel, weight: str, bias: str | None) -> None:
+        """weight, bias: names of its tensors."""
         super().__init__(layerwise)
         self._read, self._numbers = layerwise.tensors.get, layerwise.numbers
         self._dtype, self._device = layerwise.dtype, layerwise.device
-        names, own = layerwise.tensors.sources, f"{name}.weight"
-        self._weight = own if own in names else embedding_weight(layerwise.model)
-        has_bias = getattr(head, "bias", None) is not None
-        self._bias = f"{name}.bias" if has_bias and f"{name}.bias" in names else None
+        self._weight, self._bias = weight, bias
         self.logits: Tensor | None = None
+
+    @classmethod
+    def of(cls, layerwise: LayerwiseModel, name: str, head: nn.Module) -> _BlockHead:
+        """name: that of `head`; where it has no weight of its own, the embedding is its weight."""
+        names, weight, bias = layerwise.tensors.sources, f"{name}.weight", f"{name}.bias"
+        has_bias = getattr(head, "bias", None) is not None and bias in names
+        own = weight if weight in names else embedding_weight(layerwise.model)
+        return cls(layerwise, own, bias if has_bias else None)
 
     def forward(self, hidden: Tensor) -> Tensor:
         blocks = torch.split(self._read(self._weight), _HEAD_ROWS)

@@ -7,6 +7,7 @@ layer is seen, be it nn.Linear, a transposed Conv1D, a router or a batch of expe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,11 +36,14 @@ class WeightProductHook(TorchFunctionMode):
 
     def __init__(self, layer: nn.Module, on_product: OnProduct) -> None:
         super().__init__()
-        self._on_product = on_product
-        # By id: the value's first item keeps the tensor alive, so that no id is used twice.
-        self._weights: dict[int, tuple[Tensor, str, int]] = {
+        self._layer, self._on_product = layer, on_product
+
+    @cached_property
+    def _weights(self) -> dict[int, tuple[Tensor, str, int]]:
+        """By id: the value's first item keeps the tensor alive, so that no id is used twice."""
+        return {
             id(parameter): (parameter, name, -1)
-            for name, parameter in layer.named_parameters()
+            for name, parameter in self._layer.named_parameters()
             if parameter.dim() in (2, 3)
         }
 

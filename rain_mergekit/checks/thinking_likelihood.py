@@ -164,7 +164,7 @@ def likelihood_of(
 def beside(checkpoint: Checkpoint, layerwise: LayerwiseModel) -> LayerwiseModel:
     """Another model, computed as `layerwise` is."""
     config = read_model_config(checkpoint)
-    return LayerwiseModel(checkpoint, config, layerwise.dtype, str(layerwise.device))
+    return LayerwiseModel.open(checkpoint, config, layerwise.dtype, str(layerwise.device))
 
 
 def last_states(other: LayerwiseModel, texts: Sequence[Sequence[int]]) -> list[Tensor] | None:

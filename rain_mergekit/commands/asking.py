@@ -141,7 +141,7 @@ def writer_of(
             # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
             {**({"chat_template_kwargs": template} if template else {}), **asking.extra_body},
         )
-        return ServerWriter(address, sampling), sampling
+        return ServerWriter.of(address, sampling), sampling
     from rain_mergekit.data_building.local import LocalWriter  # noqa: PLC0415
     from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 

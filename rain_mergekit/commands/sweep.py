@@ -181,7 +181,7 @@ def _meter(
         pick_dtype(options.calibration_dtype),
         options.activation_budget,
     )
-    return DivergenceMeter(reasoning, samples, how)
+    return DivergenceMeter.of(reasoning, samples, how)
 
 
 def _show(rows: list[Row], folder: Path, console: Console) -> None:

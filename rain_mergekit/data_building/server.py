@@ -51,12 +51,29 @@ class Address:
 class ServerWriter:
     """One request an answer, each with its own seed; repeatability depends on the server."""
 
-    def __init__(self, address: Address, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        address: Address,
+        sampling: Sampling,
+        url: str,
+        headers: Mapping[str, str],
+        opener: urllib.request.OpenerDirector,
+    ) -> None:
+        """url, headers: of each request, which goes through `opener`."""
         self._address, self._sampling = address, sampling
-        self._url = _endpoint(address.url)
-        self._headers = {"Content-Type": "application/json", **_key(address.key_variable)}
-        self._opener = _opener(self._url)
+        self._url, self._headers, self._opener = url, dict(headers), opener
         self.refused: list[str] = []
+
+    @classmethod
+    def of(cls, address: Address, sampling: Sampling) -> ServerWriter:
+        """Nothing is sent yet.
+
+        Raises:
+            RainError: the address is none of a server, or the variable holds no key.
+        """
+        url = _endpoint(address.url)
+        headers = {"Content-Type": "application/json", **_key(address.key_variable)}
+        return cls(address, sampling, url, headers, _opener(url))
 
     @property
     def identity(self) -> Mapping[str, Any]:

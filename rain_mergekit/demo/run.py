@@ -113,7 +113,7 @@ def _evaluate(folder: Path, records: list[Record], console: Console) -> list[Res
             bar.update(tokens / passes)
 
         reasoning = opened["reasoning model"]
-        with DivergenceMeter(reasoning, texts, VerifyOptions(LoadOptions()), measured) as meter:
+        with DivergenceMeter.of(reasoning, texts, VerifyOptions(LoadOptions()), measured) as meter:
             for label, checkpoint in opened.items():
                 with bar.external_write_mode():
                     console.print(f"  {label}")

@@ -225,7 +225,8 @@ def _relations(trio: Trio) -> Iterator[Finding]:
 def _left_out(trio: Trio) -> Iterator[Finding]:
     dtype = default_dtype(trio.config, "cpu")
     trust = trio.reasoning.trust_remote_code
-    tensors = ModelTensors(trio.reasoning, empty_model(trio.config, dtype, trust_remote_code=trust))
+    model = empty_model(trio.config, dtype, trust_remote_code=trust)
+    tensors = ModelTensors.of(trio.reasoning, model)
     lost = lost_tensors(tensors, merge_names(trio.config, tensors))
     said = lost_warning(lost) if lost else "mergekit writes every tensor of the reasoning model"
     yield Finding("left out", "warning" if lost else "note", said)

@@ -28,26 +28,44 @@ class DivergenceMeter:
     """Measures models against a reference, which runs once; no whole model is ever in memory.
 
     The reference's hidden states stay until `close`: half of the budget in memory, the rest on
-    disk. `tick` is told of the tokens that passed a layer. Raises RainError without samples.
+    disk. `tick` is told of the tokens that passed a layer.
     """
 
     def __init__(
         self,
+        reference: StreamedModel,
+        samples: Sequence[ReasoningTokens],
+        how: VerifyOptions,
+        folder: Path,
+    ) -> None:
+        """reference: after all of its layers; folder: removed by `close`, or at the end."""
+        self._reference, self._samples, self._how = reference, samples, how
+        self._folder = folder
+        # closed at exit too: it may live as long as the process
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    @classmethod
+    def of(
+        cls,
         reference: Checkpoint,
         samples: Sequence[ReasoningTokens],
         how: VerifyOptions,
         tick: Tick = _unwatched,
-    ) -> None:
+    ) -> DivergenceMeter:
+        """Run the reference on the samples.
+
+        Raises:
+            RainError: there are no samples, or the model cannot be run.
+        """
         if not samples:
             raise RainError("no samples to compare the models on")
-        self._checkpoint, self._samples, self._how = reference, samples, how
-        self._folder = tempfile.mkdtemp(prefix="rain-divergence-")
-        # closed at exit too: it may live as long as the process
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix="rain-divergence-"))
         try:
-            self._reference = self._ran(reference, "reference", tick)
+            return cls(
+                _ran(reference, samples, how, folder / "reference", tick), samples, how, folder
+            )
         except BaseException:
-            self._remove()
+            shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def drift(self, model: Checkpoint, tick: Tick = _unwatched) -> Drift:
@@ -59,8 +77,9 @@ class DivergenceMeter:
 
     def divergences(self, model: Checkpoint, tick: Tick = _unwatched) -> Iterator[Tensor]:
         """KL(reference || model) of the next token, in nats, at each position; text by text."""
-        check_same_tokens(self._checkpoint, model)
-        with closing(self._ran(model, "model", tick)) as side:
+        check_same_tokens(self._reference.layerwise.checkpoint, model)
+        place = self._folder / "model"
+        with closing(_ran(model, self._samples, self._how, place, tick)) as side:
             yield from divergences(self._reference, side, len(self._samples))
 
     def close(self) -> None:
@@ -79,13 +98,20 @@ class DivergenceMeter:
     ) -> None:
         self.close()
 
-    def _ran(self, checkpoint: Checkpoint, name: str, tick: Tick) -> StreamedModel:
-        """The model after running all of its layers."""
-        side = StreamedModel.of(checkpoint, self._how)
-        side.embed(self._samples, self._how.budget // 2, Path(self._folder, name))
-        try:
-            side.run(tick)
-        except BaseException:
-            side.close()
-            raise
-        return side
+
+def _ran(
+    checkpoint: Checkpoint,
+    samples: Sequence[ReasoningTokens],
+    how: VerifyOptions,
+    place: Path,
+    tick: Tick,
+) -> StreamedModel:
+    """The model after all of its layers; hidden states beyond half of the budget go to `place`."""
+    side = StreamedModel.of(checkpoint, how)
+    side.embed(samples, how.budget // 2, place)
+    try:
+        side.run(tick)
+    except BaseException:
+        side.close()
+        raise
+    return side

@@ -80,7 +80,7 @@ class StreamedModel:
         """The model of a checkpoint; default type: float32 on the CPU, else its own."""
         config = read_model_config(checkpoint)
         dtype = how.dtype or default_dtype(config, how.device)
-        return cls(LayerwiseModel(checkpoint, config, dtype, how.device))
+        return cls(LayerwiseModel.open(checkpoint, config, dtype, how.device))
 
     def embed(self, samples: Sequence[ReasoningTokens], budget: int, folder: Path) -> None:
         """Embed the samples; `budget` bytes of hidden states stay in memory, the rest on disk."""

@@ -31,7 +31,7 @@ class CheckpointWeights:
     @cached_property
     def _converted(self) -> ModelTensors:
         config, trust = read_model_config(self.checkpoint), self.checkpoint.trust_remote_code
-        return ModelTensors(
+        return ModelTensors.of(
             self.checkpoint, empty_model(config, torch.float32, trust_remote_code=trust)
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -149,9 +150,13 @@ class _Weights:
     ) -> None:
         self._file, self._device, self._tick = file, torch.device(device), tick
         self._models = [models[role] for role in ("instruct", "pretrained", "reasoning")]
-        self.left_out = {
+
+    @cached_property
+    def left_out(self) -> set[str]:
+        """Names of the weights that one of the models does not have."""
+        return {
             name
-            for name, plan in file.tensors.items()
+            for name, plan in self._file.tensors.items()
             if not plan.tokens and any(name not in model for model in self._models)
         }
 

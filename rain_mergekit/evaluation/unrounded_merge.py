@@ -22,7 +22,7 @@ class _Merged(ModelTensors):
     """
 
     def __init__(self, layerwise: LayerwiseModel, merger: TensorMerger) -> None:
-        super().__init__(layerwise.checkpoint, layerwise.model)
+        super().__init__(layerwise.checkpoint, layerwise.model, layerwise.tensors.sources)
         self._merger, self._made = merger, dict[str, Tensor]()
 
     def get(self, name: str) -> Tensor:
@@ -52,7 +52,7 @@ class Unrounded:
         calibration = CalibrationFile.open(config.calibration)
         check_reasoning(calibration, layerwise.checkpoint)
         tensors = {
-            role: ModelTensors(open_model(config.models[role], options), layerwise.model)
+            role: ModelTensors.of(open_model(config.models[role], options), layerwise.model)
             for role in ("instruct", "pretrained")
         }
         names = merge_names(read_model_config(layerwise.checkpoint), layerwise.tensors)

@@ -94,7 +94,8 @@ def _unrounded(
 ) -> StreamedModel:
     if anchor.layerwise.dtype != torch.float32:
         raise RainError("it is only visible with --dtype float32")
-    layerwise = LayerwiseModel(reasoning, read_model_config(reasoning), torch.float32, how.device)
+    config = read_model_config(reasoning)
+    layerwise = LayerwiseModel.open(reasoning, config, torch.float32, how.device)
     return StreamedModel(layerwise, Unrounded.of(merged.path, layerwise, how.load).fill)
 
 

@@ -134,7 +134,7 @@ class RidgeSums:
             if any(aside.energy.values()):
                 return self._chosen(Spectrum.of(gram, self._features), aside)
         fixed = EPSILON if epsilon is None else epsilon
-        root = CholeskyRoot(gram, fixed, self._features)
+        root = CholeskyRoot.of(gram, fixed, self._features)
         return lambda _: (root, fixed)
 
     def _chosen(self, spectrum: Spectrum, aside: TokenSums) -> Callable[[str], tuple[Root, float]]:

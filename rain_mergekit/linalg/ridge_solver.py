@@ -122,19 +122,29 @@ class RidgeSolver:
         return low_rank_change(a, b, values, (wanted, energy, self.epsilon))
 
 
+@dataclass(frozen=True)
 class CholeskyRoot:
-    """The Cholesky factor of G + g I with g = ε tr(G) / features."""
+    """The Cholesky factor L of G + g I, as a Root."""
 
-    def __init__(self, gram: Tensor, epsilon: float, features: int) -> None:
+    lower: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, epsilon: float, features: int) -> CholeskyRoot:
+        """With g = ε tr(G) / features, for G (m, m), positive semidefinite.
+
+        Raises:
+            RainError: G is zero, NaN or infinite, or g is too small for its rounding errors.
+        """
         trace = require_energy(gram)
         system = gram.clone()
         system.diagonal().add_(epsilon * trace / features)
-        self.lower, failed = torch.linalg.cholesky_ex(system)
+        lower, failed = torch.linalg.cholesky_ex(system)
         if bool(failed):
             raise RainError(
                 f"stream_epsilon = {epsilon:g} is lost in rounding, so the regression cannot be "
                 "solved; use a larger `stream_epsilon`, or auto"
             )
+        return cls(lower)
 
     def below(self, right: Tensor) -> Tensor:
         """L⁻¹ right."""

@@ -87,7 +87,7 @@ def _permutation(key: str, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-METHOD = CompanionMerge(
+METHOD = CompanionMerge.of(
     CARD,
     aim_merged,
     (

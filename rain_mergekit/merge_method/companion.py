@@ -99,14 +99,22 @@ def by_task_vectors(kernel: Kernel) -> Merge:
 class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no types
     """A method that merges tuned models into their pretrained one, `base_model`."""
 
-    def __init__(
-        self,
+    def __init__(self, card: Card, merge: Merge, spec: Any) -> None:
+        """spec: mergekit's MergeMethodSpec."""
+        self.card, self._merged, self.spec = card, merge, spec
+
+    @classmethod
+    def of(
+        cls,
         card: Card,
         merge: Merge,
         parameters: Sequence[ParameterSpec],
         per_model: Mapping[str, Callable[[Any], Any]] | None = None,
-    ) -> None:
-        self.card, self._merged = card, merge
+    ) -> CompanionMerge:
+        """parameters: for all models; per_model: a check of each that a model has besides `weight`.
+
+        Other parameters are refused by name.
+        """
         scope = ParameterScope.NON_BASE
         each = [checked_parameter("weight", float, scope, 1.0, number("weight"))]
         each += [
@@ -116,7 +124,7 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
         names = [parameter.name for parameter in parameters]
         own = [*names, *(parameter.name for parameter in each)]
         known = f"{', '.join(names)} for all, and each model's {' and '.join(own[len(names) :])}"
-        self.spec = MergeMethodSpec(
+        spec = MergeMethodSpec(
             name=card.name,
             pretty_name=card.title,
             reference_url=card.paper,
@@ -124,6 +132,7 @@ class CompanionMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publish
             contract=InputContract(BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
             optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
         )
+        return cls(card, merge, spec)
 
     def validate_inputs(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -50,7 +51,10 @@ class Completion:
         self._calibration, self._tensors, self._names = calibration, tensors, names
         self.merged_adapters = merged_adapters
         self.reasoning = tensors["reasoning"]
-        self._missing = left_out(self.reasoning, names)
+
+    @cached_property
+    def _missing(self) -> Mapping[str, tuple[str, ...]]:
+        return left_out(self.reasoning, self._names)
 
     @classmethod
     def of(cls, config: MergeRecipe, options: LoadOptions) -> Completion:
@@ -60,7 +64,7 @@ class Completion:
         require_all_layers(config, model_config)
         trust = options.trust_remote_code
         model = empty_model(model_config, torch.float32, trust_remote_code=trust)
-        tensors = {role: ModelTensors(one, model) for role, one in checkpoints.items()}
+        tensors = {role: ModelTensors.of(one, model) for role, one in checkpoints.items()}
         names = merge_names(model_config, tensors["reasoning"])
         adapters = {} if has_table(model_config) else merged_folders(checkpoints)
         completion = cls(str(config.calibration), tensors, names, adapters)

@@ -81,7 +81,7 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=STATISTICS_DTYPE))
 
 
-METHOD = CompanionMerge(
+METHOD = CompanionMerge.of(
     CARD,
     by_task_vectors(opcm_delta),
     (

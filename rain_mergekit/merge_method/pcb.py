@@ -77,7 +77,7 @@ def _threshold(score: Tensor, density: float) -> Tensor:
     return score.flatten().kthvalue(count - kept + 1).values
 
 
-METHOD = CompanionMerge(
+METHOD = CompanionMerge.of(
     CARD,
     by_task_vectors(pcb_delta),
     (

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,11 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         self._bases = BasisCache()
         self._checked: Recent[None] = Recent(8)
         self._noted: Recent[None] = Recent(8)
-        self.spec = rain_spec(self.card, self._calibration, self._role)
+
+    @cached_property
+    def spec(self) -> Any:
+        """How the method presents itself: mergekit's MergeMethodSpec."""
+        return rain_spec(self.card, self._calibration, self._role)
 
     def _calibration(self, value: object) -> CalibrationFile:
         calibration = calibration_for(self.card.name, self._files, value)

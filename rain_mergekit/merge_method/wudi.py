@@ -68,6 +68,6 @@ def _inverse(system: Tensor) -> Tensor:
     return inverse
 
 
-METHOD = CompanionMerge(
+METHOD = CompanionMerge.of(
     CARD, by_task_vectors(wudi_delta), (shared("lambda", 0.6, number("lambda")),)
 )

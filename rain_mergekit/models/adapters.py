@@ -139,7 +139,7 @@ def _add_unknown(folder: Path, base: str, *, trust: bool) -> None:
     checkpoint = Checkpoint.open(_reference(base), base, trust_remote_code=trust)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     model = empty_model(config, torch.float32, trust_remote_code=trust)
-    unknown = ModelTensors(checkpoint, model).unknown
+    unknown = ModelTensors.of(checkpoint, model).unknown
     if unknown:
         add_tensors(folder, {name: checkpoint.get(name) for name in unknown})
     checkpoint.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,12 +40,21 @@ class ModelTensors:
     Of the last conversion the result is kept, for readers that want one expert after the other.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, sources: Mapping[str, Source]
+    ) -> None:
+        self.checkpoint, self.sources = checkpoint, sources
         self._model: Any = model
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        self.sources = _sources(checkpoint.names, self._model, self._shapes)
         self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: nn.Module) -> ModelTensors:
+        """From the names of the checkpoint's tensors and transformers' conversions."""
+        return cls(checkpoint, model, _sources(checkpoint.names, model, _shapes(model)))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return _shapes(self._model)
 
     @property
     def known(self) -> frozenset[str]:
@@ -138,6 +147,10 @@ class ModelTensors:
         """Close the open shard and free the last conversion."""
         self._last = {}
         self.checkpoint.release()
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _sources(

@@ -51,7 +51,7 @@ def held_samples(trio: Path) -> Sequence[InstructionTokens]:
 def attention_scores(model: Path, samples: Sequence[InstructionTokens]) -> Scores:
     """Mean alignment and leakage of each layer."""
     checkpoint = Checkpoint.open(ModelReference.model_validate({"model": {"path": str(model)}}))
-    shell = LayerwiseModel(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
+    shell = LayerwiseModel.open(checkpoint, AutoConfig.from_pretrained(model), torch.float32, "cpu")
     order = sorted(samples, key=lambda sample: -len(sample.input_ids))
     recorded = list(shell.record([sample.input_ids for sample in order]))
     hidden = [embedded for embedded, _ in recorded]

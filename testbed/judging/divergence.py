@@ -62,7 +62,7 @@ def marked(tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any]) -> Mar
 def meter(reference: Path, texts: Sequence[Marked | ReasoningTokens]) -> DivergenceMeter:
     """What measures saved models against that one, in float32."""
     how = VerifyOptions(LoadOptions(), dtype=torch.float32)
-    return DivergenceMeter(checkpoint(reference), texts, how)
+    return DivergenceMeter.of(checkpoint(reference), texts, how)
 
 
 def checkpoint(model: Path) -> Checkpoint:

@@ -148,7 +148,7 @@ def test_the_head_takes_it_too(tmp_path: Path) -> None:
     models = checkpoints(tiny)
     config = read_model_config(models["reasoning"])
     model = empty_model(config, torch.float32, trust_remote_code=False)
-    tensors = {role: ModelTensors(one, model) for role, one in models.items()}
+    tensors = {role: ModelTensors.of(one, model) for role, one in models.items()}
     replay = TensorMerger(file, tensors, merge_names(config, tensors["reasoning"]), 1.0)
     assert relative(replay.tensor(name).double() - before, wanted) < 1e-4
 

@@ -149,7 +149,7 @@ def test_the_planned_sites_are_those_that_are_found(tmp_path: Path, family: str)
     known = family in FAMILIES
     tiny = Tiny.make(tmp_path, family) if known else make(tmp_path, family)
     trio = open_trio(tiny.config(), LoadOptions())
-    layerwise = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
     planned = model_shape(layerwise.outline).sites
     assert any(site.reads for site in planned)
     tiny.calibrate()

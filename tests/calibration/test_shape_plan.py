@@ -122,7 +122,7 @@ def test_the_planned_sites_are_those_that_are_fitted(tmp_path: Path, family: str
     tiny = Tiny.make(tmp_path, family) if family in FAMILIES else make(tmp_path, family)
     tiny = tiny.using(fit="streams", max_rank=3, stream_rank_share=1.0)
     trio = open_trio(tiny.config(), LoadOptions())
-    layerwise = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
     shape = StreamShape.of(layerwise.outline)
     tiny.calibrate()
     file = CalibrationFile.open(tiny.path)

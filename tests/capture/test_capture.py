@@ -27,7 +27,7 @@ SAMPLES = [list(range(6, 70)), list(range(20, 55)), [9]]
 
 def layerwise(tiny: Tiny, dtype: torch.dtype = torch.float32) -> LayerwiseModel:
     trio = open_trio(tiny.config(), LoadOptions())
-    return LayerwiseModel(trio.reasoning, trio.config, dtype, "cpu")
+    return LayerwiseModel.open(trio.reasoning, trio.config, dtype, "cpu")
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from tiny import Tiny
 
 from rain_mergekit.calibration import layer, stream_layer
-from rain_mergekit.capture import layerwise_model
-from rain_mergekit.capture.layers_ahead import LayersAhead, ReaderThread, touch
+from rain_mergekit.capture.layers_ahead import LayerReader, LayersAhead, ReaderThread, touch
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.model_tensors import ModelTensors
@@ -75,7 +74,7 @@ def test_a_layer_computes_while_the_next_is_read(
 ) -> None:
     """Each side waits for the other: without overlap this would never end."""
     meeting = Meeting()
-    read, fill = layerwise_model._LayerReader.read, LayerwiseModel.layer
+    read, fill = LayerReader.read, LayerwiseModel.layer
 
     def reading(self: Any, index: int) -> Any:
         meeting.read(index)
@@ -87,7 +86,7 @@ def test_a_layer_computes_while_the_next_is_read(
             meeting.compute(index)
             yield module
 
-    monkeypatch.setattr(layerwise_model._LayerReader, "read", reading)
+    monkeypatch.setattr(LayerReader, "read", reading)
     monkeypatch.setattr(LayerwiseModel, "layer", computing)
     deep.using(f"met-{fit}.rain.safetensors", fit=fit).calibrate()
     assert meeting.met >= LAYERS - 1
@@ -219,7 +218,7 @@ def test_what_went_wrong_is_raised_where_the_layer_is_needed() -> None:
         return {"weight": torch.ones(index + 1)}
 
     with ReaderThread() as thread:
-        layers = LayersAhead(read, [0, 1, 2], thread)
+        layers = LayersAhead.begin(read, [0, 1, 2], thread)
         first = layers.take(0)
         assert first is not None
         assert first["weight"].numel() == 1
@@ -231,7 +230,7 @@ def test_what_went_wrong_is_raised_where_the_layer_is_needed() -> None:
 
 def test_a_layer_that_was_not_expected_is_left_to_the_caller() -> None:
     with ReaderThread() as thread:
-        layers = LayersAhead(lambda _: {}, [3], thread)
+        layers = LayersAhead.begin(lambda _: {}, [3], thread)
         assert layers.take(2) is None
         assert layers.take(3) == {}
 

@@ -58,7 +58,7 @@ def dense(name: str, samples: list[InstructionTokens]) -> float:
 def test_swapped_roles(tmp_path: Path) -> None:
     """A warning with both numbers, as whole models give them; silence where the roles are right."""
     trio, samples = trio_of(tmp_path, "pretrained", "instruct")
-    layerwise = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
     hint = swapped_answers_hint(trio, layerwise, samples)
     assert hint is not None
     assert "are the two roles swapped? A hint alone" in hint
@@ -71,6 +71,6 @@ def test_swapped_roles(tmp_path: Path) -> None:
 def test_nothing_to_compare(tmp_path: Path) -> None:
     """The reasoning model stands for the pretrained one, or there are no answers."""
     trio, samples = trio_of(tmp_path, "instruct", "reasoning")
-    layerwise = LayerwiseModel(trio.reasoning, trio.config, torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
     assert swapped_answers_hint(trio, layerwise, samples) is None
     assert swapped_answers_hint(trio, layerwise, []) is None

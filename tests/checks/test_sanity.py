@@ -476,7 +476,7 @@ def test_what_models_do_to_their_logits_is_done(
     with torch.no_grad():
         expected = whole(torch.arange(20)[None]).logits[0]
     checkpoint = Checkpoint.open(ModelReference.model_validate(str(tmp_path)))
-    layerwise = LayerwiseModel(
+    layerwise = LayerwiseModel.open(
         checkpoint, AutoConfig.from_pretrained(tmp_path), torch.float32, "cpu"
     )
     with finishing(layerwise) as logits:

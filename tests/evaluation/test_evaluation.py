@@ -61,7 +61,7 @@ def samples(tokenizer: PreTrainedTokenizerBase) -> tuple[ReasoningTokens, ...]:
 def meter(
     samples: tuple[ReasoningTokens, ...], reference: Path = TRIO / "reasoning", **how: Any
 ) -> DivergenceMeter:
-    return DivergenceMeter(checkpoint(reference), samples, VerifyOptions(LoadOptions(), **how))
+    return DivergenceMeter.of(checkpoint(reference), samples, VerifyOptions(LoadOptions(), **how))
 
 
 # KL divergence

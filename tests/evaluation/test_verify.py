@@ -230,7 +230,7 @@ def test_what_follows_the_layers_is_the_models_own(family: str, tmp_path: Path) 
     )
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
-    layerwise = LayerwiseModel(checkpoint(tmp_path), config, torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(checkpoint(tmp_path), config, torch.float32, "cpu")
     for _ in range(2):  # it leaves the model as it was
         with finishing(layerwise) as logits:
             parts = [logits(part) for part in last[0].reshape(20, 32).split(7)]

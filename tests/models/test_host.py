@@ -19,7 +19,7 @@ from rain_mergekit.models.merge_names import listed_names, lost_tensors, lost_wa
 def _lost(family: str, folder: Path) -> tuple[str, ...]:
     AutoModelForCausalLM.from_config(model_config(family)).save_pretrained(folder)
     checkpoint = Checkpoint.open(ModelReference.model_validate(str(folder)))
-    layerwise = LayerwiseModel(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
+    layerwise = LayerwiseModel.open(checkpoint, checkpoint.reference.config(), torch.float32, "cpu")
     names = merge_names(checkpoint.reference.config(), layerwise.tensors)
     return lost_tensors(layerwise.tensors, names)
 

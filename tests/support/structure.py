@@ -54,6 +54,63 @@ def _reached(start: str, ahead: dict[str, set[str]]) -> set[str]:
     return found
 
 
+# What a constructor may call: it keeps what it is given, in containers and empty sums.
+_KEEPING = {
+    *("bool", "dict", "enumerate", "float", "frozenset", "int", "isinstance", "len", "list"),
+    *("range", "set", "sorted", "str", "super", "tuple", "type", "getattr"),
+    *("dict.fromkeys", "object.__setattr__", "super().__init__"),
+    *("Counter", "OrderedDict", "defaultdict", "deque", "Path", "os.fspath"),
+    *("threading.Lock", "weakref.finalize", "torch.device", "torch.empty", "torch.zeros"),
+}
+# Further calls of single classes, with the reason why each is no work.
+_ALLOWED = {
+    "Checkpoint.LazyTensorLoader": "keeps the index; opens a shard when a tensor is asked for",
+    "ReaderThread.ThreadPoolExecutor": "starts its thread when it is given something to read",
+    "Profile.time.perf_counter": "a stopwatch, which starts when it is made",
+    "Profile.threading.get_ident": "its thread is the one that it is made in",
+    "Fields.kind": "the words of a refusal",
+    "Fields.self.fail": "the refusal",
+}
+
+
+def constructor_work() -> list[str]:
+    """Whatever a constructor does besides keeping what it is given, as `file: Class: call`.
+
+    Constructing a class of the package is keeping too: its own constructor is looked at here.
+    """
+    trees = {f.relative_to(ROOT): ast.parse(f.read_text("utf-8")) for f in ROOT.rglob("*.py")}
+    classes = [
+        (file, node)
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    keeping = _KEEPING | {node.name for _, node in classes}
+    return [
+        f"{file}: {node.name}: {call}"
+        for file, node in classes
+        for call in work_in(node, keeping)
+        if f"{node.name}.{call}" not in _ALLOWED
+    ]
+
+
+def work_in(owner: ast.ClassDef, keeping: set[str]) -> Iterator[str]:
+    for method in owner.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            for node in ast.walk(method):
+                if isinstance(node, ast.For | ast.While | ast.With | ast.Try):
+                    yield type(node).__name__.lower()
+                elif isinstance(node, ast.Call) and not _keeps(node.func, keeping):
+                    yield ast.unparse(node.func)
+
+
+def _keeps(called: ast.expr, keeping: set[str]) -> bool:
+    if isinstance(called, ast.Subscript):  # `Counter[str]()`
+        called = called.value
+    name = ast.unparse(called)
+    return name in keeping or name.endswith(".items")
+
+
 def module_lines() -> dict[str, int]:
     """The length of each file."""
     files = sorted(ROOT.rglob("*.py"))
