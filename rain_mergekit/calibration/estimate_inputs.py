@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from rain_mergekit.calibration.estimate import ModelShape, Workload
 from rain_mergekit.calibration.estimate_site import SiteShape
 from rain_mergekit.calibration.protected_positions import READ
 from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.capture.input_sites import Leave
 from rain_mergekit.capture.left_alone import left_alone
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.head_layout import feeds_attention
@@ -57,35 +58,56 @@ def of_experts(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() == 3 and not name.endswith(".weight")
 
 
+class MapInput(NamedTuple):
+    """What a linear map sees, told from its name and shape: equal for maps of one site.
+
+    Maps presumably see the same input that have the same parent module and width, and all or none
+    of which make queries, keys or values (`reads`): the attention's output is as wide as these and
+    sees another input.
+    """
+
+    parent: str
+    width: int
+    reads: bool
+
+
+def map_input(
+    layer: nn.Module, name: str, parameter: nn.Parameter, leave: Leave
+) -> tuple[MapInput, int] | None:
+    """The input of a linear map of the layer, and d_out; None for other tensors and left ones."""
+    if parameter.dim() != 2 or not name.endswith(".weight"):
+        return None
+    module = name.removesuffix(".weight")
+    rows, width = straight(layer.get_submodule(module), parameter)
+    if leave(name, rows, width):
+        return None
+    return MapInput(module.rpartition(".")[0], width, feeds_attention(module)), rows
+
+
 def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
     """Each site with the name of the module around it, in order.
 
-    Weights presumably share an input that have the same parent module and width, and all or none
-    of which make queries, keys or values: as wide as these, the attention's output sees another.
-    What the projection leaves alone has none. Routed experts share an input, and each has a site
-    of its own for its output projection.
+    Weights that the projection leaves alone have none. Routed experts share an input, and each has
+    a site of its own for its output projection, which the share of the tokens reaches.
     """
-    sites: dict[tuple[str, int, bool], SiteShape] = {}
+    sites: dict[MapInput, SiteShape] = {}
     for name, parameter in layer.named_parameters():
-        module = name.removesuffix(".weight")
-        parent, reading = module.rpartition(".")[0], feeds_attention(module)
-        shape = straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
-        if parameter.dim() == 2 and name.endswith(".weight"):
-            rows, width = shape
-            if left_alone(name, rows, width):
+        found = map_input(layer, name, parameter, left_alone)
+        if found is not None:
+            seen, rows = found
+            known = sites.get(seen, SiteShape(seen.width, 0))
+            sites[seen] = SiteShape(seen.width, known.outputs + rows, 1.0, seen.reads)
+        elif of_experts(name, parameter):
+            module, _, last = name.rpartition(".")
+            count, rows, width = straight(layer.get_submodule(module), parameter)
+            if last.endswith("down_proj"):
+                own = SiteShape(width, rows, share)
+                sites |= {MapInput(f"{name}.{n}", width, reads=False): own for n in range(count)}
                 continue
-            known = sites.get((parent, width, reading), SiteShape(width, 0))
-            sites[parent, width, reading] = SiteShape(width, known.outputs + rows, 1.0, reading)
-        elif parameter.dim() == 3 and name.endswith("down_proj"):
-            count, rows, width = shape
-            for expert in range(count):
-                sites[f"{name}.{expert}", width, False] = SiteShape(width, rows, share)
-        elif parameter.dim() == 3 and not name.endswith(".weight"):
-            count, rows, width = shape
-            key = (parent.rpartition(".")[0], width, False)  # that of the block around them
-            known = sites.get(key, SiteShape(width, 0))
-            sites[key] = SiteShape(width, known.outputs + count * rows)
-    return [(parent, site) for (parent, _, _), site in sites.items()]
+            block = MapInput(module.rpartition(".")[0], width, reads=False)
+            known = sites.get(block, SiteShape(width, 0))
+            sites[block] = SiteShape(width, known.outputs + count * rows)
+    return [(seen.parent, site) for seen, site in sites.items()]
 
 
 def straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:

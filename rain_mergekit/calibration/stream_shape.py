@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rain_mergekit.calibration.estimate_inputs import experts_share, of_experts, straight
+from rain_mergekit.calibration.estimate_inputs import (
+    MapInput,
+    experts_share,
+    map_input,
+    of_experts,
+)
 from rain_mergekit.calibration.estimate_site import FLOAT32
 from rain_mergekit.calibration.options import MIN_RANK_CAP
 from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.experts import stays_stored
-from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.models.outline import ModelOutline
 
 
@@ -92,24 +96,17 @@ def _weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _sites(layer: nn.Module, sizes: dict[str, float]) -> Iterator[FittedSite]:
-    """Maps presumably see the same input that have the same parent, width and role in attention."""
-    members: dict[tuple[str, int, bool], list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    """The sites in order; sizes: how many numbers of each tensor one token passes, by name."""
+    members: dict[MapInput, dict[str, int]] = {}
     for name, parameter in _weights(layer):
-        if parameter.dim() != 2 or not name.endswith(".weight"):
-            continue
-        shape = straight(layer.get_submodule(name.rpartition(".")[0]), parameter)
-        if routes(name, shape[0], shape[1]):
-            continue
-        module = name.removesuffix(".weight")
-        key = module.rpartition(".")[0], shape[1], feeds_attention(module)
-        members.setdefault(key, []).append(name)
-        shapes[name] = shape
+        found = map_input(layer, name, parameter, routes)
+        if found is not None:
+            members.setdefault(found[0], {})[name] = found[1]
     order = list(sizes)
-    for (_, width, reads), names in members.items():
-        end = order.index(names[-1]) + 1
+    for seen, rows in members.items():
+        end = order.index(list(rows)[-1]) + 1
         before = int(sum(sizes[name] for name in order[:end]))
-        yield FittedSite(width, tuple(shapes[name][0] for name in names), before, reads)
+        yield FittedSite(seen.width, tuple(rows.values()), before, seen.reads)
 
 
 @dataclass(frozen=True)

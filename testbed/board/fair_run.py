@@ -18,6 +18,7 @@ from testbed.board.methods import Method
 from testbed.board.recipes import ROLES, rain_config
 from testbed.board.results_file import Results
 from testbed.board.rivals import CalibratedRecipe, with_section
+from testbed.judging.strengths import beyond_edge
 
 LOG = logging.getLogger(__name__)
 VALIDATION, TEST = "validation", "test"  # all prompts of both
@@ -36,9 +37,7 @@ def next_strength(row: FairRow, measured: Mapping[float, Numbers]) -> float | No
         return None
     best, numbers = best_strength(measured), list(range(row.first - MOST, row.first + 2 * MOST))
     places = {s: k for k in numbers if (s := row.strength(k)) in measured}
-    if best == max(measured):
-        return row.strength(places[best] + 1)
-    return row.strength(places[best] - 1) if best == min(measured) else None
+    return beyond_edge(measured, best, lambda strength, way: row.strength(places[strength] + way))
 
 
 class FairBench(Bench):

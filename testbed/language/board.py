@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from testbed.judging.strengths import beyond_edge
 from testbed.language.generating import Output
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
@@ -181,10 +182,12 @@ def further(swept: Mapping[float, Found], most: float) -> float | None:
     """The next strength to try where the best one is at an edge of the grid."""
     if len(swept) < 2:
         return None
-    best = max(swept, key=lambda s: _merit(swept[s]))
-    if best == min(swept):
-        return round(best / STEPS, 3)
-    return round(best * STEPS, 3) if best == max(swept) and best * STEPS <= most else None
+
+    def step(strength: float, way: int) -> float | None:
+        found = strength * STEPS**way
+        return round(found, 3) if found <= most else None
+
+    return beyond_edge(swept, max(swept, key=lambda s: _merit(swept[s])), step)
 
 
 def _brief(found: Mapping[str, Any]) -> dict[str, float]:
