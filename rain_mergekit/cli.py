@@ -80,7 +80,7 @@ class RainGroup(click.Group):
     """Loads commands on demand; turns RainError and Ctrl-C into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
-        """In the order in which a user needs them."""
+        """The names of the commands, in the order in which a user needs them."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002

@@ -47,5 +47,5 @@ def channel_scale(results: Iterable[SiteResult]) -> Tensor:
 
 
 def taken_back(scale: Tensor, omega: float = 0.4) -> float:
-    """The share of the energy of an even change that goes: 1 - mean (1 - s (1 - omega))^2."""
+    """1 - mean (1 - s (1 - omega))^2: how much of a change equal in all channels is taken back."""
     return 1.0 - float((1 - scale.double() * (1 - omega)).square().mean())

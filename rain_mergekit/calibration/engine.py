@@ -118,9 +118,9 @@ class CalibrationEngine:
         return dict(zip(names, counts.tolist(), strict=True))
 
     def walk(self, work: WorkDir) -> tuple[int, Likelihood]:
-        """All layers that are not done yet, in order; returns the first of them.
+        """Calibrate all layers that are not done yet, in order; returns the index of the first.
 
-        Also how likely the markers are by the hidden states that left the last layer.
+        Also returns how likely the markers are by the hidden states that left the last layer.
         """
         streams = self._streams(work)
         stores = {name: stream.store for name, stream in streams.items()}

@@ -48,7 +48,7 @@ class ModelShape:
 
     @property
     def all_sites(self) -> tuple[SiteShape, ...]:
-        """As given, or a plain decoder's."""
+        """The input sites as given, or those of a plain decoder."""
         return self.sites or (
             SiteShape(self.hidden, 3 * self.heads_width, reads=True),
             SiteShape(self.heads_width, self.hidden),

@@ -27,7 +27,7 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 
 
 def model_shape(outline: ModelOutline, vocabulary: int = 0) -> ModelShape:
-    """From the modules without weights and the file headers; no tensor is read.
+    """The shapes by the modules without weights and the file headers; no tensor is read.
 
     vocabulary: rows of the output head, if it is merged.
     """
@@ -111,7 +111,7 @@ def _sites(layer: nn.Module, share: float) -> list[tuple[str, SiteShape]]:
 
 
 def straight(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
-    """(..., d_out, d_in), whichever way round the module holds it."""
+    """The shape (..., d_out, d_in) of a weight, whichever way round the module holds it."""
     *first, rows, width = parameter.shape if parameter.dim() > 1 else (1, *parameter.shape)
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     return (*first, width, rows) if transposed else (*first, rows, width)

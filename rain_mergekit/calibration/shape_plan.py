@@ -70,7 +70,7 @@ def plan_shape(path: str, chosen: Mapping[str, Any], options: RunOptions) -> Est
 
 
 def plan_outline(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptions) -> Estimate:
-    """The same of a model that has been built without weights."""
+    """The estimate of `plan_shape` for a model that has been built without weights."""
     found = _planned(outline, chosen, options)
     if outline.quantised is None:
         return found

@@ -39,7 +39,7 @@ class SiteResult:
         return self.factors.rank
 
     def to(self, device: torch.device) -> SiteResult:
-        """The same result with its tensors on that device."""
+        """A copy with its tensors on that device."""
         return replace(
             self,
             factors=self.factors.to(device),

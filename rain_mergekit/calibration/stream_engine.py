@@ -100,9 +100,9 @@ class StreamEngine:
         return dict(zip(names, counts.tolist(), strict=True))
 
     def walk(self, work: WorkDir) -> tuple[int, Likelihood]:
-        """All layers that are not done yet, in order; returns the first of them.
+        """Fit all layers that are not done yet, in order; returns the index of the first.
 
-        Also how likely the markers are by the hidden states that left the last layer.
+        Also returns how likely the markers are by the hidden states that left the last layer.
         """
         texts = self.texts.part(self._world)
         folder = work.path / f"process-{self._world.rank}"

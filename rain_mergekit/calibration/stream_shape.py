@@ -81,7 +81,7 @@ class LayerShape:
 
     @classmethod
     def of(cls, layer: nn.Module, share: float) -> LayerShape:
-        """From the modules; share: of the experts that one token goes through."""
+        """The shape of one layer; share: of the experts that one token goes through."""
         sizes = [(n, p.numel() * (share if of_experts(n, p) else 1)) for n, p in _weights(layer)]
         return cls(
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
@@ -124,7 +124,7 @@ class StreamShape:
 
     @classmethod
     def of(cls, outline: ModelOutline) -> StreamShape:
-        """From the modules without weights; no tensor is read."""
+        """The shape of a model without weights; no tensor is read."""
         share = experts_share(outline.config)
         counts = Counter(LayerShape.of(layer, share) for layer in outline.layers)
         return cls(

@@ -82,7 +82,7 @@ def _text(
 
 
 def _lot(ids: Sequence[int]) -> int:
-    """A hash of the text, because sets often list their kinds in rotation."""
+    """What decides whether a text is held out: a hash, as sets often list kinds in rotation."""
     return crc32(" ".join(map(str, ids)).encode())
 
 

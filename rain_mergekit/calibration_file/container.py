@@ -94,7 +94,7 @@ def _require_contiguous(entries: Mapping[str, Entry], available: int) -> None:
 
 
 def write_header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
-    """Everything before the data section, padded so that the data is aligned."""
+    """The bytes before the data section, padded so that the data is aligned."""
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     for key, entry in entries.items():
         offsets = [entry.start, entry.start + entry.size]

@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PresetUse:
-    """The preset that was named, the settings given beside it, and where it is not its model."""
+    """The named preset, the settings given beside it, and where it differs from its name."""
 
     name: str
     beside: tuple[str, ...]
@@ -56,7 +56,8 @@ class PresetUse:
 class FileSummary:
     """Everything that `inspect` shows.
 
-    `changed` are the settings that differ from the defaults; no `settings` were not recorded.
+    `changed`: the settings that differ from the defaults. `settings` is empty where none are
+    recorded.
     """
 
     path: str
@@ -112,7 +113,7 @@ def _preset(settings: Mapping[str, Any]) -> PresetUse | None:
 
 
 def _taken_back(tensors: Mapping[str, Any]) -> Iterator[float]:
-    """Of a file for AIM, for each weight."""
+    """For each weight in a file for AIM, the share of an even change that is taken back."""
     for entry in tensors.values():
         share = _number(entry.get("taken_back"))
         if share is not None:

@@ -104,7 +104,7 @@ class Stage:
 
     @classmethod
     def of(cls, device: torch.device) -> Stage:
-        """With a stream of its own where the device is a GPU."""
+        """A stage with a stream of its own where the device is a GPU."""
         cuda: Any = torch.cuda  # its streams have no type information
         return cls(device, cuda.Stream(device) if device.type == "cuda" else None)
 
@@ -119,7 +119,7 @@ class Stage:
             return pinned.to(self._device, non_blocking=True)
 
     def arrived(self) -> None:
-        """Wait until all of them are there."""
+        """Wait until all tensors have arrived on the device."""
         if self._stream is not None:
             self._stream.synchronize()
         self._pinned.clear()
@@ -151,7 +151,7 @@ class LayerReader:
 
 
 def use(tensor: Tensor) -> Tensor:
-    """The tensor, whose memory the present stream uses from now on."""
+    """The tensor; its memory is not given away before the present CUDA stream is done with it."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

@@ -246,7 +246,7 @@ class LayerwiseModel:
         return self._converted(name, stored, dtype)
 
     def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """On the device, in the type of the forward pass; large tensors of experts as stored."""
+        """The tensor on the device, in the forward type; large tensors of experts as stored."""
         if name in self._experts and stays_stored(
             stored.numel(), dtype.itemsize, stored.dtype.itemsize
         ):

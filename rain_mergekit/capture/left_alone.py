@@ -17,10 +17,10 @@ def routes(name: str, rows: int, width: int) -> bool:
 
 
 def left_alone(name: str, rows: int, width: int) -> bool:
-    """Whether the projection leaves the weight: these, and all maps of linear attention.
+    """Whether the projection leaves the weight alone: routers, their gates, and linear attention.
 
-    What another routing or another recurrence does to the thinking has not been measured, and the
-    paper has neither.
+    How a changed routing or a changed recurrence affects the thinking has not been measured, and
+    the models of the paper have neither.
     """
     return _LINEAR_ATTENTION in _modules(name) or routes(name, rows, width)
 

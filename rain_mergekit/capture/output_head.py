@@ -166,7 +166,7 @@ def _run(layerwise: LayerwiseModel, given: list[_Given], rows: Tensor) -> Any:
 
 
 def _fill_rest(layerwise: LayerwiseModel, stack: ExitStack) -> None:
-    """Everything of the decoder beside its layers and the embedding: the final norm, mostly."""
+    """Fill what the decoder has beside its layers and the embedding: mostly the final norm."""
     embedding = layerwise.decoder.get_input_embeddings()
     for name, part in layerwise.decoder.named_children():
         if part is not embedding and part is not layerwise.layers:

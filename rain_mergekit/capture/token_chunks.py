@@ -40,9 +40,10 @@ class TokenChunks:
                 del module.forward
 
     def _run(self, forward: Callable[..., Any], hidden: Tensor, *others: Any, **named: Any) -> Any:
-        """hidden: (1, T, d). Of a module that returns more (router logits), the first is whole.
+        """Run `forward` over chunks of hidden (1, T, d); give its first output for all tokens.
 
-        A module that is also given something else (a residual) runs as it is.
+        Of further outputs (router logits) those of the last chunk are given. A module that gets
+        more than the hidden states (a residual) runs on all tokens at once.
         """
         length = hidden.shape[1]
         if length <= self._size or others or named:

@@ -115,7 +115,7 @@ def relative_size(
 
 
 def cosine(one: ShardedTensorIndex, other: ShardedTensorIndex, names: Iterable[str]) -> float:
-    """Of the weights as two vectors, over the rows of `relative_size`; NaN where one is zero."""
+    """Cosine of the weights as two vectors, from the rows of `relative_size`; NaN for zero."""
     rows = sampled_rows((one, other), _in_both(one, other, names))
     product = sum(float((row * rows[1][name]).sum()) for name, row in rows[0].items())
     norms = math.prod(sum(map(_square, side.values())) for side in rows)
@@ -138,7 +138,7 @@ def first_difference(
 ) -> str | None:
     """The first of the tensors in both that is not equal; reads them whole.
 
-    Numbers of two types are equal if rounding one to the other's can have made the difference.
+    Numbers of two types count as equal if rounding to the narrower type explains the difference.
     """
     for name in _in_both(instruct, pretrained, names):
         with _opened(instruct, name) as one, _opened(pretrained, name) as other:

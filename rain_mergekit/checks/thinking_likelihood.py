@@ -83,7 +83,7 @@ def likelihood(
     world: World,
     few: Sequence[ReasoningTokens] = (),
 ) -> Likelihood:
-    """From the hidden states (T, d) with which each sample left the last layer.
+    """The likelihoods by the hidden states (T, d) with which each sample left the last layer.
 
     Over the samples of all processes; the thinking text over those of them that are in `few`.
     """
@@ -122,7 +122,7 @@ def _places(sample: ReasoningTokens, *, thinking: bool) -> list[tuple[int, int]]
 def log_likelihoods(
     layerwise: LayerwiseModel, rows: Sequence[Tensor], tokens: Sequence[int]
 ) -> list[float]:
-    """Of each token after the hidden state (d) with which the one before it left the last layer."""
+    """log p of each token, in nats, by the state (d) of the one before it after the last layer."""
     if not rows:
         return []
     size = block_rows(vocabulary(layerwise))
@@ -150,7 +150,7 @@ def shortest(samples: Iterable[Tokens]) -> list[Tokens]:
 def likelihood_of(
     layerwise: LayerwiseModel, samples: Sequence[ReasoningTokens]
 ) -> Likelihood | None:
-    """The same of any model, on the few shortest samples; a pass of its own.
+    """The likelihood of any model on the few shortest samples, by a pass of its own.
 
     None if its vocabulary ends before the samples' tokens do.
     """
@@ -162,7 +162,7 @@ def likelihood_of(
 
 
 def beside(checkpoint: Checkpoint, layerwise: LayerwiseModel) -> LayerwiseModel:
-    """Another model, computed as `layerwise` is."""
+    """Another model, with the type and the device of `layerwise`."""
     config = read_model_config(checkpoint)
     return LayerwiseModel.open(checkpoint, config, layerwise.dtype, str(layerwise.device))
 

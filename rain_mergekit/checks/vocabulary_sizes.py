@@ -27,7 +27,7 @@ def warnings_of(config: RainConfig, trio: Trio, lost: Sequence[str]) -> list[str
 
 
 def model_warnings(config: RainConfig, trio: Trio) -> list[str]:
-    """Of these, what is about the models that the roles name: adapters, and a stand-in."""
+    """Warnings about adapters, and about a reasoning model that stands for the pretrained one."""
     unreachable = adapter_warning(trio.items(), trio.config)
     found = [] if unreachable is None else [unreachable]
     proxy = is_proxy({role: str(model) for role, model in config.models.items()})

@@ -48,7 +48,7 @@ GROUPS["Asking"] = Asking
 
 
 def asking_options(longer: str) -> Callable[[F], F]:
-    """longer: what is said of answers over the token limit."""
+    """Add the options for asking a model; longer: the help of --max-new-tokens."""
     count = click.IntRange(min=1)
     options = (
         click.option("--server", metavar="URL", help="Ask this OpenAI-compatible server instead."),

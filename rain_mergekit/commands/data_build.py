@@ -92,7 +92,7 @@ def build(
 def _content(
     found: Collected[Candidate], chosen: Sequence[Candidate], output: str
 ) -> dict[str, Any]:
-    """The same for programs."""
+    """The summary of the finished set as plain values, for `--json`."""
     return {
         "file": output,
         "samples": len(chosen),

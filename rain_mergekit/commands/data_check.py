@@ -130,7 +130,7 @@ def _kinds(checked: Checked) -> Counter[str]:
 
 
 def _content(checked: Checked, unit: str) -> dict[str, Any]:
-    """The same for programs."""
+    """What was found in the set as plain values, for `--json`."""
     from rain_mergekit.commands.run_calibration import used  # noqa: PLC0415
 
     lengths = [len(sample.input_ids) for sample in checked.data.samples]

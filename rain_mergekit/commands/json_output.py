@@ -14,19 +14,19 @@ VERSION = 1  # of all formats; fields may be added under it, none is removed or 
 
 
 def json_option(function: F) -> F:
-    """--json."""
+    """Add the option `--json`."""
     text = "Print the results as JSON, for programs, and nothing else."
     return click.option("--json", "as_json", is_flag=True, help=text)(function)
 
 
 def print_json(command: str, content: Mapping[str, Any]) -> None:
-    """One object; what JSON has no number for (NaN, infinity) is null."""
+    """Print one JSON object; null stands for NaN and infinity, which JSON does not have."""
     head = {"format": f"mergekit-rain {command}", "version": VERSION}
     click.echo(json.dumps({**head, **plain(content)}, indent=1, allow_nan=False))
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries, lists, texts and finite numbers only."""
+    """The value as dictionaries, lists, texts and finite numbers; None for other numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

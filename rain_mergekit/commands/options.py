@@ -40,7 +40,7 @@ class Loading:
     transformers_cache: str | None
 
     def options(self) -> LoadOptions:
-        """The same for the functions that open models."""
+        """The values for the functions that open models."""
         from rain_mergekit.models.loading import LoadOptions  # noqa: PLC0415 - keeps --help fast
 
         return LoadOptions(**asdict(self))
@@ -120,7 +120,7 @@ def parse_mapping(value: str) -> dict[str, Any]:
 
 
 def markers_option(function: F) -> F:
-    """The texts around thinking, as pairs; none: they are found out."""
+    """Add `--markers`: pairs of texts around thinking; without any they are found out."""
     return click.option(
         "--markers",
         nargs=2,
@@ -131,7 +131,7 @@ def markers_option(function: F) -> F:
 
 
 def template_option(function: F) -> F:
-    """The arguments of the chat template, as a mapping."""
+    """Add `--chat-template-kwargs`, a mapping."""
     return click.option(
         "--chat-template-kwargs",
         callback=lambda _context, _option, value: parse_mapping(value),
@@ -158,7 +158,7 @@ def parse_device(value: str) -> str:
 
 
 def device_option(name: str = "--device", text: str = "Where to compute.") -> Callable[[F], F]:
-    """The device; `auto` is the GPU if there is one."""
+    """Add an option for the device; `auto` is the GPU if there is one."""
     return click.option(
         name,
         type=parse_device,
@@ -178,13 +178,13 @@ class _TypeName(click.Choice):  # type: ignore[type-arg] # generic since click 8
 
 
 def dtype_option(name: str = "--dtype") -> Callable[[F], F]:
-    """The type in which the model's layers compute."""
+    """Add an option for the type in which the model's layers compute."""
     text = "Type of the forward pass  [default: float32 on the CPU, else the model's own]"
     return click.option(name, type=_TypeName(DTYPES), help=text)
 
 
 def budget_option(function: F) -> F:
-    """Memory for hidden states."""
+    """Add `--activation-budget`: bytes for hidden states in memory."""
     return click.option(
         "--activation-budget",
         type=parse_size,
@@ -196,7 +196,7 @@ def budget_option(function: F) -> F:
 
 
 def deterministic_option(function: F) -> F:
-    """The order of all sums; what it needs is asked for as soon as it is seen (`cli`)."""
+    """Add `--deterministic`; `cli` sets what it needs before torch is loaded."""
     return click.option(
         blas_mode.OPTION,
         is_flag=True,
@@ -205,7 +205,7 @@ def deterministic_option(function: F) -> F:
 
 
 def threads_option(function: F) -> F:
-    """The number of torch's threads."""
+    """Add `--threads`, the number of torch's threads."""
     return click.option(
         "--threads",
         type=click.IntRange(min=1),
@@ -216,7 +216,7 @@ def threads_option(function: F) -> F:
 
 
 def loading_options(function: F) -> F:
-    """How models are found, under mergekit's names."""
+    """Add the options that say how models are found, named as mergekit names them."""
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
         click.option("--lora-merge-cache", metavar="DIR", help="Where to merge adapters."),
@@ -228,7 +228,7 @@ def loading_options(function: F) -> F:
 
 
 def output_options(function: F) -> F:
-    """--quiet and -v."""
+    """Add `--quiet` and `-v`."""
     quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
     verbose = click.option("-v", "verbosity", count=True, help="Log more; -vv logs everything.")
     return quiet(verbose(function))

@@ -45,7 +45,7 @@ def rates_here(device: str, dtype: torch.dtype, folder: Path) -> Rates:
 
 
 def show_estimate(found: Estimate, rates: Rates, console: Console) -> None:
-    """For people."""
+    """Print the estimate, and warn of what its notes say."""
     console.heading("This calibration needs about")
     for line in estimate_lines(found, rates):
         console.print(f"  {line}")
@@ -96,7 +96,7 @@ def _times(found: Estimate, rates: Rates) -> Iterator[str]:
 
 
 def estimate_record(found: Estimate, rates: Rates) -> dict[str, Any]:
-    """For programs: bytes, operations, seconds."""
+    """The estimate as plain values, for `--json`: bytes, operations, seconds."""
     work = found.operations
     file = found.file
     return {

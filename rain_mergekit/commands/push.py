@@ -75,14 +75,14 @@ def push(options: PushOptions) -> None:
 
 
 def _tell(upload: Upload, url: str | None, options: PushOptions) -> None:
-    """The result for programs; url None: nothing was sent."""
+    """Print the result if `--json` was given; url None: nothing was sent."""
     if options.as_json:
         files = {name: path.stat().st_size for name, path in upload.files.items()}
         print_json("push", {"url": url, "public": options.public, "files": files})
 
 
 def _bytes(folder: Path) -> int:
-    """Of the weights in the folder."""
+    """Bytes of the weights in the folder."""
     from rain_mergekit.models.weight_files import weight_files  # noqa: PLC0415
 
     return sum(path.stat().st_size for path in weight_files(folder)) if folder.is_dir() else 0

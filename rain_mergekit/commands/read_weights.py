@@ -11,7 +11,7 @@ from rain_mergekit.publish.record import tensor_digests
 
 
 def digests_with_bar(folder: Path, console: Console) -> dict[str, str]:
-    """As `tensor_digests`."""
+    """The digests that `tensor_digests` gives, with a progress bar."""
     total = sum(path.stat().st_size for path in weight_files(folder))
     with moving_bar(total, "digests", console) as bar:
         return tensor_digests(folder, bar.update)

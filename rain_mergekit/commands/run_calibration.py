@@ -94,7 +94,7 @@ def report(summary: CalibrationSummary, console: Console) -> None:
 
 
 def content(summary: CalibrationSummary) -> dict[str, Any]:
-    """The same for programs."""
+    """A finished calibration as plain values, for `--json`."""
     found = summary.samples
     sets = {"reasoning": found.reasoning, "instruction": found.instruction}
     return {
@@ -111,7 +111,7 @@ def content(summary: CalibrationSummary) -> dict[str, Any]:
 
 
 def used(data: DataSet[Any]) -> dict[str, Any]:
-    """What was read of a set."""
+    """How much of a set was used as plain values, for `--json`."""
     skipped = [{"source": source, "reason": reason} for source, reason in data.skipped]
     return {"file": data.path, "total": data.total, "used": len(data.samples), "skipped": skipped}
 

@@ -67,7 +67,7 @@ def finish_beside_weights(
             own_template=bool(settings.chat_template),
         )
     except (OSError, RainError) as error:
-        console.warn(f"the files beside the weights are as mergekit wrote them: {error}")
+        console.warn(f"the files beside the weights stay as mergekit wrote them: {error}")
         return False
     if found.files:
         console.print(f"Put back as the reasoning model has them: {', '.join(found.files)}")

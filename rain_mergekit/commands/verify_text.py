@@ -132,7 +132,7 @@ def behaviour_lines(found: Mapping[str, Behaviour]) -> Iterator[str]:
 def content(
     verdict: str, found: VerificationResult | None, answers: Mapping[str, Behaviour]
 ) -> dict[str, Any]:
-    """The same for programs."""
+    """Everything that was measured as plain values, for `--json`."""
     divergence = None
     if found is not None:
         divergence = {

@@ -69,14 +69,15 @@ class MergeRecipe:
 
     @property
     def main(self) -> ModelReference:
-        """The one that the result is a version of."""
+        """The reasoning model, of which the result is a version."""
         return self.reasoning
 
     @property
     def strength(self) -> Any:
         """`parameters.lambda` as it is written: a number, a gradient, or a list of filters.
 
-        Where slices have their own, these by slice, and the rest under "otherwise".
+        Where slices have a `lambda` of their own: a mapping of these, and of "otherwise" to the
+        rest.
         """
         value = (self.content.get("parameters") or {}).get("lambda", 1.0)
         return {**self.slice_strengths, "otherwise": value} if self.slice_strengths else value
@@ -97,7 +98,7 @@ class RainConfig(MergeRecipe):
     settings: RainSettings
 
     def with_strength(self, strength: float) -> RainConfig:
-        """The same merge with `parameters.lambda` as one number, whatever it was."""
+        """A copy with `parameters.lambda` as one number, whatever it was."""
         parameters = {**(self.content.get("parameters") or {}), "lambda": strength}
         content = {**self.content, "parameters": parameters}
         return replace(
@@ -116,7 +117,7 @@ def read_config(path: str | Path) -> RainConfig:
 
 
 def parse_config(text: str, source: str) -> RainConfig:
-    """The same for a text; `source` names it in messages."""
+    """Read and validate a configuration's text; messages call it by `source`."""
     recipe = parse_recipe(text, source)
     if recipe.slice_strengths:
         raise RainError(
@@ -140,7 +141,7 @@ def read_recipe(folder: str | os.PathLike[str]) -> MergeRecipe:
 
 
 def parse_recipe(text: str, source: str) -> MergeRecipe:
-    """As `read_recipe`, of a text; messages call it by `source`."""
+    """What a merge is made of, from the text of a configuration; messages call it by `source`."""
     data = parse_yaml(text, source)
     merge = merge_configuration(data, source)
     if merge.merge_method not in CALIBRATED:
@@ -182,7 +183,7 @@ def parse_recipe(text: str, source: str) -> MergeRecipe:
 def _may_be_alone(method: str, section: object) -> bool:
     """Whether the instruct model may be listed without a pretrained one.
 
-    Without a section the fit is not known, and the merge has been made.
+    Without a `rain:` section the fit is not known; it is missing only from merges already made.
     """
     whole = expanded(section)
     given = whole if isinstance(whole, Mapping) else {"fit": None}

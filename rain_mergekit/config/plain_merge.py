@@ -25,7 +25,7 @@ from rain_mergekit.system.untrusted_input import shown
 
 @dataclass(frozen=True)
 class PlainMerge:
-    """The method, the models by what they are here (`base`, `model 1`, ...), the parameters.
+    """The method, the models by their place (`base`, `model 1`, ...), and the parameters.
 
     own: the parameters of each model, by the same names.
     """

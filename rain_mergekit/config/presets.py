@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """settings: what the name stands for. limits: where a merge with them differs from it."""
+    """A named group of settings; limits: how a merge with them still differs from that name."""
 
     settings: Mapping[str, Any]
     limits: tuple[str, ...]

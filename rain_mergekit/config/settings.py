@@ -173,23 +173,24 @@ class RainSettings(BaseModel):
     protect_prompt: Annotated[
         NonNegative,
         Field(
-            description="Weight of the reasoning set's prompts, in the same way, later questions "
-            "and tool results too: the thinking reads them through attention."
+            description="Weight of the reasoning set's prompts beside the marker positions (which "
+            "weigh 1), with later questions and tool results: the thinking reads them through "
+            "attention; 0: they are not protected."
         ),
     ] = 0.0
     protect_response: Annotated[
         NonNegative,
         Field(
-            description="Weight of the reasoning set's responses, in the same way, answers of "
-            "earlier turns too."
+            description="Weight of the reasoning set's responses beside the marker positions "
+            "(which weigh 1), with answers of earlier turns; 0: they are not protected."
         ),
     ] = 0.0
     reading_share: Annotated[
         ShareOrNone,
         Field(
-            description="What attention reads: at the inputs of queries, keys and values, this "
-            "share of the task vector's response to the reasoning set's prompts, and of that to "
-            "its responses, is protected besides; 0: none."
+            description="At the inputs of queries, keys and values, protect more directions, until "
+            "they cover this share of the task vector's response to the reasoning set's prompts, "
+            "and of that to its responses; 0: no more."
         ),
     ] = 0.9
     content_rows: Annotated[

@@ -30,8 +30,8 @@ def known_format(
 ) -> tuple[Markers | None, bool | None]:
     """The thinking markers, and whether the chat template opens the block.
 
-    Of a model here; of one behind a server the given markers, and None. markers None: the model's.
-    template: arguments of the chat template.
+    Behind a server they are the given markers, and None, as its template is not known. markers
+    None: those of the model. template: arguments of the chat template.
     """
     tokenizer = getattr(writer, "tokenizer", None)
     if tokenizer is None:

@@ -35,7 +35,7 @@ def gather_prompts(paths: Sequence[StrPath]) -> list[Prompt]:
 
 
 def packaged_prompts() -> list[Prompt]:
-    """Those of the package's reasoning set, and as many with constraints, evenly spaced.
+    """The prompts of the package's reasoning set, and as many with constraints, evenly spaced.
 
     A reasoning model must be seen to start thinking on both.
     """

@@ -21,12 +21,22 @@ _OTHER_LANGUAGES = "language:response_language"
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer to one prompt.
+    """What was measured of one answer to one prompt.
 
-    blocks: thinking blocks, open ones too. thinking, answering: tokens (by the characters' share
-    of all, where the text holds both; words and signs where nobody has counted tokens). foreign:
-    largest share of letters in scripts that the prompt does not have. correct, followed: None
-    where the prompt has no key, no instructions; heeded: those that the thinking must follow.
+    Attributes:
+        opened: whether there is a thinking block.
+        closed: whether the block was closed.
+        blocks: number of thinking blocks, closed or open.
+        empty: whether nothing is in the block.
+        finished: whether the model ended its turn within the token limit.
+        thinking: tokens of the thinking. Where the text holds thinking and response, the tokens
+            are divided by characters; where none were counted, words and signs take their place.
+        answering: tokens of the response, counted in the same way.
+        repetition: how much the answer repeats itself.
+        foreign: largest share of letters in scripts that the prompt does not have.
+        correct: whether the response is right; None where the prompt has no key.
+        followed: of each instruction for the response; None where there are none.
+        heeded: of each instruction for the thinking; None where there are none.
     """
 
     opened: bool
@@ -44,7 +54,7 @@ class Measured:
 
     @property
     def tokens(self) -> float:
-        """Of thinking and response together."""
+        """Tokens of thinking and response together."""
         return self.thinking + self.answering
 
     @property
@@ -54,7 +64,7 @@ class Measured:
 
     @property
     def looped(self) -> bool:
-        """A span comes at least four times in a row, or the text was cut off and stale."""
+        """A span comes four times in a row or more, or a cut text mostly repeats itself."""
         stale = not self.finished and self.repetition.ngrams > _STALE_NGRAMS
         return self.repetition.loop is not None or stale
 
@@ -90,9 +100,9 @@ class Reading:
 
 
 def reading_of(written: Sequence[Written], markers: Markers, opens: bool | None) -> Reading:
-    """opens None: the template is not known, and is taken to open the block if any answer closes.
+    """How to split these answers; opens None: the chat template is not known.
 
-    An answer that closes a block without opening it can be nothing else.
+    An unknown template is taken to open the block if any answer closes one that it did not open.
     """
     if opens is None:
         opens = any(_only_closes(one, markers) for one in written)
@@ -189,7 +199,7 @@ def _lengths(
 
 @dataclass(frozen=True)
 class Fault:
-    """What users complain of. seen: whether an answer has it; None where it cannot have it."""
+    """A fault of answers. seen: whether an answer has it; None where it cannot have it."""
 
     name: str
     seen: Callable[[Measured], bool | None]

@@ -17,15 +17,29 @@ LONGER = 2.0  # times the tokens of the reasoning model: worth a look, whatever 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Counts over the answers to `prompts` prompts.
+    """Counts over one model's answers, one to each prompt; lengths are in tokens.
 
-    unopened: no thinking block; unclosed: the turn ended in the middle of one; empty: nothing in
-    it; cut: the token limit came before the close marker, so that nothing is known of the block.
-    tokens: mean length of the blocks that were closed, None if there is none; length: of all that
-    was written; middle: its median. instructions, followed, obedient: instructions that a rule can
-    check, those followed, and prompts with all of theirs followed, out of `asked` prompts that have
-    any. bound, heeded: prompts with instructions for the thinking, and those whose thinking follows
-    all of them. keys, correct: prompts whose answer is known, and those answered rightly.
+    Attributes:
+        prompts: all of them.
+        unopened: answers without a thinking block.
+        unclosed: answers that ended in the middle of the block.
+        empty: answers with nothing in the block.
+        cut: answers that the token limit ended before the close marker: whether the block would
+            have been closed is not known.
+        tokens: mean length of the blocks that were closed; None if there is none.
+        asked: prompts with instructions that a rule can check.
+        obedient: those of them whose response follows all of its instructions.
+        instructions: instructions that a rule can check.
+        followed: those of them that the response follows.
+        several: answers with more than one block.
+        looped: answers that repeat themselves without end.
+        switched: answers in scripts that the prompt does not have.
+        keys: prompts whose right answer is known.
+        correct: those of them that were answered rightly.
+        length: mean length of all that was written.
+        middle: median length of all that was written.
+        bound: prompts with instructions for the thinking.
+        heeded: those of them whose thinking follows all of its instructions.
     """
 
     prompts: int
@@ -97,7 +111,7 @@ def _responds(one: Measured) -> bool:
 
 @dataclass(frozen=True)
 class Count:
-    """So many of `of` answers, by a count of `Behaviour`; bad: more of them is worse."""
+    """A count of `Behaviour`: `found` answers out of `of`. bad: a larger count is worse."""
 
     name: str
     found: Callable[[Behaviour], int]

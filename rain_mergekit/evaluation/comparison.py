@@ -104,9 +104,10 @@ class Difference:
 def difference(
     first: AnswerSet, second: AnswerSet, metric: Metric, least: float
 ) -> Difference | None:
-    """None where no prompt has a value in both. A prompt's samples are averaged.
+    """The paired difference of two models in one metric; None if no prompt has a value in both.
 
-    least: the smallest difference that counts, a part of 1 (of the first's mean if no share).
+    Samples of one prompt are averaged. least: the smallest difference that counts, as a part of 1
+    for shares, else of the first model's mean.
     """
     one, other = (prompt_means(answers, metric) for answers in (first, second))
     shared = [text for text in one if text in other]

@@ -116,7 +116,7 @@ def diff_models(
 
 
 def compare_tensors(name: str, before: Tensor, after: Tensor) -> TensorChange:
-    """Sums in float64, block of rows by block; of the rows that both have."""
+    """Compare one tensor: float64 sums over the rows that both models have, block by block."""
     layer, kind = locate(name.removesuffix(".weight"))
     before, after = (one if one.dim() else one[None] for one in (before, after))
     rows = min(len(before), len(after))

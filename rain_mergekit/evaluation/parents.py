@@ -44,7 +44,7 @@ def relations(rows: Mapping[str, Rows]) -> dict[tuple[str, str], Relation]:
 
 
 def relation(one: Rows, other: Rows) -> Relation:
-    """Computed from rows of the same tensors."""
+    """Distance and cosine of two models, from rows of the same tensors."""
     a, b = _flat(one), _flat(other)
     norms = float(a.norm()), float(b.norm())
     both = norms[0] * norms[1]
@@ -53,7 +53,7 @@ def relation(one: Rows, other: Rows) -> Relation:
 
 
 def task_vector_pair(instruct: Rows, reasoning: Rows, pretrained: Rows) -> TaskVectorPair:
-    """Computed from rows of the same tensors."""
+    """Norms, cosine and agreement in sign of two task vectors, from rows of the same tensors."""
     origin = _flat(pretrained)
     tuned, thinking = _flat(instruct) - origin, _flat(reasoning) - origin
     moved = (tuned != 0) & (thinking != 0)

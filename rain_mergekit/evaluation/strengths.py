@@ -49,7 +49,7 @@ def read_divergences(path: StrPath) -> dict[str, float]:
 
 
 def strengths(sets: Sequence[AnswerSet], divergences: Mapping[str, float]) -> list[Strength]:
-    """Those of the sets whose file is called `lambda-NUMBER`, in the order of the numbers."""
+    """The sets whose file is called `lambda-NUMBER`, in the order of the numbers."""
     found = []
     for one in sets:
         match = _NAME.search(Path(one.path).stem)

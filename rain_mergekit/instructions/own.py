@@ -110,7 +110,7 @@ _TEXTS = ("keyword", "phrase", "separator")
 
 
 def arguments(where: str, kind: str, given: Kwargs) -> dict[str, Any]:
-    """The rule's arguments; RainError that begins with `where` if one is missing or no such."""
+    """The rule's arguments; RainError that begins with `where` if one is missing or unknown."""
     if unknown := sorted(set(given) - set(ARGUMENTS[kind])):
         raise RainError(f"{where}: rule {kind!r} does not know {', '.join(map(repr, unknown))}")
     return {name: _argument(f"{where}: {name}", name, given.get(name)) for name in ARGUMENTS[kind]}

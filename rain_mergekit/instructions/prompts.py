@@ -52,7 +52,7 @@ class Asked:
     kind: str = ""
 
     def record(self) -> dict[str, Any]:
-        """The same as JSON, as `parse_prompt` reads it."""
+        """The prompt as a JSON object, which `parse_prompt` reads."""
         found: dict[str, Any] = {"prompt": self.text}
         if self.kind:
             found["kind"] = self.kind

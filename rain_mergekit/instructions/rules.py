@@ -20,11 +20,11 @@ def check_rules(prompts: Sequence[Asked]) -> None:
 
 
 def follows(asked: Asked, response: str, thinking: str = "") -> list[bool]:
-    """For each of the prompt's instructions, whether what it binds follows it, strictly.
+    """For each of the prompt's instructions, whether the answer follows it, strictly.
 
-    That is the response, or of an instruction for the thinking what is inside the block. An empty
-    text follows none. Raises RainError for a rule that does not exist, arguments that it does not
-    take or misses, and where `if-verifiable`, which has the public rules, is missing.
+    The response counts, or for an instruction about the thinking the text inside the block. An
+    empty text follows none. Raises RainError for a rule that does not exist, arguments that it does
+    not take or misses, and where `if-verifiable`, which has the public rules, is missing.
     """
     return [
         _follows(asked.source, instruction, thinking if instruction.binds_thinking else response)

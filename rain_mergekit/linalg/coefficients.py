@@ -34,7 +34,7 @@ class HeadAccumulator:
         self.samples += 1
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> HeadAccumulator:
-        """The same with its sums passed through `total`, e.g. summed over several processes."""
+        """A copy with its sums passed through `total`, which may add up several processes."""
         count = torch.tensor([float(self.samples)], dtype=torch.float64)
         sums = total(torch.cat([self._alignment, self._leakage, count]))
         heads = self._alignment.numel()
@@ -55,12 +55,12 @@ def span_masses(rows: Tensor, instruction: Tensor) -> Tensor:
 
 
 def gain(statistics: HeadStatistics, rho: float) -> Tensor:
-    """g = E[a - rho * u], Eq. 14."""
+    """g = E[a - rho * u] for alignment a and leakage u, Eq. 14; n_heads float64."""
     return statistics.alignment - rho * statistics.leakage
 
 
 def curvature(statistics: HeadStatistics) -> Tensor:
-    """H = 1 + E[u], Eq. 14."""
+    """H = 1 + E[u] for leakage u, Eq. 14; n_heads float64."""
     return 1.0 + statistics.leakage
 
 

@@ -38,5 +38,5 @@ class Factors:
         return self.to(delta).project_(delta.clone()) if self.rank else delta
 
     def project_(self, delta: Tensor) -> Tensor:
-        """The same in place; the factors have Delta's type and device already."""
+        """Project Delta in place; the factors must have its type and device."""
         return delta.addmm_(delta @ self.u, self.v.mT, alpha=-1) if self.rank else delta

@@ -40,7 +40,7 @@ class FeatureRows:
 
     @property
     def count(self) -> int:
-        """n."""
+        """n, the number of rows."""
         return self.shape[0]
 
     @property

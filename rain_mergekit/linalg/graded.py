@@ -31,7 +31,7 @@ class Graded:
 
     @property
     def weights(self) -> Tensor:
-        """w_i (k): 0 where a direction is the instruct model's alone, near 1 for the reasoning."""
+        """w_i (k): 0 where the reasoning set has no energy, near 1 where it has nearly all."""
         strong = self.strength * self.ratios
         return strong / (1 + strong)
 

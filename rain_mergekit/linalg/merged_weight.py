@@ -60,7 +60,7 @@ def merged_weight(
         scales: S_row (d_out) and S_col (d_in); None for ones.
         strength: λ.
         input_axis: the axis of the input features, -1 or -2.
-        gamma: 0 is the paper's Δ, 1 is W_I - W_R, to which W_B is nothing.
+        gamma: 0 gives the paper's Δ, 1 gives W_I - W_R, which does not depend on W_B.
 
     Returns:
         A new tensor like W_R; computed in float32, or in float64 for float64 weights.
@@ -104,7 +104,7 @@ def summed_weight(
     Args:
         base: W_B, of any shape.
         tuned: W_i and w_i.
-        cols: S_col (d_in); None for ones, and required to be so for less than two dimensions.
+        cols: S_col (d_in); None for ones; must be None for tensors of less than two dimensions.
         strength: λ.
         input_axis: the axis of the input features, -1 or -2.
 

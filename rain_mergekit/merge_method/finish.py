@@ -66,7 +66,7 @@ def finish_files(
         try:
             restored = restore(reasoning.checkpoint, folder, own_template=own_template)
         except RainError as error:
-            text = f"the tokenizer's files are as mergekit wrote them: {error}"
+            text = f"the tokenizer's files stay as mergekit wrote them: {error}"
             restored = Restored((), (text,))
     own = [name for name in side_files(source) if _wanted(folder, name, tokenizer)]
     files = (*restored.files, *copy_files(source, folder, own))

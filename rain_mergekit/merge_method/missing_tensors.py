@@ -58,7 +58,7 @@ class Completion:
 
     @classmethod
     def of(cls, config: MergeRecipe, options: LoadOptions) -> Completion:
-        """From the headers of the models; RainError if lambda is not one number and has to be."""
+        """Read the models' headers; RainError if lambda has to be one number and is not."""
         checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
         model_config = read_model_config(checkpoints["reasoning"])
         require_all_layers(config, model_config)

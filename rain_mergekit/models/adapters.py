@@ -42,7 +42,7 @@ from rain_mergekit.system.memory import out_of_memory
 from rain_mergekit.system.untrusted_input import first_line
 
 RECORD = "rain_source.json"
-_LAYOUT = 2  # of the folder: 2 holds the tensors that no class knows too
+_LAYOUT = 2  # version of the folder: from 2 on it holds tensors that no class knows, too
 
 
 def merged_adapter(

@@ -128,7 +128,7 @@ def name_for(layers: nn.Module) -> str:
         try:
             source = inspect.getsource(kind)
         except (OSError, TypeError):
-            continue  # compiled, or made at run time: nothing can be said
+            continue  # a class that was compiled or made at run time has no source
         if _LOOKED_INTO.search(source):
             return DENSE
     return NAME

@@ -40,7 +40,7 @@ class ModelOutline:
 
     @property
     def parameters(self) -> int:
-        """All weights; of a tied pair, one."""
+        """Number of weights; tied tensors count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -50,7 +50,7 @@ class ModelOutline:
 
 
 def outline_of(path: str) -> ModelOutline:
-    """Of a published `config.json` alone; its weights need not be there.
+    """The outline of a model from its published `config.json`; no weights are needed.
 
     Their type is the one that the config names, or bfloat16.
 

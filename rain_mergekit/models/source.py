@@ -30,8 +30,9 @@ _ADAPTER_PATTERNS = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "*.ti
 def model_folder(reference: ModelReference, cache_dir: str | None, *, trust: bool) -> str:
     """The folder with the model's files; what mergekit does not fetch from the hub is fetched.
 
-    Templates, vocabularies, and with `trust` the model's own code. Of a model with an adapter the
-    base's. RainError if there is no such model.
+    mergekit does not fetch templates, some vocabularies, and (here only with `trust`) the model's
+    own code. For a model with an adapter it is the base model's folder. RainError if there is no
+    such model.
     """
     model = reference.model
     with named(f"{reference}: model not found", model.path):

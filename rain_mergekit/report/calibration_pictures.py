@@ -39,7 +39,7 @@ def overview(summary: FileSummary) -> Iterator[Picture]:
 
 
 def matched(file: CalibrationFile) -> Iterator[Picture]:
-    """Of stream matching: errors by layer and group, and the rank of each module by layer."""
+    """Pictures of stream matching: errors by layer and group, and ranks by module and layer."""
     found = matching(file)
     if found is None:
         return

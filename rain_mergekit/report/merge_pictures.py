@@ -31,7 +31,7 @@ class Merged:
 
     @property
     def drift(self) -> Drift | None:
-        """Of the next tokens, by place."""
+        """The drift of the next-token distributions, by place."""
         return None if self.measured is None else self.measured.drift
 
 

@@ -31,7 +31,7 @@ class PublicName:
 
 
 def public_name(reference: str) -> PublicName:
-    """Of a hub name itself, of a folder of the hub's cache the model, of others the last part."""
+    """A hub name as it is, the model's name for a folder of the hub's cache, else the last part."""
     if "+" in reference:
         base, _, adapter = reference.partition("+")
         parts = public_name(base), public_name(adapter)

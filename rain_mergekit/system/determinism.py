@@ -1,9 +1,9 @@
 """The same bits for any number of threads: what could differ with it runs on one thread.
 
 Large products are nearly all of the work. MKL promises their bits in its strict mode, so they keep
-all threads; every other operation of torch is given one, be it known to depend on threads
-(decompositions, sums to one number, what a vector instruction and its remainder round differently)
-or not.
+all threads; every other operation of torch runs on one thread, also where it is not known to depend
+on their number (decompositions do, sums to one number, and whatever a vector instruction and the
+loop over its remainder round differently).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _ATTENTION = getattr(
     getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu", None), "default", None
 )
 _EXACT = (torch.float32, torch.float64)  # products of other types are not MKL's
-_LARGE = 2**25  # multiplications; torch takes a tenth of a millisecond to change its threads
+# Multiplications from which on several threads pay: changing their number takes 0.1 ms.
+_LARGE = 2**25
 # Where MKL is not in its strict mode, these differ with the number of threads.
 _SHAPES = ((777, 64, 777), (64, 5003, 64), (1031, 515, 193))
 

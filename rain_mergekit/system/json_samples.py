@@ -101,7 +101,7 @@ def _rows(path: str, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _whole(text: str) -> int | float:
-    """A tool's argument keeps its form; int() refuses a number for its length, float() does not."""
+    """A JSON integer; as a float where it has more digits than int() accepts."""
     return int(text) if len(text) < _DIGITS else float(text)
 
 

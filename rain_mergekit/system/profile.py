@@ -68,7 +68,7 @@ class Profile:
                 self._events.append((thread, name, since, now))
 
     def moved(self, name: str, count: int) -> None:
-        """That many bytes were read or written in phases of this name."""
+        """Count bytes that were read or written in phases of this name."""
         with self._lock:
             self.bytes[name] += count
 
@@ -136,7 +136,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def moved(name: str, count: int) -> None:
-    """That many bytes were read or written in phases of this name."""
+    """Count bytes that were read or written in phases of this name."""
     profile = _PROFILE.get()
     if profile is not None:
         profile.moved(name, count)

@@ -26,7 +26,7 @@ class Rates:
         double: those of products in float64.
         eigen: n³, summed over symmetric eigenvalue decompositions of n x n in float64.
         memory: bytes read and written by copies in memory.
-        read: bytes read from the disk, past what the system remembers of it.
+        read: bytes read from the disk itself, not from the system's page cache.
         write: bytes written to the disk.
     """
 
@@ -46,7 +46,7 @@ def measure_rates(
 ) -> Rates:
     """Measure with torch's threads; the disk is that of `folder`, which must be writable.
 
-    clock: seconds; of the processor, where other programs keep it busy.
+    clock: gives seconds; one that counts processor time where other programs keep the machine busy.
     """
     written, read = disk_rates(folder)
     symmetric = torch.randn(_EIGEN_SIDE, _EIGEN_SIDE, dtype=torch.float64, device=device)
@@ -93,7 +93,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def _rate(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
-    """How often a second; the first time, which sets up libraries, does not count."""
+    """Calls of `work` a second; the first call, which sets up libraries, is not counted."""
     _done(work(), device)
     count, start, begun = 0, clock(), time.perf_counter()
     while count < _LEAST or time.perf_counter() - begun < _SECONDS:

@@ -11,5 +11,5 @@ def clean(text: str) -> str:
 
 
 def clean_lines(text: str) -> str:
-    """The same for each line: messages contain names from files and models."""
+    """`clean` for each line of a text: messages contain names from files and models."""
     return "\n".join(map(clean, text.split("\n")))

@@ -91,14 +91,14 @@ def load_yaml(text: str) -> Any:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many nodes there are with every alias written out; each node is looked at once."""
+    """Number of nodes with every alias written out; each node is visited once."""
     known = sizes.get(id(node))
     if known is None:
         if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
             raise ValueError("it holds a lone surrogate, such as \\ud800; write it as UTF-8")
         if isinstance(node, yaml.MappingNode):
             _require_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        sizes[id(node)] = NODES  # met again before it is known, it contains itself
+        sizes[id(node)] = NODES  # a node met again before its size is known contains itself
         known = 1 + sum(_size(part, sizes) for part in _parts(node))
         if known > NODES:
             raise ValueError("its aliases repeat too much, or contain themselves; write them out")

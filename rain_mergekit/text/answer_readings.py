@@ -32,10 +32,11 @@ def read_answers(
     *,
     without_instructions: bool = False,
 ) -> dict[str, AnswerReading | str]:
-    """Each sample through the tokenizer's own chat template; by source, or why it cannot be.
+    """Render and tokenise each sample; by source, the tokens, or why there are none.
 
-    The answer begins with the token that predicts its first token. without_instructions: the
-    instructions' spans are cut out of the prompt.
+    The template is the tokenizer's own; a reason says why a sample cannot be read. The answer
+    begins with the token that predicts its first token. without_instructions: the instructions'
+    spans are cut out of the prompt.
     """
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
     readings: dict[str, AnswerReading | str] = {}

@@ -46,7 +46,7 @@ class DataSet(Generic[T]):
         samples: token positions of those that can be used.
         skipped: (source, reason), for a whole sample or for one instruction of a sample that is
             still used.
-        read: the samples that can be used as the file has them, in the order of `samples`.
+        read: the usable samples as they stand in the file, in the order of `samples`.
     """
 
     path: str
@@ -182,7 +182,7 @@ def _encode(
 def _all_spans(
     sample: InstructionSample, tokens: Encoded, notes: list[str]
 ) -> tuple[SpanPositions, ...]:
-    """Positions of the usable instructions; a span missing from the whole sample ends it."""
+    """Token positions of the usable instructions; UnusableError if there is none."""
     shared = tokens.in_output(sample.unrelated_response_spans)
     found: list[SpanPositions] = []
     for spec in sample.instructions:

@@ -30,8 +30,8 @@ class Markers:
     Pairs with the same opening are other ways to close it: the first to come closes the block, the
     longest of those that come first. The first pair is written where a block is put together, with
     `gaps` after the open marker, before the close marker and after it. `tokens`: what a tokenizer
-    that knows the format holds, if not the markers themselves. `loose`: the closing text ends
-    other things too, so one outside a block means nothing.
+    of this format has as tokens, where these are not the markers themselves. `loose`: the closing
+    text ends other things too, so that outside of a block it means nothing.
     """
 
     open: str = "<think>"
@@ -57,7 +57,7 @@ class Markers:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, str]]) -> Markers:
-        """These pairs; white space and looseness as of the known format that they belong to."""
+        """These pairs, with gaps, tokens and looseness of the known format that they belong to."""
         (first, last), *more = pairs
         made = cls(first, last, tuple(more))
         for known in KNOWN:

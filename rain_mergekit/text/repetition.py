@@ -36,7 +36,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Of one text.
+    """How much one text repeats itself.
 
     units: words and signs. longest: units of the longest span that comes twice without overlap.
     ngrams: share of its 4-grams that have come before. compression: bytes of the text for each

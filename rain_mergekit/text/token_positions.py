@@ -145,7 +145,7 @@ class Encoded:
         return self._positions(spans, [place], range(self.end, len(self.offsets)), "response")
 
     def in_output(self, spans: Iterable[str]) -> tuple[int, ...]:
-        """As `in_response`, and of spans that are not there the occurrences in the thinking."""
+        """Tokens of every occurrence in the response; of spans missing there, in the thinking."""
         start = self.rendered.blocks[-1].close[1]
         text = self.rendered.text
         elsewhere = [span for span in spans if text.find(span, start) < 0]
