@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
 from rain_mergekit.commands.json_output import json_option, print_json
-from rain_mergekit.commands.options import output_options
+from rain_mergekit.commands.options import Talk, output_options, typed
 from rain_mergekit.system.wording import counted
+
+
+@dataclass(frozen=True)
+class ConvertAlphaOptions:
+    """What the command line says."""
+
+    alpha: str
+    calibration: str
+    output: str
+    as_json: bool
+    talk: Talk
 
 
 @click.command(
@@ -18,9 +31,8 @@ from rain_mergekit.system.wording import counted
 @click.option("-o", "--output", required=True, type=click.Path(), help="The new file.")
 @json_option
 @output_options
-def convert_alpha(
-    alpha: str, calibration: str, output: str, *, as_json: bool, quiet: bool, verbosity: int
-) -> None:
+@typed(ConvertAlphaOptions)
+def convert_alpha(options: ConvertAlphaOptions) -> None:
     """Write CALIB with the coefficients of ALPHA.json, from the published scripts' second stage.
 
     What CALIB protects stays protected. Each key/value head gets the mean of the query heads that
@@ -32,19 +44,18 @@ def convert_alpha(
         with_coefficients,
     )
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
 
-    console = Console(quiet=quiet or as_json, verbosity=verbosity)
-    found = read_alpha(alpha)
+    console = options.talk.console(quiet=options.as_json)
+    found = read_alpha(options.alpha)
     from pathlib import Path  # noqa: PLC0415
 
-    protect_foreign(Path(output))
-    file = CalibrationFile.open(calibration)
+    protect_foreign(Path(options.output))
+    file = CalibrationFile.open(options.calibration)
     try:
-        missing = with_coefficients(file, found, alpha, output)
+        missing = with_coefficients(file, found, options.alpha, options.output)
     finally:
         file.close()
-    console.heading(f"Wrote {output}")
+    console.heading(f"Wrote {options.output}")
     count = len(found.layers)
     console.print(
         f"  coefficients of {counted(count, 'layer')} with {counted(found.heads, 'head')}"
@@ -52,7 +63,7 @@ def convert_alpha(
     if missing:
         names = ", ".join(map(str, missing))
         console.warn(f"no coefficients for layer {names}: not merged there, as by the scripts")
-    if as_json:
+    if options.as_json:
         facts = {"layers": count, "heads": found.heads, "without": list(missing)}
-        print_json("convert-alpha", {"file": output, **facts})
+        print_json("convert-alpha", {"file": options.output, **facts})
     console.print("Next: name it in parameters.calibration, and merge with mergekit-yaml")

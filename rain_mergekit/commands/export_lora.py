@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
 from rain_mergekit.commands.json_output import json_option, print_json
-from rain_mergekit.commands.options import output_options
+from rain_mergekit.commands.options import Talk, output_options, typed
+
+
+@dataclass(frozen=True)
+class ExportLoraOptions:
+    """What the command line says."""
+
+    calibration: str
+    out: str
+    strength: float
+    dtype: str
+    as_json: bool
+    talk: Talk
 
 
 @click.command(epilog="\b\nExample:\n  mergekit-rain export-lora config.rain.safetensors ./adapter")
@@ -28,16 +42,8 @@ from rain_mergekit.commands.options import output_options
 )
 @json_option
 @output_options
-def export_lora(
-    calibration: str,
-    out: str,
-    *,
-    strength: float,
-    dtype: str,
-    as_json: bool,
-    quiet: bool,
-    verbosity: int,
-) -> None:
+@typed(ExportLoraOptions)
+def export_lora(options: ExportLoraOptions) -> None:
     """Write the changes in CALIB to the folder OUT as a LoRA adapter for PEFT.
 
     CALIB must come from a calibration with `fit: streams`. The adapter belongs on the reasoning
@@ -47,20 +53,20 @@ def export_lora(
 
     from rain_mergekit.calibration_file.lora_adapter import write_adapter  # noqa: PLC0415
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415
-    from rain_mergekit.commands.console import Console  # noqa: PLC0415
     from rain_mergekit.system.staged_folder import staged_folder  # noqa: PLC0415
     from rain_mergekit.system.wording import counted  # noqa: PLC0415
 
-    console = Console(quiet=quiet or as_json, verbosity=verbosity)
-    file = CalibrationFile.open(calibration)
+    console = options.talk.console(quiet=options.as_json)
+    file = CalibrationFile.open(options.calibration)
     try:
-        with staged_folder(out) as stage:
-            ranks = write_adapter(file, stage, strength, getattr(torch, dtype))
+        with staged_folder(options.out) as stage:
+            dtype = getattr(torch, options.dtype)
+            ranks = write_adapter(file, stage, options.strength, dtype)
     finally:
         file.close()
-    console.heading(f"Wrote {out}")
+    console.heading(f"Wrote {options.out}")
     modules = counted(len(ranks), "module")
     console.print(f"  {modules}, rank {min(ranks.values())} to {max(ranks.values())}")
-    if as_json:
-        print_json("export-lora", {"folder": out, "ranks": ranks})
+    if options.as_json:
+        print_json("export-lora", {"folder": options.out, "ranks": ranks})
     console.print(f"Next: load it with PEFT on {file.models['reasoning'].reference}")

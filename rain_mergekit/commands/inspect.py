@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import click
 
 from rain_mergekit.commands.json_output import print_json
+from rain_mergekit.commands.options import typed
 from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
@@ -24,10 +25,19 @@ WIDTH = 80
 _COLOURS = (25, 31, 67, 109, 145, 180, 179, 173, 166)
 
 
+@dataclass(frozen=True)
+class InspectOptions:
+    """What the command line says."""
+
+    calibration: str
+    as_json: bool
+
+
 @click.command(epilog="\b\nExample:\n  mergekit-rain inspect trio.rain.safetensors --json")
 @click.argument("calibration", metavar="CALIB", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for programs.")
-def inspect(calibration: str, *, as_json: bool) -> None:
+@typed(InspectOptions)
+def inspect(options: InspectOptions) -> None:
     """Show what the calibration file CALIB holds: models, data, settings, protection, warnings.
 
     Only the header and the statistics of the heads are read, so large files are quick too.
@@ -36,12 +46,12 @@ def inspect(calibration: str, *, as_json: bool) -> None:
     from rain_mergekit.calibration_file.reader import CalibrationFile  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.calibration_file.summary import summarise  # noqa: PLC0415
 
-    file = CalibrationFile.open(calibration)
+    file = CalibrationFile.open(options.calibration)
     try:
         summary = summarise(file)
     finally:
         file.close()
-    if as_json:
+    if options.as_json:
         print_json("inspect", asdict(summary))
         return
     from rain_mergekit.commands.console import shows_blocks  # noqa: PLC0415 - keeps --help fast
