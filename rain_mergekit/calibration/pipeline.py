@@ -24,7 +24,7 @@ from rain_mergekit.calibration.stream_engine import StreamEngine
 from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.checks.answer_likelihood import swapped_answers_hint
-from rain_mergekit.checks.host_plan import require_found
+from rain_mergekit.checks.host_plan import require_found, require_shared
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
@@ -98,6 +98,7 @@ def _calibrate(
     names = merge_names(trio.config, run.layerwise.tensors)
     advice = warnings_of(config, trio, lost_tensors(run.layerwise.tensors, names))
     matrices = matrix_names(run.layerwise)
+    require_shared(trio.items(), trio.config, names, matrices)
     tensors = stored_names(run.layerwise, matrices)
     noted = check_trio(trio, models, tensors, samples.markers, config.settings)
     identity = job.identity(models)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.calibration import pipeline
 from rain_mergekit.calibration.options import RunOptions
-from rain_mergekit.checks.host_plan import require_found
+from rain_mergekit.checks.host_plan import require_found, require_shared
 from rain_mergekit.checks.role_names import swapped_hint
 from rain_mergekit.checks.task_vector_size import LARGEST
 from rain_mergekit.checks.tokenizers import disagreements
@@ -20,7 +20,7 @@ from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import parents
 from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint
-from rain_mergekit.models.empty_model import empty_model
+from rain_mergekit.models.empty_model import decoder_layers, empty_model
 from rain_mergekit.models.loading import LoadOptions, Trio, default_dtype, open_trio
 from rain_mergekit.models.merge_names import lost_tensors, lost_warning, merge_names
 from rain_mergekit.models.model_tensors import ModelTensors
@@ -227,10 +227,14 @@ def _left_out(trio: Trio) -> Iterator[Finding]:
     trust = trio.reasoning.trust_remote_code
     model = empty_model(trio.config, dtype, trust_remote_code=trust)
     tensors = ModelTensors.of(trio.reasoning, model)
-    lost = lost_tensors(tensors, merge_names(trio.config, tensors))
+    names = merge_names(trio.config, tensors)
+    lost = lost_tensors(tensors, names)
     said = lost_warning(lost) if lost else "mergekit writes every tensor of the reasoning model"
     yield Finding("left out", "warning" if lost else "note", said)
     require_found(trio.items())
+    layers, prefix = decoder_layers(model, trio.config)
+    weights = (f"{prefix}.{name}" for name, part in layers.named_parameters() if part.dim() > 1)
+    require_shared(trio.items(), trio.config, names, weights)
 
 
 def _calibration(config: RainConfig, trio: Trio, load: LoadOptions) -> Iterator[Finding]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.errors import RainError
+from rain_mergekit.merge_method.stored_tensors import added_later, stored_otherwise
 
 _LISTED, _TOKENS = 20, 4096
 _LAYER = re.compile(r"\.\d+\.")
@@ -46,8 +46,9 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
         folder = opened["reasoning"].base_path
         other = _other_reasoning_model(calibration, models["reasoning"], folder)
     problems: list[str] = []
+    added = added_later(calibration, opened)
     for role, index in opened.items():
-        problems += _problems(calibration, f"{role} model {models[role]}", index)
+        problems += _problems(calibration, f"{role} model {models[role]}", index, added)
     problems += _unlisted_problems(calibration, models, opened)
     if problems:
         more = len(problems) - _LISTED
@@ -198,8 +199,13 @@ def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
     return ""
 
 
-def _problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
-    """How a model differs from the calibration: shapes, types, missing tensors."""
+def _problems(
+    calibration: CalibrationFile, who: str, index: Any, added: AbstractSet[str]
+) -> list[str]:
+    """How a model differs from the calibration: shapes, types, missing tensors.
+
+    added: tensors that mergekit leaves out, and which may be missing.
+    """
     from rain_mergekit.models.checkpoint import PLAIN_TYPES, header_entries  # noqa: PLC0415 - transformers
 
     if not index.is_safetensors:
@@ -218,8 +224,9 @@ def _problems(calibration: CalibrationFile, who: str, index: Any) -> list[str]:
     ]
     # a head that one model lacks is its embedding: mergekit looks there
     absent = [name for name, plan in plans.items() if name not in entries and not plan.tokens]
+    absent = [name for name in absent if name not in added]
     if absent:
-        found = _stored_otherwise(index, absent)
+        found = stored_otherwise(index, absent)
         problems += [f"{who}: {name} is missing" for name in absent if name not in found]
     return sorted(problems)
 
@@ -253,25 +260,3 @@ def _layer(name: str) -> str | None:
     """The name up to the number of its layer."""
     found = _LAYER.search(name)
     return None if found is None else name[: found.end()]
-
-
-def _stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:
-    """The names that mergekit finds under an alias, or assembles from other tensors."""
-    from rain_mergekit.models.merge_names import listed_names  # noqa: PLC0415 - loads transformers
-
-    config = AutoConfig.from_pretrained(index.base_path)
-    listed = listed_names(config) or {}
-    keys = set(index.tensor_paths)
-    aliased = {listed[key] for key in keys if key in listed}
-    return {
-        name
-        for name in names
-        if name in aliased
-        or can_convert_checkpoint_keys(config.model_type, _of_the_layer(keys, name), name)
-    }
-
-
-def _of_the_layer(keys: set[str], name: str) -> set[str]:
-    """Only keys of the same layer: matching all keys of a large model takes minutes."""
-    layer = _LAYER.search(name)
-    return keys if layer is None else {key for key in keys if layer[0] in key}

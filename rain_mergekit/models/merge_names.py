@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 from mergekit.architecture import arch_info_for_config
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.model_tensors import ModelTensors, Source
@@ -38,19 +40,21 @@ def merge_names(config: Any, tensors: ModelTensors) -> Names:
     """The names under which mergekit merges a tensor of the model; none if it leaves it out.
 
     Where mergekit has no table for the architecture it takes the model's own names. Of these it
-    leaves out what is not in every layer and not in the checkpoint under that very name, like the
-    experts of models that begin with dense layers.
+    leaves out what is not in the checkpoint under that very name and not in every layer, like the
+    experts of models that begin with dense layers, or is stored in a way that it cannot convert.
     """
     listed = listed_names(config)
     templates = Counter(_template(name) for name in tensors.known)
     depth = max(templates.values())
+    found = Found.of(tensors.checkpoint.names, config.model_type)
 
+    @cache  # matching the keys of a layer with hundreds of experts takes a while
     def names(name: str) -> tuple[Target, ...]:
         if listed is None and name not in tensors.known:
             return ()
         if listed is None:
             everywhere = not _LAYER.search(name) or templates[_template(name)] == depth
-            there = everywhere or name in tensors.checkpoint.names
+            there = name in tensors.checkpoint.names or (everywhere and found(name))
             return (Target(name, shape=_exchanged(name, tensors)),) if there else ()
         source = tensors.sources.get(name, Source([]))
         single = [name] if source.converter else [name, *(part for part, _ in source.parts)]
@@ -70,6 +74,35 @@ def _exchanged(name: str, tensors: ModelTensors) -> tuple[int, ...]:
     part = source.parts[0][0]
     stored, own = tensors.checkpoint.shapes([part])[part], tensors.shapes([name])[name]
     return stored if stored != own and stored == (*own[:-2], own[-1], own[-2]) else ()
+
+
+class Found:
+    """Which tensors mergekit finds in a checkpoint: by their names, or by a conversion.
+
+    It asks transformers for conversions by the type of the model alone, and knows no prefix that
+    only some of an architecture's checkpoints have.
+    """
+
+    def __init__(self, by_layer: Mapping[str | None, Collection[str]], model_type: str) -> None:
+        self._by_layer, self._type = by_layer, model_type
+
+    @classmethod
+    def of(cls, names: Iterable[str], model_type: str) -> Found:
+        """Of the names in a checkpoint, and the type of model that its config names."""
+        by_layer: dict[str | None, set[str]] = {}
+        for name in names:
+            by_layer.setdefault(layer_of(name), set()).add(name)
+        return cls(by_layer, model_type)
+
+    def named(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of that very name."""
+        return name in self._by_layer.get(layer_of(name), ())
+
+    def __call__(self, name: str) -> bool:
+        """Whether it finds the tensor, which the result will have under that name."""
+        # All keys of a large model at once would take minutes.
+        near = set(self._by_layer.get(layer_of(name), ()))
+        return name in near or can_convert_checkpoint_keys(self._type, near, name)
 
 
 def layer_of(name: str) -> str | None:

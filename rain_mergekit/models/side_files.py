@@ -25,7 +25,7 @@ GENERATION = "generation_config.json"
 # What mergekit does not fetch from the hub; code only where it may run.
 HUB_PATTERNS = (
     *("*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.vocab", "*.bpe"),
-    *("LICENSE*", "NOTICE*"),
+    *(f"{name}*" for name in _TERMS),
 )
 HUB_CODE = ("*.py",)
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import folder_table
+import model_hub
 import pytest
 import torch
 import yaml
 from architectures import make
-from commands import refused, run, succeed
+from commands import run, succeed
 from merging import merge
-from published import CHECKPOINTS, ROLES, add_tensors, check_folder, published
+from published import (
+    CHECKPOINTS,
+    ROLES,
+    add_tensors,
+    check_folder,
+    published,
+    unknown_tensors,
+)
 from tiny import Tiny, read_weights
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rain_mergekit.models.config_file import read_config_file
-from rain_mergekit.models.empty_model import empty_model
 
 
 @pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
@@ -28,7 +34,7 @@ def test_result_is_the_reasoning_folder_at_lambda_zero(
     """By our command, and by mergekit-yaml with `finish` after it."""
     tiny, config = published(tmp_path, family, dialect, **{"lambda": 0.0})
     said = succeed("merge", config, tmp_path / "ours")
-    assert "mtp.fc.weight" in said
+    assert all(name in said for name in unknown_tensors())
     check_folder(tmp_path / "reasoning", tmp_path / "ours")
     content = yaml.safe_load(config.read_text())
     out = merge(tmp_path / "stock", content).folder
@@ -121,17 +127,47 @@ def test_head_that_is_the_embedding_and_stored_all_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("option", ["--safe-serialization", "--no-safe-serialization"])
-def test_infinity_in_the_type_of_the_result(tmp_path: Path, option: str) -> None:
-    """Found in both formats of the weights: nothing is written."""
-    tiny = Tiny.make(tmp_path, "llama", num_hidden_layers=1)
-    name = "model.norm.weight"
-    large = torch.full_like(tiny.weights("reasoning")[name], 1e6)
+@pytest.mark.parametrize("name", ["model.norm.weight", "mtp.norm.weight"])
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_infinity_in_the_type_of_the_result(
+    tmp_path: Path, family: str, dialect: str, name: str, option: str
+) -> None:
+    """Found in both formats of the weights, among what is added too: nothing is written."""
+    tiny, config = published(tmp_path, family, dialect)
+    added = name.startswith("mtp.")  # keeps its type
+    large = torch.full_like(tiny.weights("reasoning")[name], float("inf") if added else 1e6)
     add_tensors(tmp_path / "reasoning", **{name: large})
-    tiny.config(out_dtype="float16")
-    outcome = run("merge", tiny.path.with_suffix(".yml"), tmp_path / "out", option)
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**content, "out_dtype": "float16"}))
+    outcome = run("merge", config, tmp_path / "out", option)
     assert outcome.code == 1
-    assert f"{name} holds NaN or infinite values in the result in float16" in outcome.output
+    where = "the result" if added else "the result in float16"
+    assert f"{name} holds NaN or infinite values in {where}" in outcome.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_names_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dialect: str
+) -> None:
+    """All that belongs to the model is fetched; code where it may run."""
+    _, config = published(tmp_path, family, dialect, **{"lambda": 0.0})
+    text = config.read_text()
+    # mergekit remembers in this process what it has opened by which name
+    names = {f"{family}-{dialect[-1]}/{role}": tmp_path / role for role in ROLES}
+    for name, folder in names.items():
+        assert f"{folder}\n" in text
+        text = text.replace(f"{folder}\n", f"{name}\n")
+    config.write_text(text)
+    with model_hub.hub(names) as found:
+        model_hub.use(found, monkeypatch, tmp_path / "cache")
+        for name, options in (("plain", ()), ("trusted", ("--trust-remote-code",))):
+            succeed("merge", config, tmp_path / name, *options)
+    check_folder(tmp_path / "reasoning", tmp_path / "trusted")
+    code = "reasoning_parser.py"
+    assert not (tmp_path / "plain" / code).exists()
+    shutil.copy(tmp_path / "reasoning" / code, tmp_path / "plain")
+    check_folder(tmp_path / "reasoning", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
@@ -146,58 +182,21 @@ def test_type_in_other_spellings(tmp_path: Path, family: str, dialect: str) -> N
     before = read_config_file(tmp_path / "reasoning")
     assert read_config_file(tmp_path / "out") == {**before, field: "bfloat16"}
     weights = read_weights(tmp_path / "out")
-    assert {t.dtype for n, t in weights.items() if not n.startswith("mtp.")} == {torch.bfloat16}
+    known = weights.keys() - unknown_tensors().keys()
+    assert {weights[name].dtype for name in known} == {torch.bfloat16}
 
 
-def vision_config() -> Any:
-    text = {
-        "vocab_size": 400, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0,
-        "bos_token_id": None, "eos_token_id": 3, "sliding_window": 16,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
-    return AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
-
-
-def test_what_mergekit_will_not_find_is_said_before_the_calibration(tmp_path: Path) -> None:
-    """Gemma 3 with images, as newer transformers save it: mergekit's table has older names."""
-    from tiny import make_tokenizer, write_sets  # noqa: PLC0415
-
-    for role in ("reasoning", "instruct", "pretrained"):
-        model = AutoModelForImageTextToText.from_config(vision_config())
-        model.save_pretrained(tmp_path / role)
-        make_tokenizer().save_pretrained(tmp_path / role)
-    write_sets(tmp_path)
-    tiny = Tiny(tmp_path)
-    tiny.config()
-    message = refused(tmp_path, "calibrate", tiny.path.with_suffix(".yml"))
-    assert "mergekit cannot merge the reasoning model" in message
-    assert "by any method: it looks for" in message
-
-
-@pytest.mark.parametrize(
-    ("named", "built"),
-    [
-        ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"),
-        ("Qwen3_5ForCausalLM", "Qwen3_5ForCausalLM"),
-        ("Gemma3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
-    ],
-)
-def test_class_is_the_one_that_the_checkpoint_names(named: str, built: str) -> None:
-    config = vision_config()
-    if named.startswith("Qwen"):
-        config = AutoConfig.for_model(
-            "qwen3_5",
-            text_config={"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4},
-            vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32},
-        )
-    config.architectures = [named]
-    assert type(empty_model(config, torch.float32)).__name__ == built
+@pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)
+def test_config_of_another_vocabulary(tmp_path: Path, family: str, dialect: str) -> None:
+    """mergekit drops rows of padding; of the config the size alone follows."""
+    tiny, config = published(tmp_path, family, dialect)
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**content, "tokenizer": {"source": "base"}}))
+    succeed("merge", config, tmp_path / "out")
+    rows = read_weights(tmp_path / "out")["model.embed_tokens.weight"].shape[0]
+    before = read_config_file(tmp_path / "reasoning")
+    assert rows == len(tiny.tokenizer()) < before["vocab_size"]
+    assert read_config_file(tmp_path / "out") == {**before, "vocab_size": rows}
 
 
 @pytest.mark.parametrize(("family", "dialect"), CHECKPOINTS)

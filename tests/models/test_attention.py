@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import INDEXED, family_config
 from tiny import FAMILIES, model_config, random_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,27 +186,10 @@ def indexed(kind: str, implementation: str) -> Any:
     """A family that picks its keys itself, by scores that it masks with the mask of attention."""
     attention.register()
     torch.manual_seed(5)
-    sizes = {
-        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "index_topk": 12,
-        "index_head_dim": 32, "index_n_heads": 4, "shared_experts_intermediate_size": 32,
-        "pad_token_id": 0, "max_position_embeddings": 256,
-    }  # fmt: skip
-    kinds = {"mlp_layer_types": ["dense", "sparse"]} if kind == "glm_moe_dsa" else {}
-    ends = {"bos_token_id": None, "eos_token_id": 3}
-    config = AutoConfig.for_model(kind, **sizes, **kinds, **ends)
+    config = family_config(kind)
     model = AutoModel.from_config(config, attn_implementation=implementation)
     random_weights(model, 0.1)
     return model.eval()
-
-
-INDEXED = (
-    *("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text"),
-    "mistral_large4_text",
-)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,38 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Families that pick their keys themselves, by scores that they mask with the mask of attention.
+INDEXED = (
+    *("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text"),
+    "mistral_large4_text",
+)
+_INDEXED = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "index_topk": 12,
+    "index_head_dim": 32, "index_n_heads": 4, "shared_experts_intermediate_size": 32,
+    "pad_token_id": 0, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 3,
+}  # fmt: skip
+_DENSE_FIRST = {"glm_moe_dsa": {"mlp_layer_types": ["dense", "sparse"]}}
+# Families with a class for text and images and one for text alone, for one config or for two.
+TWO_CLASSES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_5": {
+        "text_config": {**_BASE, **_DELTA},
+        "vision_config": {
+            **_EYES, "depth": 2, "num_heads": 2, "patch_size": 8, "num_position_embeddings": 16,
+        },
+    },
+    "gemma3": {
+        "text_config": {**_BASE, "head_dim": 12, "sliding_window": 36},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
+}  # fmt: skip
 
 # Routers, gates of shared experts, linear attention: the projection leaves them.
 LEFT_ALONE = re.compile(r"\.(gate|router|shared_expert_gate|linear_attn)\.")
@@ -237,7 +269,9 @@ LEFT_ALONE = re.compile(r"\.(gate|router|shared_expert_gate|linear_attn)\.")
 
 def family_config(family: str) -> Any:
     """A transformers config of the family, small."""
-    options = FAMILIES[family]
+    if family in INDEXED:
+        return AutoConfig.for_model(family, **_INDEXED, **_DENSE_FIRST.get(family, {}))
+    options = TWO_CLASSES.get(family) or FAMILIES[family]
     nested = "text_config" in options
     return AutoConfig.for_model(family, **(options if nested else {**_BASE, **options}))
 
@@ -351,7 +385,8 @@ class _Watch:
     def hooks(self) -> Iterator[Any]:
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
-            matrix = isinstance(weight, Tensor) and weight.dim() == 2 and "norm" not in name
+            matrix = isinstance(weight, Tensor) and weight.dim() == 2
+            norm = "norm" in name.rpartition(".")[2]
             if hasattr(module, "dt_proj") and hasattr(module, "x_proj"):
                 last: Any = getattr(module, "dt_layernorm", module.x_proj)
                 yield last.register_forward_hook(partial(self.time_step, name))
@@ -359,7 +394,7 @@ class _Watch:
                 yield module.register_forward_pre_hook(partial(self.batched, name))
             elif hasattr(module, "is_transposed"):
                 yield module.register_forward_pre_hook(partial(self.routed, name))
-            elif matrix and not isinstance(module, nn.Embedding):
+            elif matrix and not norm and not isinstance(module, nn.Embedding):
                 yield module.register_forward_pre_hook(partial(self.plain, name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,49 @@ LEFT_BEHIND = {
 }
 
 
+# Transformers 4 has one more module there.
+_OLD_NAMES = {"gemma3": {"vision_tower.": "vision_tower.vision_model."}}
+# Attention of these alternates in a way that layer_types alone says.
+_TYPED = ("qwen3_5", "qwen3_5_text")
+
+
 def age(folder: Path) -> None:
-    """The config as transformers 4 wrote it."""
+    """The config and the names as transformers 4 wrote them."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    rope = config.pop("rope_parameters", None) or {}
-    config["rope_theta"] = rope.get("rope_theta", 10000.0)
-    config["torch_dtype"] = config.pop("dtype")
-    config.pop("layer_types", None)
+    for part in (config.get("text_config"), config):
+        if part is not None and "hidden_size" in part:
+            _age_rope(part)
+        if part is not None and "dtype" in part:
+            part["torch_dtype"] = part.pop("dtype")
     path.write_text(json.dumps({**config, "transformers_version": "4.44.0"}))
+    if old := _OLD_NAMES.get(config["model_type"]):
+        rename_tensors(folder, old)
+
+
+def _age_rope(part: dict[str, Any]) -> None:
+    """Put the numbers of rotary embeddings beside all others, and leave out what follows."""
+    rope = dict(part.pop("rope_parameters", None) or {})
+    if "full_attention" in rope:  # one for each type of layer
+        part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    part["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    if rope.get("rope_type", "default") != "default" or "mrope_section" in rope:
+        part["rope_scaling"] = rope
+    elif len(rope) > 1:  # such as the part of a head that is rotated
+        part |= {key: value for key, value in rope.items() if key != "rope_type"}
+    if part["model_type"] not in _TYPED:
+        part.pop("layer_types", None)
+
+
+def rename_tensors(folder: Path, prefixes: Mapping[str, str]) -> None:
+    """Give tensors whose names begin so others."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for old, new in prefixes.items():
+        weights = {n.replace(old, new) if n.startswith(old) else n: w for n, w in weights.items()}
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def add_files(folder: Path) -> None:
@@ -79,6 +113,16 @@ def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def unknown_tensors() -> dict[str, torch.Tensor]:
+    """What no class knows: heads that predict more tokens, and a layer beyond the last."""
+    shapes = {
+        "mtp.fc.weight": (4, 8),
+        "mtp.norm.weight": (4,),
+        "model.layers.2.eh_proj.weight": (4, 8),
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
 def published(
     folder: Path, family: str, dialect: str = DIALECTS[0], **parameters: Any
 ) -> tuple[Tiny, Path]:
@@ -87,8 +131,7 @@ def published(
     for role in ROLES if dialect == DIALECTS[0] else ():
         age(folder / role)
     add_files(folder / "reasoning")
-    mtp = {"mtp.fc.weight": torch.randn(4, 8), "mtp.norm.weight": torch.randn(4)}
-    add_tensors(folder / "reasoning", **mtp)
+    add_tensors(folder / "reasoning", **unknown_tensors())
     tiny.config(parameters={"calibration": str(tiny.path), **parameters})
     return tiny, tiny.path.with_suffix(".yml")
 
