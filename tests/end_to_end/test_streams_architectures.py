@@ -18,6 +18,7 @@ from tiny import Tiny
 from torch import Tensor
 from transformers import AutoConfig
 
+from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.text.calibration_sets import load_instruction
 
 
@@ -69,3 +70,27 @@ def test_the_merged_model_follows_both_teachers(tmp_path: Path, family: str) -> 
     assert distance(states["merged"], states["instruct"], answers) < near * apart
     apart = distance(states["instruct"], states["reasoning"], thinking)
     assert distance(states["merged"], states["reasoning"], thinking) < near * apart
+
+
+@pytest.mark.parametrize(
+    ("family", "maps"),
+    [
+        ("qwen3_5_text", {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}),
+        pytest.param(
+            "qwen3_next", {"in_proj_qkvz", "in_proj_ba", "out_proj"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_maps_of_linear_attention_are_fitted_and_not_projected(
+    tmp_path: Path, family: str, maps: set[str]
+) -> None:
+    """The two fits differ here, and the pages of both say so; its convolution stays in both."""
+    tiny = prepared(tmp_path, family)
+    for fit, expected in (("streams", maps), ("projection", set())):
+        one = tiny.using(f"{fit}.rain.safetensors", fit=fit)
+        one.calibrate()
+        found = [
+            name for name in CalibrationFile.open(str(one.path)).tensors if ".mlp." not in name
+        ]
+        assert {name.split(".")[-2] for name in found if ".linear_attn." in name} == expected
+        assert any(name.endswith("self_attn.q_proj.weight") for name in found)

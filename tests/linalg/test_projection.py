@@ -308,6 +308,27 @@ def test_a_soft_projection_damps_by_relative_energy() -> None:
     assert projection.ridge_weights(torch.zeros(0), 0.1).shape == (0,)
 
 
+def test_a_soft_projection_damps_by_the_largest_of_the_chosen_directions() -> None:
+    """A massive activation to which the task vector does not respond is not chosen."""
+    rows, delta = torch.diag(torch.tensor([100.0, 2, 1]).double()), normal(4, 3)
+    delta[:, 0] = 0
+    chosen = options(rank_by="response_energy", rank_share=0.9999, ridge=0.5)
+    result = solve_site("s", SiteFeatures(rows, 3), [delta], chosen, 3)
+    # of energies 4 and 1: 4 / (4 + 0.5 * 4) and 1 / (1 + 0.5 * 4)
+    expected = torch.diag(torch.tensor([0, 2 / 3, 1 / 3]).double())
+    torch.testing.assert_close(result.factors.u @ result.factors.v.mT, expected)
+
+
+def test_kept_energy_is_that_of_the_chosen_directions_alone() -> None:
+    """What reading adds is not counted, as the page on the file says."""
+    rows, delta, read = normal(6, 12), normal(4, 12, seed=1), normal(5, 12, seed=2)
+    chosen = options(rank_by="count", rank_count=2, reading_share=0.9)
+    bare = solve_site("s", SiteFeatures(rows, 6), [delta], chosen, 12)
+    more = solve_site("s", SiteFeatures(rows, 6, None, [read]), [delta], chosen, 12)
+    assert more.rank > bare.rank == 2
+    assert more.kept_energy == bare.kept_energy < 1
+
+
 def test_folding_many_rows_keeps_their_second_moment() -> None:
     collector, blocks = RowCollector(), [normal(n, 5, seed=n).float() for n in (3, 9, 30, 1, 40)]
     for block in blocks:

@@ -770,3 +770,18 @@ def test_relative_path_is_taken_from_the_working_folder(
     found = direct(file.name, Q0, all_weights(trio, Q0))
     assert torch.equal(found, direct(file, Q0, all_weights(trio, Q0)))
     assert not Path(file.name).is_absolute()
+
+
+def test_float32_checkpoints_are_rounded_once_with_an_out_dtype(tmp_path: Path) -> None:
+    """With `dtype: bfloat16` what mergekit reads is rounded first, and then the result."""
+    trio = Trio.make(tmp_path / "models")
+    calibration = make_calibration(trio)
+    path = calibration.write(tmp_path / "c.safetensors")
+    ways = {"once": {"dtype": "float32", "out_dtype": "bfloat16"}, "twice": {"dtype": "bfloat16"}}
+    found = {way: merge(tmp_path / way, config(trio, path, **ways[way])).weights() for way in ways}
+    for name in calibration.header["tensors"]:
+        exact = calibration.expected(trio, name, 1.0)
+        least = (exact.bfloat16().double() - exact).norm()
+        errors = {way: (found[way][name].double() - exact).norm() for way in ways}
+        assert errors["once"] < 1.01 * least, name
+        assert errors["twice"] > 1.2 * least, name

@@ -166,7 +166,15 @@ def test_links_to_elsewhere_are_not_copied(tmp_path: Path) -> None:
     assert side_files(snapshot) == ["tokenizer.json"]
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16", "BF16"])
-def test_types_have_one_spelling(name: str) -> None:
-    assert type_name(name) == "bfloat16"
-    assert type_name("nonsense") == "nonsense"
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("bfloat16", ("bfloat16", "torch.bfloat16", "bf16", "BF16")),
+        ("float16", ("float16", "torch.half", "np.float16", "fp16")),
+        ("float32", ("float32", "numpy.single", "fp32", "torch.float")),
+        ("float64", ("double", "f64")),
+        ("nonsense", ("nonsense",)),
+    ],
+)
+def test_types_have_one_spelling(name: str, names: tuple[str, ...]) -> None:
+    assert {type_name(one) for one in names} == {name}
