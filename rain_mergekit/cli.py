@@ -28,6 +28,10 @@ _COMMANDS = {
         "rain_mergekit.commands.estimate:estimate",
         "What a calibration would need, from a config.json.",
     ),
+    "dequantize": (
+        "rain_mergekit.commands.dequantize:dequantize",
+        "Write a quantised model's weights in bfloat16.",
+    ),
     "calibrate": ("rain_mergekit.commands.calibrate:calibrate", "Write the calibration file."),
     "merge": ("rain_mergekit.commands.merge:merge", "Calibrate if needed, then merge."),
     "finish": ("rain_mergekit.commands.finish:finish", "Put right what mergekit-yaml wrote."),

@@ -74,9 +74,11 @@ def plan_outline(outline: ModelOutline, chosen: Mapping[str, Any], options: RunO
     found = _planned(outline, chosen, options)
     if outline.quantised is None:
         return found
+    known = outline.quantised.kind is not None
+    how = "`mergekit-rain dequantize` writes" if known else "its publisher may have"
     note = (
-        f"it is published in {outline.quantised}: a calibration reads plain weights, so take or "
-        f"make a copy in bfloat16 first, of {outline.bytes / GIB:,.0f} GiB"
+        f"it is published in {outline.quantised.words}: a calibration reads plain weights, so "
+        f"take a copy in bfloat16, of {outline.bytes / GIB:,.0f} GiB, which {how}"
     )
     return replace(found, notes=(note, *found.notes))
 

@@ -29,13 +29,21 @@ def read_config_file(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def method_of(config: Mapping[str, Any]) -> str | None:
-    """How a model is quantised, by what its config.json says; None where its weights are plain."""
+def section_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config.json says on how its model is quantised; None where its weights are plain."""
     for part in (config, config.get("text_config")):
         section = part.get(QUANTISATION) if isinstance(part, Mapping) else None
         if isinstance(section, Mapping):
-            return str(section.get("quant_method", "unknown"))
+            return section
     return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields without what `section_of` finds, for plain weights of the same model."""
+    kept = {key: value for key, value in config.items() if key != QUANTISATION}
+    if isinstance(text := config.get("text_config"), Mapping):
+        kept["text_config"] = without_quantisation(text)
+    return kept
 
 
 def published_config(

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.models.config_file import method_of
 from rain_mergekit.models.empty_model import decoder_layers, empty_model, text_config
+from rain_mergekit.models.published_format import PublishedFormat, format_of
 from rain_mergekit.system.untrusted_input import first_line, read_regular
 
 
@@ -28,7 +28,7 @@ class ModelOutline:
         layers: its decoder layers.
         hidden_size: d.
         bytes: what its weights take on disk; of a quantised model, as plain weights.
-        quantised: by which method it is published, if its weights are not plain.
+        quantised: the format in which it is published, if its weights are not plain.
     """
 
     config: Any
@@ -36,7 +36,7 @@ class ModelOutline:
     layers: nn.ModuleList
     hidden_size: int
     bytes: int
-    quantised: str | None = None
+    quantised: PublishedFormat | None = None
 
     @property
     def parameters(self) -> int:
@@ -65,7 +65,7 @@ def outline_of(path: str) -> ModelOutline:
     layers, _ = decoder_layers(model, config)
     hidden = int(text_config(config).hidden_size)
     size = sum(parameter.numel() for parameter in model.parameters()) * _itemsize(values)
-    return ModelOutline(config, model, layers, hidden, size, method_of(values))
+    return ModelOutline(config, model, layers, hidden, size, format_of(values, path))
 
 
 def _read(path: str) -> Mapping[str, Any]:

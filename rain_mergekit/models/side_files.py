@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from rain_mergekit.system.untrusted_input import read_regular
+
 # What loaders, tokenizers, processors and servers read; a model's own code is read where trusted.
 _SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab", ".bpe", ".py")
 _NESTED = (".jinja", ".py")
@@ -38,6 +40,17 @@ def side_files(folder: str | Path) -> list[str]:
     """
     root = Path(folder)
     return sorted(path.relative_to(root).as_posix() for path in _files(root) if _safe(root, path))
+
+
+def model_card(folder: str | Path) -> bytes | None:
+    """What its README.md says; None where there is none that `side_files` would allow."""
+    path = Path(folder, "README.md")
+    if not path.is_file() or not _safe(Path(folder), path):
+        return None
+    try:
+        return read_regular(path)
+    except OSError:
+        return None
 
 
 def is_of_tokenizer(name: str) -> bool:

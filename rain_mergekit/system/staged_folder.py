@@ -33,25 +33,58 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         RainError: `path` cannot be written, found out before the block begins.
     """
     target = output_folder(path)
-    created = [p for p in (target, *target.parents) if not p.exists()]
+    with _stage(path, target, target) as stage:
+        yield stage
+        _move(stage, target)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Create an empty folder that is moved to `path`, where nothing may be yet, on success.
+
+    It lies beside `path`, on the same file system. After a failure nothing is left; what a killed
+    process left there is removed by the next one.
+
+    Raises:
+        RainError: `path` exists or cannot be written, found out before the block begins; or
+            writing fails in the block.
+    """
+    target = output_folder(path)
+    if target.exists():
+        raise RainError(f"{path}: exists, and is not overwritten; name another output folder")
+    with _stage(path, target, target.parent) as stage:
+        try:
+            yield stage
+            stage.rename(target)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+
+@contextmanager
+def _stage(path: str | Path, target: Path, place: Path) -> Iterator[Path]:
+    """An empty folder with the target's name in a locked one inside `place`, which is removed."""
+    created = [p for p in (place, *place.parents) if not p.exists()]
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(target)
-        work, lock = _workspace(target)
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(place)
+        work, lock = _workspace(place)
     except OSError as error:
         _remove_empty(created)
-        raise RainError(
-            f"{path}: cannot be written ({error.strerror or error}); name another output folder"
-        ) from None
+        raise _unwritable(path, error) from None
     try:
         stage = work / (target.name or "merged")
         stage.mkdir()
         yield stage
-        _move(stage, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
         _remove_empty(created)
+
+
+def _unwritable(path: str | Path, error: OSError) -> RainError:
+    return RainError(
+        f"{path}: cannot be written ({error.strerror or error}); name another output folder"
+    )
 
 
 def output_folder(path: str | Path) -> Path:
