@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.header_copy import Preview, preview
-from rain_mergekit.models.loading import LoadOptions, open_model, reference_of
+from rain_mergekit.models.loading import LoadOptions, open_model, reference_of, require_plain
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.text.marker_detection import shown_markers
 from rain_mergekit.text.markers import Markers
@@ -62,6 +62,7 @@ def look_at(name: str, place: Path, load: LoadOptions, template: Mapping[str, An
     with called({seen.folder: name}):
         folder = ModelReference.model_validate({"model": {"path": seen.folder}})
         checkpoint = open_model(folder, load)
+        require_plain(checkpoint, name)
         tokenizer = load_tokenizer(checkpoint) if has_tokenizer(seen.folder) else None
         shown = tokenizer is not None and tokenizer.chat_template
         markers = tuple(shown_markers(tokenizer, template)) if shown and tokenizer else ()

@@ -9,7 +9,7 @@ from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.loading import LoadOptions, Trio, open_model, read_model_config
+from rain_mergekit.models.loading import LoadOptions, Trio, open_models, read_model_config
 from rain_mergekit.models.merge_names import lost_warning
 
 
@@ -51,7 +51,7 @@ def require_mergeable(config: RainConfig, options: LoadOptions) -> None:
     """Raise RainError now if mergekit would later refuse embeddings of different sizes."""
     if config.tokenizer:
         return
-    models = {role: open_model(model, options) for role, model in config.models.items()}
+    models = open_models(config, options)
     different = different_vocabularies(models, read_model_config(models["reasoning"]))
     if different:
         raise RainError(f"{config.path}: {_describe(different)} {_REMEDY}")

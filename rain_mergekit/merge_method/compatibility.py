@@ -48,7 +48,12 @@ def check_models(calibration: CalibrationFile, models: Mapping[str, Any]) -> Non
     problems: list[str] = []
     added = added_later(calibration, opened)
     for role, index in opened.items():
-        problems += _problems(calibration, f"{role} model {models[role]}", index, added)
+        who = f"{role} model {models[role]}"
+        remark = _quantised(models[role], index)
+        if remark is not None:
+            problems.append(f"{role} model {remark}")
+        else:
+            problems += _problems(calibration, who, index, added)
     problems += _unlisted_problems(calibration, models, opened)
     if problems:
         more = len(problems) - _LISTED
@@ -197,6 +202,13 @@ def _hint(calibration: CalibrationFile, found: Mapping[str, str]) -> str:
         if calibration.models[role].fingerprint == found:
             return f" (it is the {role} model of the calibration: are the models swapped?)"
     return ""
+
+
+def _quantised(model: ModelReference, index: Any) -> str | None:
+    """What to do about a model that is published quantised; None where its weights are plain."""
+    from rain_mergekit.models.published_format import quantised_remark  # noqa: PLC0415 - transformers
+
+    return quantised_remark(model, index.base_path) if index.is_safetensors else None
 
 
 def _problems(

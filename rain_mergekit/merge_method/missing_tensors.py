@@ -20,7 +20,7 @@ from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import (
     LoadOptions,
     merged_folders,
-    open_model,
+    open_models,
     read_model_config,
     require_all_layers,
 )
@@ -59,7 +59,7 @@ class Completion:
     @classmethod
     def of(cls, config: MergeRecipe, options: LoadOptions) -> Completion:
         """Read the models' headers; RainError if lambda has to be one number and is not."""
-        checkpoints = {role: open_model(model, options) for role, model in config.models.items()}
+        checkpoints = open_models(config, options)
         model_config = read_model_config(checkpoints["reasoning"])
         require_all_layers(config, model_config)
         trust = options.trust_remote_code

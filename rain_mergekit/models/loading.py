@@ -16,6 +16,7 @@ from rain_mergekit.config.merge_config import MergeRecipe
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import merged_adapter
 from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.published_format import quantised_remark
 from rain_mergekit.models.source import model_folder
 from rain_mergekit.system.untrusted_input import first_line, read_regular, shown
 
@@ -93,8 +94,32 @@ def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
         )
     path = model_folder(reference, options.transformers_cache, trust=trust)
     if reference.lora is not None:
+        base = ModelReference(model=reference.model)
+        _require_plain({"the adapter's base": quantised_remark(base, path)})
         path = merged_adapter(reference, path, str(cache), options.lora_merge_dtype, trust=trust)
     return Checkpoint.open(reference, path, trust_remote_code=trust)
+
+
+def open_models(config: MergeRecipe, options: LoadOptions) -> dict[str, Checkpoint]:
+    """The checkpoints of a merge by role; RainError if one is quantised or cannot be found."""
+    opened = {role: open_model(reference, options) for role, reference in config.models.items()}
+    _require_plain({role: quantised_remark(m.reference, m.path) for role, m in opened.items()})
+    return opened
+
+
+def require_plain(checkpoint: Checkpoint, name: str) -> None:
+    """RainError if the weights are quantised; name: what the user calls the model."""
+    reference = reference_of(name)
+    _require_plain({"model": quantised_remark(reference, checkpoint.path)})
+
+
+def _require_plain(remarks: Mapping[str, str | None]) -> None:
+    roles: dict[str, list[str]] = {}  # one model may stand for two
+    for role, text in remarks.items():
+        if text is not None:
+            roles.setdefault(text, []).append(role)
+    if roles:
+        raise RainError("; ".join(f"{' and '.join(who)}: {text}" for text, who in roles.items()))
 
 
 def merged_folders(models: Mapping[str, Checkpoint]) -> dict[ModelReference, str]:
@@ -105,7 +130,7 @@ def merged_folders(models: Mapping[str, Checkpoint]) -> dict[ModelReference, str
 
 def open_trio(config: MergeRecipe, options: LoadOptions) -> Trio:
     """Open the checkpoints and read the reasoning model's config; no tensor is read."""
-    opened = {role: open_model(reference, options) for role, reference in config.models.items()}
+    opened = open_models(config, options)
     model_config = read_model_config(opened["reasoning"])
     require_all_layers(config, model_config)
     _require_architecture(opened["reasoning"], model_config)

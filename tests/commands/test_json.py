@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import click
 import pytest
 from commands import TRIO, Workplace, make_models, make_workplace, run
+from quantised import FP8_SECTION, fp8_blocks, quantise
 
 from rain_mergekit.cli import cli
 
@@ -88,6 +90,9 @@ def test_objects_have_the_fields_that_are_documented(place: Workplace) -> None:
     assert printed("examples", folder / "examples")["folders"] == ["configs", "calibration", "trio"]
     equal = printed("diff", place.model("reasoning"), place.model("reasoning"))
     assert equal["equal"] == len(equal["tensors"])
+    quantise(shutil.copytree(merged, folder / "fp8"), FP8_SECTION, fp8_blocks)
+    plain = printed("dequantize", folder / "fp8", folder / "plain")
+    assert (plain["dequantised"], plain["files"]) == (7, 1)
     files = printed("push", merged, "me/it", "--dry-run")
     assert files["url"] is None
     assert files["files"]["README.md"] > 0
