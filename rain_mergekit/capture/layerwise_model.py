@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -54,12 +54,19 @@ class LayerwiseModel:
         tensors: ModelTensors,
         layers: nn.ModuleList,
         prefix: str,
+        *,
+        experts: Collection[str],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """prefix: the name of `layers` in `model`; dtype: of the forward pass."""
+        """prefix: the name of `layers` in `model`; dtype: of the forward pass.
+
+        experts: the names of the experts' weights while the layers are there: at times others
+        take their place.
+        """
         self.model, self.tensors, self.checkpoint = model, tensors, tensors.checkpoint
         self.layers, self.prefix, self.dtype, self.device = layers, prefix, dtype, device
+        self._experts = experts
         self.as_tuple = False
         self._ahead: LayersAhead | None = None
 
@@ -75,7 +82,15 @@ class LayerwiseModel:
         model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
         layers, prefix = decoder_layers(model, config)
         tensors = ModelTensors.of(checkpoint, model)
-        return cls(model, tensors, layers, prefix, dtype, torch.device(device))
+        return cls(
+            model,
+            tensors,
+            layers,
+            prefix,
+            experts=expert_weights(model),
+            dtype=dtype,
+            device=torch.device(device),
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -95,10 +110,6 @@ class LayerwiseModel:
     @property
     def _list(self) -> str:
         return self.prefix.rpartition(".")[2]
-
-    @cached_property
-    def _experts(self) -> Collection[str]:
-        return expert_weights(self.model)
 
     @property
     def outline(self) -> ModelOutline:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,20 +41,23 @@ class ModelTensors:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: nn.Module, sources: Mapping[str, Source]
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        shapes: dict[str, tuple[int, ...]],
+        sources: Mapping[str, Source],
     ) -> None:
+        """shapes: of the whole model's tensors; at times others take the place of its layers."""
         self.checkpoint, self.sources = checkpoint, sources
         self._model: Any = model
+        self._shapes = shapes
         self._last: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module) -> ModelTensors:
         """From the names of the checkpoint's tensors and transformers' conversions."""
-        return cls(checkpoint, model, _sources(checkpoint.names, model, _shapes(model)))
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self._model)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return cls(checkpoint, model, shapes, _sources(checkpoint.names, model, shapes))
 
     @property
     def known(self) -> frozenset[str]:
@@ -147,10 +150,6 @@ class ModelTensors:
         """Close the open shard and free the last conversion."""
         self._last = {}
         self.checkpoint.release()
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _sources(

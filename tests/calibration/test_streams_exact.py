@@ -21,6 +21,7 @@ import torch
 from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
+from rain_mergekit.calibration import stream_layer
 from rain_mergekit.calibration.fit_rule import LANDMARKS, MATRICES, directions_within
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.linalg.ridge_fit import CANDIDATES
@@ -252,7 +253,7 @@ def test_a_very_wide_input_is_fitted_exactly_where_all_tokens_are_landmarks(
     count = sum(len(text.ids) for text in reference.texts)
     budget = MATRICES * count**2 + LANDMARKS * count * width
     assert directions_within(width, budget) == count < width
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=stream_layer.__name__):
         agree(tiny, reference, activation_budget=2 * budget)
     assert f"down_proj: fitted within {count} of {width} directions" in caplog.text
 
