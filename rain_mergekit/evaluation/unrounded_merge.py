@@ -22,7 +22,8 @@ class _Merged(ModelTensors):
     """
 
     def __init__(self, layerwise: LayerwiseModel, merger: TensorMerger) -> None:
-        super().__init__(layerwise.checkpoint, layerwise.model, layerwise.tensors.sources)
+        own = layerwise.tensors
+        super().__init__(own.checkpoint, layerwise.model, own.expected, own.sources)
         self._merger, self._made = merger, dict[str, Tensor]()
 
     def get(self, name: str) -> Tensor:

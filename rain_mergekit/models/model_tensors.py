@@ -50,7 +50,7 @@ class ModelTensors:
         """shapes: of the whole model's tensors; at times others take the place of its layers."""
         self.checkpoint, self.sources = checkpoint, sources
         self._model: Any = model
-        self._shapes = shapes
+        self.expected = shapes
         self._last: dict[str, Tensor] = {}
 
     @classmethod
@@ -62,7 +62,7 @@ class ModelTensors:
     @property
     def known(self) -> frozenset[str]:
         """The names of all tensors of the model."""
-        return frozenset(self._shapes)
+        return frozenset(self.expected)
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -83,7 +83,9 @@ class ModelTensors:
         known = {name: self.sources[name] for name in names if name in self.sources}
         direct = {source.name: name for name, source in known.items() if source.name is not None}
         shapes = {direct[key]: s for key, s in self.checkpoint.shapes(direct).items()}
-        converted = {name: self._shapes[name] for name, source in known.items() if source.converter}
+        converted = {
+            name: self.expected[name] for name, source in known.items() if source.converter
+        }
         return shapes | converted
 
     def coded(self, names: Iterable[str]) -> dict[str, str]:
@@ -133,7 +135,7 @@ class ModelTensors:
             first, model=self._model, config=self._model.config
         )
         tensors = {key: t[0] if isinstance(t, list) else t for key, t in found.items()}
-        if name not in tensors or tuple(tensors[name].shape) != self._shapes[name]:
+        if name not in tensors or tuple(tensors[name].shape) != self.expected[name]:
             raise RainError(
                 f"{self.checkpoint.reference}: {name} cannot be assembled from "
                 f"{len(source.parts)} tensors of the checkpoint (the first: {source.parts[0][0]})"
