@@ -132,3 +132,19 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         output = output[0]
     result: Tensor = output[0]
     return result
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move what is computed of a module, such as rotary tables, to the device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))
+
+
+def strange_layers(model: nn.Module) -> str:
+    """The message for a model whose layers exchange more than hidden states."""
+    return (
+        f"{type(model).__name__}: its layers exchange something other than one hidden state per "
+        "token, which a layer-by-layer calibration does not support; the model cannot be calibrated"
+    )

@@ -23,6 +23,8 @@ from rain_mergekit.capture.layer_calls import (
     RecordingLayer,
     TupleExpected,
     deduplicated,
+    move_buffers,
+    strange_layers,
 )
 from rain_mergekit.capture.layers_ahead import (
     KEPT_MAPPED,
@@ -127,7 +129,7 @@ class LayerwiseModel:
         last = self.layers[-1]
         stubs = nn.ModuleList(RecordingLayer(layer, layer is last, notes) for layer in self.layers)
         shared = PrefixSharing()
-        _move_buffers(self.decoder, self.device)
+        move_buffers(self.decoder, self.device)
         used = torch.tensor(sorted({token for ids in samples for token in ids}))
         with self.replaced(stubs), self._surroundings(used), torch.no_grad():
             for ids in samples:
@@ -174,12 +176,12 @@ class LayerwiseModel:
             if isinstance(error, ValueError) and len(record.calls) != 1:
                 raise
             if self.as_tuple:
-                raise RainError(_strange_layers(self.model)) from None
+                raise RainError(strange_layers(self.model)) from None
             self.as_tuple = True
             return self._record_one(ids, notes, shared)
         hidden = record.hidden
         if hidden is None or hidden.shape != (1, len(ids), self.hidden_size):
-            raise RainError(_strange_layers(self.model))
+            raise RainError(strange_layers(self.model))
         shared.begin()
         calls = deduplicated(shared.call(call, len(ids)) for call in record.calls)
         return hidden[0].clone(), calls
@@ -188,7 +190,7 @@ class LayerwiseModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The real layer `index` of the checkpoint, on the device, in the forward dtype."""
         layer = self.layers[index]
-        _move_buffers(layer, self.device)
+        move_buffers(layer, self.device)
         with phase(LOAD):
             found = None if self._ahead is None else self._ahead.take(index)
         read = None if found is None else partial(self._convert_from, found)
@@ -294,17 +296,3 @@ def fitting(checkpoint: Checkpoint, name: str, tensor: Tensor, expected: tuple[i
         f"{checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
         f"but config.json asks for {tuple(expected)}"
     )
-
-
-def _strange_layers(model: nn.Module) -> str:
-    return (
-        f"{type(model).__name__}: its layers exchange something other than one hidden state per "
-        "token, which a layer-by-layer calibration does not support; the model cannot be calibrated"
-    )
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                setattr(part, name, buffer.to(device))
