@@ -59,7 +59,7 @@ def exact_match(folder: Path, line: str, out: str) -> float:
 
 
 def main() -> None:
-    """Run both; one line each."""
+    """Run the command in both ways; one line says what each finds."""
     line = command()
     assert MARKER.search(line), line
     with tempfile.TemporaryDirectory(prefix="rain-harness-") as name:

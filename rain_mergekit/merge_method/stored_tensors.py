@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from transformers import AutoConfig
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
-
-_LAYER = re.compile(r"\.\d+\.")
 
 
 def added_later(calibration: CalibrationFile, opened: Mapping[str, Any]) -> set[str]:
@@ -42,22 +38,14 @@ def _converted(index: Any) -> set[str]:
 
 
 def stored_otherwise(index: Any, names: Sequence[str]) -> set[str]:
-    """The names that mergekit finds under an alias, or assembles from other tensors."""
-    from rain_mergekit.models.merge_names import listed_names  # noqa: PLC0415 - loads transformers
+    """Of names that are not stored, those that mergekit finds by an alias or a conversion."""
+    from rain_mergekit.models.merge_names import (  # noqa: PLC0415 - loads transformers
+        Found,
+        listed_names,
+    )
 
     config = AutoConfig.from_pretrained(index.base_path)
     listed = listed_names(config) or {}
-    keys = set(index.tensor_paths)
-    aliased = {listed[key] for key in keys if key in listed}
-    return {
-        name
-        for name in names
-        if name in aliased
-        or can_convert_checkpoint_keys(config.model_type, _of_the_layer(keys, name), name)
-    }
-
-
-def _of_the_layer(keys: set[str], name: str) -> set[str]:
-    """Only keys of the same layer: matching all keys of a large model takes minutes."""
-    layer = _LAYER.search(name)
-    return keys if layer is None else {key for key in keys if layer[0] in key}
+    aliased = {listed[key] for key in index.tensor_paths if key in listed}
+    found = Found.of(index.tensor_paths, config.model_type)
+    return {name for name in names if name in aliased or found(name)}
