@@ -9,7 +9,7 @@ from rain_mergekit.calibration_file.container import Entry
 from rain_mergekit.errors import RainError
 
 
-class Fields:
+class HeaderFields:
     """An object of the header; each getter checks the type and names the field when it is wrong."""
 
     def __init__(self, values: Any, where: str, entries: Mapping[str, Entry]) -> None:
@@ -31,11 +31,11 @@ class Fields:
         path = f"{self.where}.{name}".strip(".") or "the header"
         raise RainError(f"field {path!r} must be {expected}, found {found!r:.60}")
 
-    def table(self, name: str) -> Fields:
+    def table(self, name: str) -> HeaderFields:
         """An object."""
-        return Fields(self.get(name), f"{self.where}.{name}".strip("."), self.entries)
+        return HeaderFields(self.get(name), f"{self.where}.{name}".strip("."), self.entries)
 
-    def tables(self) -> list[tuple[str, Fields]]:
+    def tables(self) -> list[tuple[str, HeaderFields]]:
         """All objects by name."""
         return [(name, self.table(name)) for name in self._values]
 

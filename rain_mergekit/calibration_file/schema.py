@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rain_mergekit.calibration_file.container import Entry
-from rain_mergekit.calibration_file.header_fields import Fields
+from rain_mergekit.calibration_file.header_fields import HeaderFields
 from rain_mergekit.config.method_names import CALIBRATED, RAIN
 from rain_mergekit.errors import RainError
 
@@ -96,7 +96,7 @@ def version_of(header: Mapping[str, Any]) -> int:
 
 def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Plans:
     """Check the header against itself and the stored tensors; RainError names the field."""
-    root = Fields(header, "", entries)
+    root = HeaderFields(header, "", entries)
     digests = root.table("tensor_sha256")
     if set(digests) != set(entries):
         odd = sorted(set(digests) ^ set(entries))
@@ -114,7 +114,7 @@ def parse_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> Pla
     return Plans(kind, models, sites, tensors, {key: digests.text(key) for key in digests}, gamma)
 
 
-def _model(fields: Fields) -> ModelRecord:
+def _model(fields: HeaderFields) -> ModelRecord:
     digests = None
     if fields.get("fingerprint") is not None:
         table = fields.table("fingerprint")
@@ -122,7 +122,7 @@ def _model(fields: Fields) -> ModelRecord:
     return ModelRecord(fields.text("reference"), fields.optional_text("revision"), digests)
 
 
-def _site(fields: Fields) -> SitePlan:
+def _site(fields: HeaderFields) -> SitePlan:
     width = fields.natural("width", 1)
     rank = fields.natural("rank", 0, width)
     u, v = fields.key("u", (width, rank)), fields.key("v", (width, rank))
@@ -142,7 +142,7 @@ def _site(fields: Fields) -> SitePlan:
     )
 
 
-def _tensor(fields: Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
+def _tensor(fields: HeaderFields, sites: Mapping[str, SitePlan]) -> TensorPlan:
     shape = fields.get("shape")
     if not isinstance(shape, list) or len(shape) not in (2, 3):
         fields.fail("shape", "a list of 2 or 3 sizes", shape)
@@ -169,7 +169,7 @@ def _tensor(fields: Fields, sites: Mapping[str, SitePlan]) -> TensorPlan:
 
 
 def _change(
-    fields: Fields, shape: list[int], d_out: int, d_in: int
+    fields: HeaderFields, shape: list[int], d_out: int, d_in: int
 ) -> tuple[str | None, str | None]:
     a, b = fields.key("a", (d_out, None)), fields.key("b", (d_in, None))
     if (a is None) != (b is None) or (a is not None and len(shape) != 2):
@@ -179,14 +179,14 @@ def _change(
     return a, b
 
 
-def _require_width(fields: Fields, plan: SitePlan | None, name: object, width: int) -> None:
+def _require_width(fields: HeaderFields, plan: SitePlan | None, name: object, width: int) -> None:
     if plan is None:
         fields.fail("site", "the name of a site", name)
     elif plan.width != width:
         fields.fail("site", f"a site of width {width}, the input size", f"{name} ({plan.width})")
 
 
-def _check_remarks(root: Fields) -> None:
+def _check_remarks(root: HeaderFields) -> None:
     """Sections for people and reports: types only, and each key must be a stored tensor."""
     root.optional_text("created_by")
     for name in ("data", "settings", "run"):
@@ -196,7 +196,7 @@ def _check_remarks(root: Fields) -> None:
         if not isinstance(root.get(name) or [], list):
             root.fail(name, "a list", root.get(name))
     for index, layer in enumerate(root.get("layers") or []):
-        fields = Fields(layer, f"layers.{index}", root.entries)
+        fields = HeaderFields(layer, f"layers.{index}", root.entries)
         fields.text("name")
         for key in (stats := fields.table("stats")):
             if stats.text(key) not in root.entries:
@@ -206,14 +206,14 @@ def _check_remarks(root: Fields) -> None:
         root.fail("warnings", "a list of texts", root.get("warnings"))
 
 
-def _check_streams(root: Fields) -> None:
+def _check_streams(root: HeaderFields) -> None:
     """Errors of stream matching by layer, and how each change was fitted: numbers by name."""
     if root.get("streams") is not None:
         section = root.table("streams")
         if not isinstance(section.get("layers"), list):
             section.fail("layers", "a list", section.get("layers"))
         for index, layer in enumerate(section.get("layers")):
-            fields = Fields(layer, f"streams.layers.{index}", root.entries)
+            fields = HeaderFields(layer, f"streams.layers.{index}", root.entries)
             fields.text("name")
             for kind in ("fitted", "held_out"):
                 _require_numbers(fields.table(kind))
@@ -224,7 +224,7 @@ def _check_streams(root: Fields) -> None:
             _require_numbers(fit, "rank", "explained", "fitted", "wanted")
 
 
-def _require_numbers(fields: Fields, *names: str) -> None:
+def _require_numbers(fields: HeaderFields, *names: str) -> None:
     for name in names or tuple(fields):
         if fields.optional_number(name) is None:
             fields.fail(name, "a finite number", fields.get(name))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.evenly_spaced import evenly_spaced
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 from rain_mergekit.system.json_samples import StrPath, read_samples, read_text
 from rain_mergekit.system.shipped_files import shipped
 
@@ -68,7 +68,7 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _parse(source: str, value: object) -> Prompt:
-    fields = Fields(source, value)
+    fields = JsonFields(source, value)
     text = fields.required("prompt", "every line needs a prompt")
     constrained = any(fields.value(name) for name in _INSTRUCTIONS)
     return Prompt(text, fields.text("domain") or (CONSTRAINED if constrained else ""))

@@ -19,7 +19,7 @@ from rain_mergekit.evaluation.answer_measures import Measured, measure, reading_
 from rain_mergekit.instructions.prompts import Asked, parse_prompt, read_prompts
 from rain_mergekit.instructions.rules import check_rules
 from rain_mergekit.system.evenly_spaced import evenly_spaced
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 from rain_mergekit.system.json_samples import JsonObject, read_text
 from rain_mergekit.text.marker_detection import text_markers
 from rain_mergekit.text.markers import Markers
@@ -153,7 +153,7 @@ def _opens(head: Mapping[str, Any]) -> bool | None:
 
 def _row(path: str, number: int, line: str) -> tuple[Asked, int, Written]:
     value = _object(path, number, line)
-    fields = Fields(f"{path}:{number}", value)
+    fields = JsonFields(f"{path}:{number}", value)
     sample, tokens = value.get("sample", 0), value.get("tokens")
     text, reasoning, finished = (value.get(name) for name in ("text", "reasoning", "finished"))
     good = isinstance(text, str) and isinstance(finished, bool) and isinstance(sample, int)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212+]?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
 _ANNOUNCED = re.compile(r"\banswer\b\W{0,8}(?:is\b|:|=)\W{0,4}([^\n]*)", re.IGNORECASE)
@@ -51,7 +51,7 @@ class AnswerKey:
         return _says(plain(self.parts[0]), response)
 
 
-def read_key(fields: Fields) -> AnswerKey | None:
+def read_key(fields: JsonFields) -> AnswerKey | None:
     """`answer` (a text, a number, or a list of words) and `choices` of a prompt; None without.
 
     Of a text with `####` the key is what follows; a text of several lines, or of more than 200

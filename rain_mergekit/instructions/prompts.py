@@ -8,7 +8,7 @@ from typing import Any
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.instructions.answer_key import AnswerKey, read_key
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 from rain_mergekit.system.json_samples import StrPath, read_samples
 
 # Before a rule's id: the instruction is about the thinking, not about the response.
@@ -75,10 +75,10 @@ def read_prompts(path: StrPath) -> list[Asked]:
     set; with `kind`, `answer` and `choices` or without. Raises RainError naming file, line and
     field.
     """
-    return read_samples(path, lambda source, value: parse_prompt(Fields(source, value)))[1]
+    return read_samples(path, lambda source, value: parse_prompt(JsonFields(source, value)))[1]
 
 
-def parse_prompt(fields: Fields) -> Asked:
+def parse_prompt(fields: JsonFields) -> Asked:
     """One prompt from the fields of its object."""
     source = fields.source
     prompt = fields.required("prompt", "every line needs a prompt")
@@ -88,16 +88,16 @@ def parse_prompt(fields: Fields) -> Asked:
     return Asked(source, prompt, tuple(found), read_key(fields), kind)
 
 
-def _related(fields: Fields, source: str) -> Iterator[Instruction]:
+def _related(fields: JsonFields, source: str) -> Iterator[Instruction]:
     for label, item in fields.items("related_prompt_list"):
-        entry = Fields(source, item, label)
+        entry = JsonFields(source, item, label)
         kind = entry.required("instruction_id", "it names the rule")
         given = entry.value("kwargs")
         spans = entry.spans("prompt_spans", optional=True)
         yield Instruction(kind, _arguments(source, f"{label}.kwargs", given), spans, label)
 
 
-def _listed(fields: Fields, source: str) -> Iterator[Instruction]:
+def _listed(fields: JsonFields, source: str) -> Iterator[Instruction]:
     kinds = fields.spans("instruction_id_list", optional=True)
     given = fields.value("kwargs")
     given = [None] * len(kinds) if given is None else given
@@ -110,7 +110,7 @@ def _listed(fields: Fields, source: str) -> Iterator[Instruction]:
 
 def _arguments(source: str, label: str, value: object) -> dict[str, Any]:
     """Without those that are null, as in files with a column for every rule's arguments."""
-    given = {} if value is None else Fields(source, value, label).raw
+    given = {} if value is None else JsonFields(source, value, label).raw
     found = {name: value for name, value in given.items() if value is not None}
     # 3.0, as tables are exported, is 3: the rules count with integers.
     return {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in found.items()}

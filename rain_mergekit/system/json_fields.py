@@ -14,7 +14,7 @@ _KINDS = {
 }
 
 
-class Fields:
+class JsonFields:
     """Typed access to the fields of one JSON object; every error names place and field."""
 
     def __init__(self, source: str, value: object, path: str = "") -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.system.json_fields import Fields, require_texts
+from rain_mergekit.system.json_fields import JsonFields, require_texts
 
 Message: TypeAlias = Mapping[str, Any]
 # Under these names a message holds its thinking, apart from its content.
@@ -28,7 +28,7 @@ class Conversation:
     answer: tuple[str | None, str | None, str | None] | None = None
 
 
-def parse_conversation(fields: Fields) -> Conversation:
+def parse_conversation(fields: JsonFields) -> Conversation:
     """The sample's `prompt`, or its `messages` and `tools`; RainError names the field."""
     if fields.value("messages") is None:
         return Conversation(fields.required("prompt"))
@@ -36,7 +36,7 @@ def parse_conversation(fields: Fields) -> Conversation:
         raise RainError(
             f"{fields.source}: fields 'prompt' and 'messages' are both given; keep one of them"
         )
-    items = [Fields(fields.source, v, label) for label, v in fields.items("messages")]
+    items = [JsonFields(fields.source, v, label) for label, v in fields.items("messages")]
     messages = [_message(item) for item in items]
     tools = fields.items("tools", optional=True)
     for label, value in tools:
@@ -54,7 +54,7 @@ def parse_conversation(fields: Fields) -> Conversation:
     return Conversation(prompt, tuple(messages), tuple(value for _, value in tools), answer)
 
 
-def _message(item: Fields) -> Message:
+def _message(item: JsonFields) -> Message:
     """The message unchanged, for the chat template; only the fields used here are checked."""
     role = item.required("role", "user, assistant, system or tool")
     content = item.text("content")
@@ -64,7 +64,7 @@ def _message(item: Fields) -> Message:
     return {**item.raw, "content": content or ""}
 
 
-def _answer(item: Fields) -> tuple[str | None, str | None, str | None]:
+def _answer(item: JsonFields) -> tuple[str | None, str | None, str | None]:
     """The model's last turn: verbatim, or thinking and content apart."""
     if item.raw.get("tool_calls"):
         raise RainError(

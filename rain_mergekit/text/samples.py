@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rain_mergekit.errors import RainError
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 from rain_mergekit.text.conversation import Conversation, Message, parse_conversation
 
 
@@ -66,7 +66,7 @@ class InstructionSample(_Asked):
 
 def parse_reasoning(source: str, value: object) -> ReasoningSample:
     """Check one JSON value as a reasoning sample; RainError names `source` and the field."""
-    fields = Fields(source, value)
+    fields = JsonFields(source, value)
     asked = parse_conversation(fields)
     output, reasoning, response = _said(fields, asked)
     if output is None and reasoning is None:
@@ -78,7 +78,7 @@ def parse_reasoning(source: str, value: object) -> ReasoningSample:
 
 def parse_instruction(source: str, value: object) -> InstructionSample:
     """Check one JSON value as an instruction sample; RainError names `source` and the field."""
-    fields = Fields(source, value)
+    fields = JsonFields(source, value)
     asked = parse_conversation(fields)
     output, reasoning, response = _said(fields, asked)
     if output is None:
@@ -98,7 +98,7 @@ def parse_instruction(source: str, value: object) -> InstructionSample:
     )
 
 
-def _said(fields: Fields, asked: Conversation) -> tuple[str | None, str | None, str | None]:
+def _said(fields: JsonFields, asked: Conversation) -> tuple[str | None, str | None, str | None]:
     """Output, reasoning and response, from the sample or from its last message."""
     said = fields.text("output"), _reasoning(fields), fields.text("response")
     if asked.answer is None:
@@ -111,7 +111,7 @@ def _said(fields: Fields, asked: Conversation) -> tuple[str | None, str | None, 
     return asked.answer
 
 
-def _reasoning(fields: Fields) -> str | None:
+def _reasoning(fields: JsonFields) -> str | None:
     """The thinking text, under either of the names that published sets use."""
     texts = {text for name in ("reasoning", "reason") if (text := fields.text(name)) is not None}
     if len(texts) > 1:
@@ -123,7 +123,7 @@ def _reasoning(fields: Fields) -> str | None:
 
 
 def _spec(source: str, label: str, value: object) -> InstructionSpec:
-    fields = Fields(source, value, label)
+    fields = JsonFields(source, value, label)
     return InstructionSpec(
         instruction_id=fields.text("instruction_id") or label,
         prompt_spans=fields.spans("prompt_spans"),

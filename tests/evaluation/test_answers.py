@@ -29,7 +29,7 @@ from rain_mergekit.evaluation.answer_measures import faults, measure, reading_of
 from rain_mergekit.evaluation.comparison import METRICS, difference, interval
 from rain_mergekit.instructions.answer_key import AnswerKey, read_key
 from rain_mergekit.instructions.prompts import Asked, Instruction
-from rain_mergekit.system.json_fields import Fields
+from rain_mergekit.system.json_fields import JsonFields
 from rain_mergekit.system.json_samples import JsonObject
 from rain_mergekit.text.markers import Markers
 from testbed import own_prompts as generator
@@ -149,7 +149,7 @@ def test_last_choice_and_words_in_order() -> None:
     ],
 )
 def test_keys_of_files(content: dict[str, Any], parts: tuple[str, ...] | None) -> None:
-    found = read_key(Fields("f:1", JsonObject(list(content.items()))))
+    found = read_key(JsonFields("f:1", JsonObject(list(content.items()))))
     assert (None if found is None else found.parts) == parts
 
 
@@ -162,7 +162,7 @@ def test_keys_of_files(content: dict[str, Any], parts: tuple[str, ...] | None) -
 )
 def test_keys_that_cannot_be_used(content: dict[str, Any], words: str) -> None:
     with pytest.raises(RainError, match=words):
-        read_key(Fields("f:1", JsonObject(list(content.items()))))
+        read_key(JsonFields("f:1", JsonObject(list(content.items()))))
 
 
 # The prompts that come with the package
