@@ -104,7 +104,7 @@ def solve_site(
         room, capped = min(max_rank, found.width - 1), rank < wanted
         for more, answer in zip(others, answers[1:], strict=True):
             total, share = float(answer.sum()), settings.reading_share
-            basis, cut = projection.extended_basis(basis, more, total, task_vectors, share, room)
+            basis, cut = projection.extend_basis(basis, more, total, task_vectors, share, room)
             capped |= cut
             trim_heap()
         factors = _factors(basis, features.instruction, settings)

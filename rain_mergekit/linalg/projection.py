@@ -158,18 +158,6 @@ def extend_basis(
     task_vectors: Iterable[Tensor],
     share: float,
     max_rank: int,
-) -> Tensor:
-    """The basis of `extended_basis` alone."""
-    return extended_basis(basis, rows, total_response, task_vectors, share, max_rank)[0]
-
-
-def extended_basis(
-    basis: Tensor,
-    rows: Tensor | FeatureRows,
-    total_response: float,
-    task_vectors: Iterable[Tensor],
-    share: float,
-    max_rank: int,
 ) -> tuple[Tensor, bool]:
     """Extend the basis (d x r) by the fewest directions that protect a share of the rows' response.
 

@@ -19,7 +19,11 @@ QUANTISATION = "quantization_config"
 
 def read_config_file(folder: str | Path) -> dict[str, Any]:
     """The fields in their order; RainError if there is no such file or it is not a JSON object."""
-    path = Path(folder, NAME)
+    return read_config(Path(folder, NAME))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The same of a file that may have any name."""
     try:
         found = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from rain_mergekit.errors import RainError
-from rain_mergekit.models.checkpoint import (
-    open_index,
-    open_shard,
-)
-from rain_mergekit.system.untrusted_input import first_line, read_regular
+from rain_mergekit.models.checkpoint import open_index, open_shard
+from rain_mergekit.models.config_file import read_config_file
 
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
@@ -67,12 +62,6 @@ def _middle_row(file: Any, name: str, shape: list[int]) -> bytes:
 
 
 def _config_digest(path: str) -> str:
-    file = os.path.join(path, "config.json")
-    try:
-        config = json.loads(read_regular(file).decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RainError(f"{file}: cannot be read as a model config: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise RainError(f"{file}: cannot be read as a model config: it is not a JSON object")
+    config = read_config_file(path)
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

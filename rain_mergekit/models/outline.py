@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.config_file import read_config
 from rain_mergekit.models.empty_model import decoder_layers, empty_model, text_config
 from rain_mergekit.models.published_format import PublishedFormat, format_of
-from rain_mergekit.system.untrusted_input import first_line, read_regular
+from rain_mergekit.system.untrusted_input import first_line
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def outline_of(path: str) -> ModelOutline:
 
     RainError if the file cannot be read, or transformers cannot build such a model.
     """
-    values = _read(path)
+    values = read_config(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers' classes of configs raise anything
@@ -66,18 +66,6 @@ def outline_of(path: str) -> ModelOutline:
     hidden = int(text_config(config).hidden_size)
     size = sum(parameter.numel() for parameter in model.parameters()) * _itemsize(values)
     return ModelOutline(config, model, layers, hidden, size, format_of(values, path))
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(read_regular(Path(path)))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RainError(
-            f"{path}: cannot be read as a model's config.json: {first_line(error)}"
-        ) from None
-    if not isinstance(found, dict):
-        raise RainError(f"{path}: expected the JSON object of a model's config.json")
-    return found
 
 
 def _itemsize(values: Mapping[str, Any]) -> int:

@@ -174,9 +174,9 @@ def test_the_record_for_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "cannot be read as a model's config.json"),
-        ("{", "cannot be read as a model's config.json"),
-        ("[]", "expected the JSON object"),
+        (None, "cannot be read as a model config"),
+        ("{", "cannot be read as a model config"),
+        ("[]", "it is not a JSON object"),
         ('{"model_type": "no_such"}', "not a config that is known here"),
     ],
 )

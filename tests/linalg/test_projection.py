@@ -393,16 +393,16 @@ def test_covered_leaves_no_more_than_allowed_with_the_fewest_directions() -> Non
         return float((delta @ rest.mT).square().sum() / (delta @ rows.mT).square().sum())
 
     whole = float((rows @ delta.mT).square().sum())
-    found = projection.extend_basis(basis, rows, whole, [delta[:4], delta[4:]], 0.9, 12)
+    found = projection.extend_basis(basis, rows, whole, [delta[:4], delta[4:]], 0.9, 12)[0]
     rank = found.shape[1]
     torch.testing.assert_close(found[:, :2], basis)
     torch.testing.assert_close(found.mT @ found, torch.eye(rank, dtype=torch.float64))
     assert rank > 2
     assert left(found) <= 0.1 < left(found[:, :-1])
-    assert projection.extend_basis(basis, rows, whole, [delta], 0.9, rank - 1).shape[1] == rank - 1
     for room, cut in ((rank - 1, True), (rank, False), (12, False)):
-        assert projection.extended_basis(basis, rows, whole, [delta], 0.9, room)[1] is cut
-    assert projection.extend_basis(found, rows, whole, [delta], 0.9, 12).shape[1] == rank
+        within, capped = projection.extend_basis(basis, rows, whole, [delta], 0.9, room)
+        assert (within.shape[1], capped) == (min(rank, room), cut)
+    assert projection.extend_basis(found, rows, whole, [delta], 0.9, 12)[0].shape[1] == rank
 
 
 def test_covered_takes_the_directions_of_the_largest_response() -> None:
@@ -417,13 +417,13 @@ def test_covered_takes_the_directions_of_the_largest_response() -> None:
     for share in (0.3, 0.6, 0.9, 0.99):
         left = energies.sum() - np.concatenate([[0], np.cumsum(energies)])
         fewest = int(np.argmax(left <= (1 - share) * whole))
-        found = projection.extend_basis(basis, rows, whole, [delta], share, 12)
+        found = projection.extend_basis(basis, rows, whole, [delta], share, 12)[0]
         assert found.shape[1] == 2 + fewest
 
 
 def test_nothing_is_covered_that_no_task_vector_answers() -> None:
     basis = torch.eye(12, dtype=torch.float64)[:, :2]
-    found = projection.extend_basis(basis, normal(9, 12), 0.0, [torch.zeros(3, 12)], 0.9, 12)
+    found = projection.extend_basis(basis, normal(9, 12), 0.0, [torch.zeros(3, 12)], 0.9, 12)[0]
     assert torch.equal(found, basis)
 
 
@@ -460,7 +460,7 @@ def test_nothing_to_read_adds_nothing() -> None:
     delta = normal(4, 6)
     for rows in (torch.zeros(3, 6).double(), torch.zeros(0, 6).double(), basis.mT * 1e30):
         whole = float((delta @ rows.mT).square().sum())
-        found = projection.extend_basis(basis, rows, whole, [delta], 0.9, 5)
+        found = projection.extend_basis(basis, rows, whole, [delta], 0.9, 5)[0]
         assert found.shape == (6, 2)
         torch.testing.assert_close(found, basis)
 
@@ -475,7 +475,7 @@ def test_nearly_parallel_rows_are_covered_by_their_line(
     delta = normal(7, 10, seed=seed + 2)
     whole = float((delta @ rows.mT).square().sum())
     basis = torch.zeros(10, 0, dtype=torch.float64)
-    found = projection.extend_basis(basis, rows, whole, [delta], 0.9, 9)
+    found = projection.extend_basis(basis, rows, whole, [delta], 0.9, 9)[0]
     assert found.shape[1] == 1
     assert float((found.mT @ line.mT).abs()) == pytest.approx(float(line.norm()), rel=1e-5)
 
