@@ -68,8 +68,8 @@ _ALLOWED = {
     "ReaderThread.ThreadPoolExecutor": "starts its thread when it is given something to read",
     "Profile.time.perf_counter": "a stopwatch, which starts when it is made",
     "Profile.threading.get_ident": "its thread is the one that it is made in",
-    "Fields.kind": "the words of a refusal",
-    "Fields.self.fail": "the refusal",
+    "JsonFields.kind": "the words of a refusal",
+    "HeaderFields.self.fail": "the refusal",
 }
 
 
