@@ -14,6 +14,7 @@ from rain_mergekit.calibration.samples import Samples, load_samples, record
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.method_names import AIM
 from rain_mergekit.config.settings import RainSettings
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.models.loading import Trio, default_dtype, open_trio, read_model_config
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
@@ -43,7 +44,7 @@ class CalibrationJob:
     @classmethod
     def of(cls, config: RainConfig, options: RunOptions, world: World) -> CalibrationJob:
         """Open the models and tokenise the sets; RainError names what cannot be used."""
-        trio = open_trio(config, options.load)
+        trio = open_trio(config, options.load, plain_view)
         samples = load_samples(config.settings, trio)
         return cls(config.method, config.settings, options, trio, samples, world)
 

@@ -75,10 +75,14 @@ def plan_outline(outline: ModelOutline, chosen: Mapping[str, Any], options: RunO
     if outline.quantised is None:
         return found
     known = outline.quantised.kind is not None
-    how = "`mergekit-rain dequantize` writes" if known else "its publisher may have"
+    how = (
+        "calibrations and `mergekit-rain merge` dequantise it tensor by tensor"
+        if known
+        else "it is not read here, its publisher may have it in bfloat16"
+    )
     note = (
-        f"it is published in {outline.quantised.words}: a calibration reads plain weights, so "
-        f"take a copy in bfloat16, of {outline.bytes / GIB:,.0f} GiB, which {how}"
+        f"it is published in {outline.quantised.words}, and counted as if it were in bfloat16, of "
+        f"{outline.bytes / GIB:,.0f} GiB: {how}"
     )
     return replace(found, notes=(note, *found.notes))
 

@@ -43,7 +43,7 @@ def check_task_vector(
     Args:
         models: what to call the models, by role.
         fingerprints: of `checkpoint.fingerprint`, by role.
-        indices: of their checkpoints, by role.
+        indices: of their checkpoints, by role; roles that are not there are not looked at.
         names: the tensors to be merged.
         accept: checks whose outcome is only a warning.
         gamma: 0: W_I - W_B alone; 1: W_I - W_R alone.
@@ -53,6 +53,8 @@ def check_task_vector(
         return [refuse_unless_accepted("same_model", problem, accept) for problem in same]
     found = []
     for tuned, origin in differences(gamma):
+        if not {tuned, origin} <= indices.keys():
+            continue
         size = relative_size(indices[tuned], indices[origin], names)
         LOG.info("%s less %s is %.3g of the smaller's weights", tuned, origin, size)
         if size >= LARGEST:
@@ -82,7 +84,7 @@ def _same_models(
     indices: Mapping[str, ShardedTensorIndex],
     names: Collection[str],
 ) -> Iterator[str]:
-    for one, other in combinations(fingerprints, 2):
+    for one, other in combinations(indices, 2):
         if {one, other} == {"reasoning", "pretrained"} and models[one] == models[other]:
             continue  # written twice, so meant: the reasoning model stands for the pretrained one
         who = f"the {one} model {models[one]} and the {other} model {models[other]}"

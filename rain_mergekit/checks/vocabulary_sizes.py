@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rain_mergekit.checks.host_plan import adapter_warning
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.roles import is_proxy
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, Trio, open_models, read_model_config
@@ -51,7 +52,7 @@ def require_mergeable(config: RainConfig, options: LoadOptions) -> None:
     """Raise RainError now if mergekit would later refuse embeddings of different sizes."""
     if config.tokenizer:
         return
-    models = open_models(config, options)
+    models = open_models(config, options, plain_view)
     different = different_vocabularies(models, read_model_config(models["reasoning"]))
     if different:
         raise RainError(f"{config.path}: {_describe(different)} {_REMEDY}")

@@ -13,6 +13,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.dequantize.hollow_folder import shown_to_mergekit
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.method import register
@@ -26,15 +27,20 @@ def merge_into(
 ) -> tuple[str, ...]:
     """mergekit's run_merge, as mergekit-yaml calls it; returns what it left out and we added."""
     register()  # also where auto-loading is switched off
-    merge = _with_folders(config.merge, completion.merged_adapters)
-    converted = None if merge.out_dtype == merge.dtype else merge.out_dtype
+    with shown_to_mergekit(completion.checkpoints) as hollow:
+        folders = {**completion.merged_adapters, **hollow}
+        _run(_with_folders(config.merge, folders), config.text, stage, options)
+    if folders and options.write_model_card:
+        _write_card(config, stage)
+    if config.merge.out_dtype not in (None, config.merge.dtype):
+        require_finite(stage, config.merge.out_dtype)
+    return completion.write(stage, config)
+
+
+def _run(merge: MergeConfiguration, source: str, stage: Path, options: MergeOptions) -> None:
+    """mergekit's merge; what goes wrong in it is one RainError."""
     try:
-        run_merge(
-            merge,
-            str(stage),
-            options=options,
-            config_source=config.text,
-        )
+        run_merge(merge, str(stage), options=options, config_source=source)
     except (RainError, MemoryError):
         raise
     except Exception as error:
@@ -42,11 +48,6 @@ def merge_into(
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RainError(f"mergekit could not merge: {text} (-v shows where)") from error
-    if completion.merged_adapters and options.write_model_card:
-        _write_card(config, stage)
-    if converted is not None:
-        require_finite(stage, converted)
-    return completion.write(stage, config)
 
 
 def require_finite(folder: Path, dtype: str) -> None:

@@ -18,6 +18,7 @@ from rain_mergekit.commands.console import Console, duration, size
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.method_names import AIM
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.models.loading import LoadOptions, open_model, open_models, read_model_config
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.calibration_sets import DataSet
@@ -132,7 +133,7 @@ def _merging(config: RainConfig, load: LoadOptions) -> str:
     """mergekit's own command, or ours where that takes no model with an adapter."""
     if all(model.lora is None for model in config.models.values()):
         return "mergekit-yaml"
-    models = open_models(config, load)
+    models = open_models(config, load, plain_view)
     warned = adapter_warning(models, read_model_config(models["reasoning"]))
     return "mergekit-yaml" if warned is None else "mergekit-rain merge"
 

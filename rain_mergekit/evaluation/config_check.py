@@ -17,6 +17,7 @@ from rain_mergekit.checks.task_vector_size import LARGEST
 from rain_mergekit.checks.tokenizers import disagreements
 from rain_mergekit.checks.vocabulary_sizes import different_vocabularies, model_warnings
 from rain_mergekit.config.merge_config import RainConfig
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation import parents
 from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint
@@ -52,7 +53,7 @@ def check_config(config: RainConfig, load: LoadOptions) -> list[Finding]:
     If the models cannot be opened or are of two families, that is the only finding.
     """
     try:
-        trio = open_trio(config, load)
+        trio = open_trio(config, load, plain_view)
     except RainError as error:
         return [Finding("models", "problem", str(error))]
     loaded = _Tokenizers(trio)
@@ -196,7 +197,9 @@ def _templates(loaded: Mapping[str, PreTrainedTokenizerBase]) -> Iterator[Findin
 
 def _relations(trio: Trio) -> Iterator[Finding]:
     """Distances of the models, and of the task vectors size and sign."""
-    rows = parents.shared_rows(_distinct(trio))
+    # rows of quantised models cannot be compared without their scales
+    plain = {role: one for role, one in _distinct(trio).items() if one.plain}
+    rows = parents.shared_rows(plain) if plain else {}
     for (one, other), found in parents.relations(rows).items():
         near = f"distance {found.distance:.3g} of the norm, cosine {found.cosine:.4f}"
         yield Finding("relations", "note", f"{one} and {other}: {near}")

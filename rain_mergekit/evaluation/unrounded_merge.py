@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.config.merge_config import read_recipe
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.evaluation.comparable import check_reasoning
 from rain_mergekit.merge_method.single_tensors import TensorMerger
 from rain_mergekit.models.loading import LoadOptions, open_model, read_model_config
@@ -53,7 +54,9 @@ class Unrounded:
         calibration = CalibrationFile.open(config.calibration)
         check_reasoning(calibration, layerwise.checkpoint)
         tensors = {
-            role: ModelTensors.of(open_model(config.models[role], options), layerwise.model)
+            role: ModelTensors.of(
+                plain_view(open_model(config.models[role], options)), layerwise.model
+            )
             for role in ("instruct", "pretrained")
         }
         names = merge_names(read_model_config(layerwise.checkpoint), layerwise.tensors)

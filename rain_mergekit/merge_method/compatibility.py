@@ -131,11 +131,24 @@ def _stored_slice(model: object, name: str) -> Iterator[Any]:
     index = None
     if isinstance(model, ModelReference) and model in LoaderCache.loaders:
         index = LoaderCache().get(model).index
-    if index is None or not index.is_safetensors or name not in index.tensor_paths:
+    if (
+        index is None
+        or not index.is_safetensors
+        or name not in index.tensor_paths
+        or _hollow(index)
+    ):
         yield None
         return
     with safe_open(Path(index.base_path) / index.tensor_paths[name], framework="pt") as file:
         yield file.get_slice(name)
+
+
+def _hollow(index: Any) -> bool:
+    """Whether a quantised model stands behind the folder: its file has no numbers."""
+    from rain_mergekit.models.source import published_folder  # noqa: PLC0415 - likewise
+
+    place = str(index.base_path)
+    return published_folder(place) != place
 
 
 def _other_reasoning_model(
@@ -169,6 +182,8 @@ def _check_others(
     from rain_mergekit.checks.tokenizers import check_tokenizers  # noqa: PLC0415 - likewise
     from rain_mergekit.models.fingerprint import fingerprint  # noqa: PLC0415 - loads transformers
 
+    places = {role: index.base_path for role, index in indices.items()}
+    indices = {role: index for role, index in indices.items() if not _hollow(index)}
     found = {role: fingerprint(index.base_path) for role, index in indices.items()}
     made = {role: calibration.models[role].fingerprint for role in found}
     other = [role for role in found if made[role] is not None and made[role] != found[role]]
@@ -183,7 +198,7 @@ def _check_others(
         inner = [name for name, plan in calibration.tensors.items() if not plan.tokens]
         gamma = calibration.gamma
         noted = check_task_vector(names, found, indices, inner, accept, gamma)
-        folders = {role: indices[role].base_path for role in ("reasoning", *other)}
+        folders = {role: places[role] for role in ("reasoning", *other)}
         noted += check_tokenizers(folders, names, _markers(calibration), accept)
         for text in noted:
             LOG.warning("%s", text)

@@ -15,6 +15,7 @@ from rain_mergekit.merge_method.tokenizer_files import Restored, restore
 from rain_mergekit.models.config_file import (
     published_config,
     read_config_file,
+    without_quantisation,
     write_config_file,
 )
 from rain_mergekit.models.model_tensors import ModelTensors
@@ -86,6 +87,8 @@ def _wanted(folder: Path, name: str, tokenizer: bool) -> bool:
 def _finish_config(folder: Path, reasoning: ModelTensors, dtype: str | None) -> bool:
     """Write the config, key for key; returns whether that changed it."""
     original = read_config_file(reasoning.checkpoint.path)
+    if not reasoning.checkpoint.plain:
+        original = without_quantisation(original)
     wanted = published_config(original, dtype=dtype, vocabulary=_vocabulary(folder, reasoning))
     if (folder / "config.json").exists() and read_config_file(folder) == wanted:
         return False

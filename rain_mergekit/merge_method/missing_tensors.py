@@ -12,10 +12,12 @@ from torch import Tensor
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import MergeRecipe
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.merge_method.checkpoint_layout import in_parts, is_restored, restore_layout
 from rain_mergekit.merge_method.single_tensors import TensorMerger
+from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.empty_model import empty_model
 from rain_mergekit.models.loading import (
     LoadOptions,
@@ -52,6 +54,11 @@ class Completion:
         self.merged_adapters = merged_adapters
         self.reasoning = tensors["reasoning"]
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Those of all roles."""
+        return [tensors.checkpoint for tensors in self._tensors.values()]
+
     @cached_property
     def _missing(self) -> Mapping[str, tuple[str, ...]]:
         return left_out(self.reasoning, self._names)
@@ -59,7 +66,7 @@ class Completion:
     @classmethod
     def of(cls, config: MergeRecipe, options: LoadOptions) -> Completion:
         """Read the models' headers; RainError if lambda has to be one number and is not."""
-        checkpoints = open_models(config, options)
+        checkpoints = open_models(config, options, plain_view)
         model_config = read_model_config(checkpoints["reasoning"])
         require_all_layers(config, model_config)
         trust = options.trust_remote_code

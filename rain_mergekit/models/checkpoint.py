@@ -30,7 +30,12 @@ PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """The tensors of one model; nothing is read before it is asked for."""
+    """The tensors of one model; nothing is read before it is asked for.
+
+    plain: whether `get` gives the numbers as they are stored.
+    """
+
+    plain = True
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rain_mergekit.models.checkpoint import open_index, open_shard
 from rain_mergekit.models.config_file import read_config_file
+from rain_mergekit.models.source import published_folder
 
 # Fields of config.json that change without the model changing.
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
@@ -24,6 +25,7 @@ def fingerprint(path: str) -> dict[str, str]:
     Cheap at any size: one row out of the middle of each tensor (of evenly chosen ones past 2,048)
     is hashed, so that further training changes the fingerprint.
     """
+    path = published_folder(path)
     index = open_index(path, ModelReference.model_validate({"model": {"path": path}}))
     listing, weights = hashlib.sha256(), hashlib.sha256()
     names = sorted(index.tensor_paths)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from mergekit.common import ModelReference
@@ -39,6 +39,10 @@ def parse_reference(name: str) -> ModelReference:
         return ModelReference.parse(name)
     except (RuntimeError, ValueError) as error:
         raise RainError(f"{name}: is not a model reference: {error}") from None
+
+
+# How a checkpoint is read: itself, or what it is where its weights are quantised.
+View: TypeAlias = "Callable[[Checkpoint], Checkpoint]"
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,25 @@ def open_model(reference: ModelReference, options: LoadOptions) -> Checkpoint:
     return Checkpoint.open(reference, path, trust_remote_code=trust)
 
 
-def open_models(config: MergeRecipe, options: LoadOptions) -> dict[str, Checkpoint]:
-    """The checkpoints of a merge by role; RainError if one is quantised or cannot be found."""
+def open_models(
+    config: MergeRecipe, options: LoadOptions, view: View | None = None
+) -> dict[str, Checkpoint]:
+    """The checkpoints of a merge by role; RainError if one cannot be found.
+
+    view: how a quantised checkpoint is read; without it such a one is a RainError.
+    """
     opened = {role: open_model(reference, options) for role, reference in config.models.items()}
-    _require_plain({role: quantised_remark(m.reference, m.path) for role, m in opened.items()})
-    return opened
+    if view is None:
+        _require_plain({role: quantised_remark(m.reference, m.path) for role, m in opened.items()})
+        return opened
+    return {role: _viewed(role, checkpoint, view) for role, checkpoint in opened.items()}
+
+
+def _viewed(role: str, checkpoint: Checkpoint, view: View) -> Checkpoint:
+    try:
+        return view(checkpoint)
+    except RainError as error:
+        raise RainError(f"{role}: {error}") from None
 
 
 def require_plain(checkpoint: Checkpoint, name: str) -> None:
@@ -128,9 +146,12 @@ def merged_folders(models: Mapping[str, Checkpoint]) -> dict[ModelReference, str
     return {one.reference: one.path for one in found if one.reference.lora is not None}
 
 
-def open_trio(config: MergeRecipe, options: LoadOptions) -> Trio:
-    """Open the checkpoints and read the reasoning model's config; no tensor is read."""
-    opened = open_models(config, options)
+def open_trio(config: MergeRecipe, options: LoadOptions, view: View | None = None) -> Trio:
+    """Open the checkpoints and read the reasoning model's config; no tensor is read.
+
+    view: as for `open_models`.
+    """
+    opened = open_models(config, options, view)
     model_config = read_model_config(opened["reasoning"])
     require_all_layers(config, model_config)
     _require_architecture(opened["reasoning"], model_config)

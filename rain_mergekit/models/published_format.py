@@ -136,20 +136,30 @@ def quantised_remark(reference: ModelReference, folder: str) -> str | None:
     folder: where its files are. A config.json that names a format beside plain weights counts for
     nothing. RainError if the weights cannot be read, or the format's fields are none.
     """
-    try:
-        config = read_config_file(folder)
-    except RainError:
-        return None  # transformers says what is wrong, or finds it elsewhere
-    found = format_of(config, reference)
-    if found is None or not _has_codes(folder, reference):
+    found = stored_format(reference, folder)
+    if found is None:
         return None
     if found.kind is None:
         return f"{reference} is published in {found.words}, which is not read here: {found.needs}"
     name, goal = command_line(reference)
     return (
-        f"{reference} is published in {found.words}, and a merge reads plain weights: run "
+        f"{reference} is published in {found.words}, and mergekit-yaml reads plain weights: merge "
+        "with `mergekit-rain merge`, which dequantises tensor by tensor; or run "
         f"`mergekit-rain dequantize {name} {goal}`, and name {goal} in its place"
     )
+
+
+def stored_format(reference: ModelReference, folder: str) -> PublishedFormat | None:
+    """The format in which the weights in the folder are quantised; None where they are plain.
+
+    RainError if the weights cannot be read, or the format's fields are none.
+    """
+    try:
+        config = read_config_file(folder)
+    except RainError:
+        return None  # transformers says what is wrong, or finds it elsewhere
+    found = format_of(config, reference)
+    return found if found is not None and _has_codes(folder, reference) else None
 
 
 def format_of(config: Mapping[str, Any], who: object) -> PublishedFormat | None:

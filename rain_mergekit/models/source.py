@@ -24,6 +24,8 @@ from rain_mergekit.system.untrusted_input import first_line
 # changes with the version of the client.
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 _NO_NETWORK = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError)
+# In a folder that stands for a quantised model in a merge: a link to the model's own folder.
+PUBLISHED = ".rain-published"
 _ADAPTER_PATTERNS = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
@@ -45,6 +47,12 @@ def model_folder(reference: ModelReference, cache_dir: str | None, *, trust: boo
                 allow_patterns=[*HUB_PATTERNS, *(HUB_CODE if trust else ())],
             )
     return path
+
+
+def published_folder(path: str) -> str:
+    """The folder itself, or that of the quantised model for which it stands."""
+    link = Path(path, PUBLISHED)
+    return str(link.resolve()) if link.is_symlink() else path
 
 
 def adapter_folder(reference: ModelReference) -> str:
