@@ -32,6 +32,7 @@ from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED
 from rain_mergekit.calibration.regmean_site import UNMERGED
+from rain_mergekit.calibration.result_writer import ResultWriter
 from rain_mergekit.calibration.site_rule import SiteRule, rule_of
 from rain_mergekit.calibration.task_vectors import TrioTensors
 from rain_mergekit.calibration.work_folder import WorkDir
@@ -131,6 +132,7 @@ class CalibrationEngine:
             samples = sum(map(len, stores.values()))
             with (
                 self._reading_ahead(first),
+                ResultWriter() as writer,
                 Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress,
             ):
                 for index in self.indices[first:]:
@@ -139,10 +141,11 @@ class CalibrationEngine:
                     with naming_shortage(where, CALIBRATION):
                         result = self._layer(index, streams, progress.sample)
                         if self._world.rank == 0:
-                            write_part(work.part(index), self._name(index), result)
+                            place, name = work.part(index), self._name(index)
+                            writer.submit(partial(write_part, place, name, result))
                         LOG.info("finished layer %d of %d", index + 1, len(self.indices))
                         if index + 1 < self.parts:
-                            work.save(index, stores)
+                            work.save(index, stores, writer.wait)
             if self._head is not None:
                 with naming_shortage("at the output head", CALIBRATION):
                     self._solve_head(self._head, streams, work.part(len(self.indices)))

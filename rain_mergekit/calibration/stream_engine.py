@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from rain_mergekit.calibration.layer_names import (
     matrix_names,
 )
 from rain_mergekit.calibration.progress import Progress
+from rain_mergekit.calibration.result_writer import ResultWriter
 from rain_mergekit.calibration.stream_estimate import StreamWork, estimate_streams
 from rain_mergekit.calibration.stream_layer import StreamLayer, StreamLayerResult
 from rain_mergekit.calibration.stream_layer_file import write_stream_layer
@@ -114,6 +115,7 @@ class StreamEngine:
                 thread = stack.enter_context(ReaderThread())
                 for model in (self.layerwise, self.instruct):
                     stack.enter_context(model.reading_ahead(self.indices[first:], thread))
+            writer = stack.enter_context(ResultWriter())
             samples, tokens = self._work(texts).passes(self._shape.layers[-1][0])
             quiet = self._job.quiet
             with Progress(len(self.indices), samples, tokens, first=first, quiet=quiet) as progress:
@@ -124,10 +126,12 @@ class StreamEngine:
                     ):
                         result = self._layer(index, texts, streams, folder, progress.sample)
                     if self._world.rank == 0:
-                        write_stream_layer(work.part(index), self._name(index), result)
+                        place, name = work.part(index), self._name(index)
+                        writer.submit(partial(write_stream_layer, place, name, result))
                     LOG.info("finished layer %d of %d", index + 1, len(self.indices))
                     if index + 1 < self.parts:
-                        work.save(index, stores)
+                        work.save(index, stores, writer.wait)
+            writer.wait()
             return first, self._likelihood(streams[REASONING])
 
     def estimate(self) -> Estimate:

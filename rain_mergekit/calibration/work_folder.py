@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -142,10 +142,19 @@ class WorkDir:
         LOG.info("continuing after layer %d", layer)
         return layer + 1
 
-    def save(self, layer: int, streams: Mapping[str, ActivationStore]) -> None:
-        """Save the hidden states after `layer`, if the last time is long enough ago."""
+    def save(
+        self,
+        layer: int,
+        streams: Mapping[str, ActivationStore],
+        written: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Save the hidden states after `layer`, if the last time is long enough ago.
+
+        written: returns once the results of all layers up to this one are there.
+        """
         if not self._world.agree(time.monotonic() - self._last >= self._every):
             return
+        written()
         with phase(WRITE):
             for name, store in streams.items():
                 store.save(self._snapshot(layer, name))

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Forks, wait_for_stop
@@ -87,8 +88,8 @@ def stopped_in_process(
     """As Ctrl-C once layer `after` has been saved."""
     save = WorkDir.save
 
-    def saving(self: WorkDir, layer: int, streams: object) -> None:
-        save(self, layer, streams)  # type: ignore[arg-type]
+    def saving(self: WorkDir, layer: int, *rest: Any) -> None:
+        save(self, layer, *rest)
         if layer == after:
             raise KeyboardInterrupt
 

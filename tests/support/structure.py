@@ -66,6 +66,7 @@ _KEEPING = {
 _ALLOWED = {
     "Checkpoint.LazyTensorLoader": "keeps the index; opens a shard when a tensor is asked for",
     "ReaderThread.ThreadPoolExecutor": "starts its thread when it is given something to read",
+    "ResultWriter.ThreadPoolExecutor": "starts its thread when it is given something to write",
     "Profile.time.perf_counter": "a stopwatch, which starts when it is made",
     "Profile.threading.get_ident": "its thread is the one that it is made in",
     "JsonFields.kind": "the words of a refusal",
