@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,20 +60,29 @@ def directions_within(width: int, budget: int) -> int:
     return max(1, int((half**2 + budget / MATRICES) ** 0.5 - half))
 
 
-def landmarks(
-    texts: Sequence[TaughtText], rule: FitRule, count: int, features: Callable[[int], Tensor]
-) -> Iterator[Tensor]:
-    """The features (n, d) of at most `count` fitted tokens, spread by weight, text by text.
+def landmarks(texts: Sequence[TaughtText], rule: FitRule, count: int) -> dict[int, Tensor]:
+    """At most `count` fitted tokens, spread by weight: their positions, by the text's index.
 
-    features: from the index of a text to the features (tokens, d) of all its tokens.
+    Where texts begin alike their first tokens are the same, and are taken from one of them.
     """
     fitted = [index for index, text in enumerate(texts) if not text.held_out]
     weights = [rule.weights(texts[index]) for index in fitted]
-    counted = [one.nonzero().flatten() for one in weights]
+    seen: set[int] = set()
+    fresh = [_fresh(texts[index].input_ids, seen) for index in fitted]
+    counted = [(one * new).nonzero().flatten() for one, new in zip(weights, fresh, strict=True)]
     every = torch.cat([one[at] for one, at in zip(weights, counted, strict=True)])
     taken = torch.zeros(len(every), dtype=torch.bool)
     taken[evenly_by_weight(every, count)] = True
     parts = torch.split(taken, [len(at) for at in counted])
-    for index, at, here in zip(fitted, counted, parts, strict=True):
-        if here.any():
-            yield features(index)[at[here]]
+    found = zip(fitted, counted, parts, strict=True)
+    return {index: at[here] for index, at, here in found if here.any()}
+
+
+def _fresh(ids: Sequence[int], seen: set[int]) -> Tensor:
+    """Whether a token is the first after all those before it, (n) bool; `seen` grows."""
+    found, before = [], 0
+    for token in ids:
+        before = hash((before, token))
+        found.append(before not in seen)
+        seen.add(before)
+    return torch.tensor(found, dtype=torch.bool)

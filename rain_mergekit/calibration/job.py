@@ -82,6 +82,7 @@ class CalibrationJob:
             "dtype": str(self.dtype),
             "device": torch.device(self.options.device).type,
             "processes": self.world.size,
+            "batch_tokens": self.options.tokens_together,
         }
         if self.options.deterministic:
             identity["deterministic"] = blas_mode.mode()  # which changes the bits of products

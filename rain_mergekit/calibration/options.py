@@ -15,11 +15,15 @@ from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import LoadOptions
 
 MIN_RANK_CAP = 96
+# Enough for products of full speed; a GPU wants few calls.
+BATCH_TOKENS, BATCH_TOKENS_GPU = 2048, 8192
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a calibration runs. Only dtype, device and deterministic can change a number in the file.
+    """How a calibration runs.
+
+    Only dtype, device, deterministic and batch_tokens can change a number in the file.
 
     Attributes:
         load: how the models are found and opened.
@@ -33,6 +37,8 @@ class RunOptions:
         deterministic: the same bits whatever the number of threads. Where MKL_CBWR=AUTO,STRICT was
             not in the environment before torch was loaded, or torch has no MKL, all runs on one
             thread.
+        batch_tokens: texts of similar length pass a layer together, up to so many tokens; 0: each
+            alone; None: as many as suit the device. Changes rounding.
         read_ahead: the next layer is read while the present one computes; one layer more of each
             model is in memory then, as it is stored.
         quiet: no progress bar.
@@ -45,8 +51,16 @@ class RunOptions:
     snapshot_seconds: float = 60.0
     keep_on_device: bool = False
     deterministic: bool = False
+    batch_tokens: int | None = None
     read_ahead: bool = True
     quiet: bool = False
+
+    @property
+    def tokens_together(self) -> int:
+        """How many tokens of several texts pass a layer at once."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return BATCH_TOKENS if torch.device(self.device).type == "cpu" else BATCH_TOKENS_GPU
 
 
 def max_rank(shape: ModelShape, settings: RainSettings) -> int:

@@ -104,6 +104,7 @@ def _planned(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptio
             itemsize=itemsize,
             rank=rank,
             budget=options.activation_budget,
+            batch=options.tokens_together,
             ahead=options.read_ahead,
             chooses=chooses,
         )

@@ -32,6 +32,7 @@ from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.capture.text_batches import batches
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.models.loading import read_model_config
 from rain_mergekit.system.memory import CALIBRATION, naming_shortage, trim_heap
@@ -210,6 +211,9 @@ class StreamEngine:
             for name, readings in ((INSTRUCT, texts.readings), (BARE, texts.bare)):
                 if readings:
                     _embed(self.instruct, [one.input_ids for one in readings], [streams[name]])
+            together = self._options.tokens_together
+            for states in streams.values():
+                states.batches[:] = batches(states.calls, states.store.lengths, together)
             yield streams
         finally:
             for states in streams.values():

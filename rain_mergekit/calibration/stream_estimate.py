@@ -34,6 +34,7 @@ class StreamWork:
         itemsize: bytes a number in the forward pass.
         rank: the largest of a change.
         budget: the activation budget in bytes.
+        batch: tokens of texts that pass a layer together.
         ahead: whether the next layer of both models is read meanwhile.
         chooses: whether the ridge penalty is chosen by tokens held aside.
     """
@@ -44,6 +45,7 @@ class StreamWork:
     itemsize: int
     rank: int
     budget: int
+    batch: int = 0
     ahead: bool = True
     chooses: bool = True
 
@@ -59,14 +61,20 @@ class StreamWork:
             itemsize=itemsize,
             rank=rule.max_rank,
             budget=options.activation_budget,
+            batch=options.tokens_together,
             ahead=options.read_ahead,
             chooses=rule.epsilon is None,
         )
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max((*self.own, *self.others))
+    def at_once(self) -> int:
+        """Tokens that pass a layer together at most: a batch, or the longest text."""
+        return max(*self.own, *self.others, min(self.batch, sum(self.own)))
+
+    @property
+    def texts_at_once(self) -> float:
+        """How many texts a batch has, about."""
+        return max(1.0, self.batch * len(self.own) / sum(self.own))
 
     def passes(self, layer: LayerShape) -> tuple[int, int]:
         """All passes of that layer, those that end early counted whole: samples, tokens.
@@ -154,7 +162,7 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
     open_rows = sum(site.rows for site in layer.sites)
     for site in layer.sites:
         left = min(work.budget // 2, sum(work.own) * open_rows * work.itemsize)
-        text = work.itemsize * work.longest * (site.width + 2 * site.rows)
+        text = work.itemsize * work.at_once * (site.width + 2 * site.rows)
         space = max(work.fit(site).memory + text, _passing(layer, shape, work))
         fitted = {"layers of both models": one, "targets": left, "working space": space}
         phases.append({**fitted, **fixed})
@@ -164,9 +172,9 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
 
 
 def _passing(layer: LayerShape, shape: StreamShape, work: StreamWork) -> int:
-    """One text on its way through a layer, with what every map receives and gives."""
+    """Texts on their way through a layer together, with what every map receives and gives."""
     features = sum(site.width + site.rows for site in layer.sites)
-    return work.itemsize * work.longest * (features + 2 * layer.widest + 8 * shape.hidden)
+    return work.itemsize * work.at_once * (features + 2 * layer.widest + 8 * shape.hidden)
 
 
 def _forward_flops(shape: StreamShape, work: StreamWork) -> float:
@@ -190,18 +198,19 @@ def _squares(lengths: Sequence[int]) -> float:
 def layer_work(layer: LayerShape, shape: StreamShape, work: StreamWork) -> Operations:
     """Everything that is done in one layer."""
     samples, tokens = work.passes(layer)
+    calls = samples / work.texts_at_once
     inner = sum(site.width + site.rows for site in layer.sites)
     copied = tokens * (_HIDDEN_COPIES * shape.hidden + _INNER_COPIES * inner)
-    filled = 2 * layer.parameters * (shape.stored_itemsize + 3 * work.itemsize)
+    filled = 2.0 * layer.parameters * (shape.stored_itemsize + 3 * work.itemsize)
     filled += (
-        samples
+        calls
         * layer.kept(work.itemsize, shape.stored_itemsize)
         * (shape.stored_itemsize + work.itemsize)
     )
     done = Operations(
         products=_layer_flops(layer, work),
         memory=float(work.itemsize * copied + filled),
-        passes=samples,
+        passes=calls,
     )
     for site in layer.sites:
         done += work.fit(site).work

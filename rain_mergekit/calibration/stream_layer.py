@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rain_mergekit.calibration.fit_rule import FitRule, directions_within, landmarks
+from rain_mergekit.calibration.layer_passes import LayerPasses
 from rain_mergekit.calibration.linear_sites import LinearSite, linear_sites
 from rain_mergekit.calibration.stream_types import (
     HiddenStates,
@@ -25,8 +25,8 @@ from rain_mergekit.calibration.stream_types import (
 )
 from rain_mergekit.calibration.token_teachers import TaughtText
 from rain_mergekit.capture.input_sites import dotted
-from rain_mergekit.capture.layer_calls import run_layer
-from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
+from rain_mergekit.capture.linear_outputs import LinearOutput
+from rain_mergekit.capture.text_batches import TextBatch
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.linalg.landmarks import LandmarkSums, spanned
@@ -74,21 +74,28 @@ class StreamLayer:
 
     def teach(self, states: HiddenStates, targets: SiteTargets) -> None:
         """Run the reasoning model: its outputs become the targets everywhere."""
-        for text in range(len(states)):
-            found = self._advance(self.layer, states, text)
+        passes = self._passes(self.layer, states)
+        for batch in passes.batches:
+            found = passes.teach(batch)
             if not self.sites:
                 self.sites = linear_sites(self.layer, found)
                 targets.open(self.sites, states.store.lengths)
             for name, rows in self._by_site(found):
-                targets.put(name, text, rows)
-            del found  # else it lives on while the next text passes
+                for number, text in enumerate(batch.texts):
+                    targets.put(name, text, batch.part(rows, number))
+            del found  # else it lives on while the next texts pass
 
     def teach_answers(self, layer: nn.Module, teacher: Teacher, targets: SiteTargets) -> None:
         """Run another model's layer: its outputs enter the targets at the answers."""
-        for lesson in teacher.lessons:
-            found = self._advance(layer, teacher.states, lesson.reading)
+        lessons = {one.reading: one for one in teacher.lessons}
+        passes = self._passes(layer, teacher.states)
+        for batch in passes.batches:
+            found = passes.teach(batch)
             for name, rows in self._by_site(found):
-                targets.mix(name, lesson, rows[-lesson.tokens :], teacher)
+                for number, reading in enumerate(batch.texts):
+                    lesson = lessons[reading]
+                    answer = batch.part(rows, number)[-lesson.tokens :]
+                    targets.mix(name, lesson, answer, teacher)
             del found
 
     def fit(
@@ -113,38 +120,69 @@ class StreamLayer:
         targets: SiteTargets,
         rule: FitRule,
     ) -> RidgeSums | LandmarkSums:
-        site = self.sites[name]
-        sums = self._empty(name, wanted, states, rule)
-        for index, text in enumerate(self.texts):
-            if not rule.uses(text):
+        passes = self._passes(self.layer, states)
+        sums = self._empty(name, wanted, passes, rule)
+        for whole in passes.batches:
+            batch = whole.only(lambda text: rule.uses(self.texts[text]))
+            if batch is None:
                 continue
-            found = self._until(wanted, states, index)
-            goals = dict(zip(site.outputs, self._split(site, targets, name, index), strict=True))
-            missing = set(wanted) - found.keys()
-            if missing:
-                raise RainError(
-                    f"{self.name}.{min(missing)}: it runs for some texts and not for others, so it "
-                    f"cannot be fitted (the text {text.source}); set fit: projection"
-                )
-            errors = {one: goals[one] - found[one].rows / found[one].factor for one in wanted}
-            inputs = found[wanted[0]].inputs
-            self._require_finite(name, text, inputs, *errors.values())
-            weights = rule.weights(text).to(self._device)
-            counted = weights.nonzero().flatten()
-            with phase(SOLVE):
-                sums.add(
-                    inputs[counted],
-                    {one: rows[counted] for one, rows in errors.items()},
-                    weights[counted],
-                    aside=text.held_out,
-                )
-            self._tick(inputs.shape[0])
-            del found, goals, errors, inputs  # else they live on while the next text passes
+            found = passes.outputs(batch, wanted)
+            for number, index in enumerate(batch.texts):
+                self._add(sums, self._lacking(name, found, batch, number, targets), index, rule)
+            del found  # else it lives on while the next texts pass
         sums.sum_over(self._world.sum)
         return sums
 
+    def _lacking(
+        self,
+        name: str,
+        found: Mapping[str, LinearOutput],
+        batch: TextBatch,
+        number: int,
+        targets: SiteTargets,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a text of the batch gives the site, and what each map lacks of its target."""
+        site, text = self.sites[name], self.texts[batch.texts[number]]
+        wanted = [one for one in site.outputs if one not in self._unfit]
+        missing = set(wanted) - found.keys()
+        if missing:
+            raise RainError(
+                f"{self.name}.{min(missing)}: it runs for some texts and not for others, so it "
+                f"cannot be fitted (the text {text.source}); set fit: projection"
+            )
+        rows = targets.get(name, batch.texts[number], self._device)
+        goals = dict(
+            zip(site.outputs, torch.split(rows, list(site.outputs.values()), dim=1), strict=True)
+        )
+        errors = {
+            one: goals[one] - batch.part(found[one].rows, number) / found[one].factor
+            for one in wanted
+        }
+        inputs = batch.part(found[wanted[0]].inputs, number)
+        self._require_finite(name, text, inputs, *errors.values())
+        return inputs, errors
+
+    def _add(
+        self,
+        sums: RidgeSums | LandmarkSums,
+        lacking: tuple[Tensor, dict[str, Tensor]],
+        index: int,
+        rule: FitRule,
+    ) -> None:
+        """The tokens of one text that count enter the sums."""
+        inputs, errors = lacking
+        weights = rule.weights(self.texts[index]).to(self._device)
+        counted = weights.nonzero().flatten()
+        with phase(SOLVE):
+            sums.add(
+                inputs[counted],
+                {one: rows[counted] for one, rows in errors.items()},
+                weights[counted],
+                aside=self.texts[index].held_out,
+            )
+
     def _empty(
-        self, name: str, wanted: Sequence[str], states: HiddenStates, rule: FitRule
+        self, name: str, wanted: Sequence[str], passes: LayerPasses, rule: FitRule
     ) -> RidgeSums | LandmarkSums:
         """Sums of d x d, or of m x m where those exceed the budget."""
         site, choose = self.sites[name], rule.epsilon is None
@@ -155,31 +193,10 @@ class StreamLayer:
         LOG.info(
             "%s: fitted within %d of %d directions", dotted(self.name, name), count, site.width
         )
-
-        def features(text: int) -> Tensor:
-            rows = self._until(wanted[:1], states, text)[wanted[0]].inputs
-            self._tick(rows.shape[0])
-            return rows
-
-        own = torch.cat(list(landmarks(self.texts, rule, count // self._world.size, features)))
+        chosen = landmarks(self.texts, rule, count // self._world.size)
+        own = passes.features(wanted[0], chosen)
         basis = self._world.same(spanned(self._world.rows(own)))  # not equal up to rounding alone
         return LandmarkSums(basis, outputs, choose=choose)
-
-    def _split(
-        self, site: LinearSite, targets: SiteTargets, name: str, index: int
-    ) -> Sequence[Tensor]:
-        rows = targets.get(name, index, self._device)
-        return torch.split(rows, list(site.outputs.values()), dim=1)
-
-    def _until(
-        self, wanted: Sequence[str], states: HiddenStates, text: int
-    ) -> dict[str, LinearOutput]:
-        """Run the merged layer until these maps have run; nothing is stored."""
-        hidden = states.store.get(text).to(self._device)
-        trace = LinearOutputs(self.layer, hidden.shape[0], wanted)
-        with trace, suppress(LayerCutShort):
-            run_layer(self.layer, hidden, states.calls[text][self.index])
-        return trace.outputs()
 
     def _solve(
         self, name: str, sums: RidgeSums | LandmarkSums, rule: FitRule
@@ -203,10 +220,9 @@ class StreamLayer:
 
     def advance(self, states: HiddenStates) -> None:
         """The merged stream passes the finished layer."""
-        for text in range(len(states)):
-            hidden = states.store.get(text).to(self._device)
-            states.store.put(text, run_layer(self.layer, hidden, states.calls[text][self.index]))
-            self._tick(hidden.shape[0])
+        passes = self._passes(self.layer, states)
+        for batch in passes.batches:
+            passes.advance(batch)
 
     def errors(
         self, merged: HiddenStates, reasoning: HiddenStates, teachers: Sequence[Teacher]
@@ -242,16 +258,8 @@ class StreamLayer:
             held_out=errors[1].relative(),
         )
 
-    def _advance(
-        self, layer: nn.Module, states: HiddenStates, text: int
-    ) -> dict[str, LinearOutput]:
-        hidden = states.store.get(text).to(self._device)
-        trace = LinearOutputs(layer, hidden.shape[0])
-        with trace:
-            after = run_layer(layer, hidden, states.calls[text][self.index])
-        states.store.put(text, after)
-        self._tick(hidden.shape[0])
-        return trace.outputs()
+    def _passes(self, layer: nn.Module, states: HiddenStates) -> LayerPasses:
+        return LayerPasses(layer, self.index, states, self._device, self._tick)
 
     def _by_site(self, found: Mapping[str, LinearOutput]) -> Iterator[tuple[str, Tensor]]:
         """The outputs of each site's maps, concatenated; zeros for a map that did not run."""

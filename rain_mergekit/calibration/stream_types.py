@@ -13,14 +13,19 @@ from rain_mergekit.calibration.linear_sites import LinearSite
 from rain_mergekit.calibration.token_teachers import GROUPS
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layer_calls import LayerCall
+from rain_mergekit.capture.text_batches import TextBatch
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The hidden states of some texts on their way through one model."""
+    """The hidden states of some texts on their way through one model.
+
+    calls: of each text, a call for each layer. batches: which texts pass a layer together.
+    """
 
     store: ActivationStore
     calls: list[Sequence[LayerCall]]
+    batches: list[TextBatch] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.store)

@@ -125,12 +125,13 @@ class PrefixSharing:
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """One sample (T, d) through one layer; its output hidden states (T, d)."""
+    """One sample (T, d) through one layer, or some of them (n, T, d); the output likewise."""
+    several = hidden.dim() > 2
     with phase(FORWARD):
-        output = layer(hidden[None], *call.args, **call.kwargs)
+        output = layer(hidden if several else hidden[None], *call.args, **call.kwargs)
     if isinstance(output, tuple):
         output = output[0]
-    result: Tensor = output[0]
+    result: Tensor = output if several else output[0]
     return result
 
 

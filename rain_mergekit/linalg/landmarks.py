@@ -58,8 +58,16 @@ class LandmarkSums:
 
 
 def spanned(tokens: Tensor) -> Tensor:
-    """An orthonormal basis Q (d, m) of the span of tokens (m, d), m at most d; float32 at least."""
-    basis: Tensor = torch.linalg.qr(exact(tokens).mT).Q
+    """An orthonormal basis Q (d, r) of the span of tokens (m, d), m at most d; float32 at least.
+
+    r is m, or less where tokens are spanned by those before them: of these rounding alone would
+    make directions.
+    """
+    columns = exact(tokens).mT
+    found = torch.linalg.qr(columns)
+    least = torch.finfo(columns.dtype).eps ** 0.75 * torch.linalg.vector_norm(columns, dim=0)
+    new = found.R.diagonal().abs() > least
+    basis: Tensor = found.Q if bool(new.all()) else torch.linalg.qr(columns[:, new]).Q
     return basis
 
 

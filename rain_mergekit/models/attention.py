@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - transformers' interface
     if observer is not None:
         observer(call)
     if softcap is not None or s_aux is not None:
-        return _explicit_blocks(call, value), None
+        return torch.cat([_explicit_blocks(one, v) for one, v in _each(call, value)]), None
     if attention_mask is not None:
         return _masked_blocks(call, value), None
     if _needs_own_heads(query):
@@ -215,6 +215,12 @@ def _masked_blocks(call: AttentionCall, value: Tensor) -> Tensor:
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _each(call: AttentionCall, value: Tensor) -> Iterator[tuple[AttentionCall, Tensor]]:
+    """One text after the other, of several that pass together."""
+    for query, key, own in zip(call.query, call.key, value, strict=True):
+        yield replace(call, query=query[None], key=key[None]), own[None]
 
 
 def _explicit_blocks(call: AttentionCall, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from architectures import make
 from safetensors.torch import load_file, save_file
 from tiny import Tiny
 
-from rain_mergekit.calibration import layer, stream_layer
+from rain_mergekit.calibration import layer, layer_passes
 from rain_mergekit.models import experts
 
 ROLES = ("reasoning", "instruct", "pretrained")
@@ -37,7 +37,7 @@ def test_no_layer_holds_its_experts_in_float32_and_no_bit_changes(
     stored_as(tiny, torch.bfloat16)
     monkeypatch.setattr(experts, "AT_ONCE", 0)
     seen: list[tuple[torch.dtype, int]] = []
-    for home in (layer, stream_layer):
+    for home in (layer, layer_passes):
 
         def passing(module: Any, *arguments: Any, run: Any = home.run_layer) -> Any:
             seen.extend((p.dtype, p.dim()) for p in module.parameters())

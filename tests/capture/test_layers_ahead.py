@@ -16,7 +16,7 @@ from hangs import HANGS
 from safetensors.torch import load_file
 from tiny import Tiny
 
-from rain_mergekit.calibration import layer, stream_layer
+from rain_mergekit.calibration import layer, layer_passes
 from rain_mergekit.capture.layers_ahead import LayerReader, LayersAhead, ReaderThread, touch
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.errors import RainError
@@ -136,7 +136,7 @@ def simulate(tiny: Tiny, simulation: Simulation) -> None:
 
         patch.setattr(ReaderThread, "submit", asking)
         patch.setattr(LayersAhead, "take", taking)
-        for home in (layer, stream_layer):
+        for home in (layer, layer_passes):
             patch.setattr(home, "run_layer", partial(simulation.pass_on, home.run_layer))
         tiny.calibrate()
 
@@ -184,7 +184,7 @@ class Watch:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LayerwiseModel, "reading_ahead", noting)
-            for home in (layer, stream_layer):
+            for home in (layer, layer_passes):
                 patch.setattr(home, "run_layer", partial(self.passing, home.run_layer))
             tiny.calibrate()
 
