@@ -136,7 +136,10 @@ def _check_usage(options: AutoOptions) -> None:
     if count not in (2, 3):
         raise click.UsageError(f"two or three models are expected, found {count}")
     if options.fit == "projection" and count == 2:
-        raise click.UsageError("--fit projection needs the pretrained model too: name it third")
+        raise click.UsageError(
+            "--fit projection adds what tuning changed in the instruct model, and needs the model "
+            "that this was tuned from: name it third, or leave out --fit (streams needs no third)"
+        )
     if options.as_json and not options.yes:
         raise click.UsageError("--json needs -y: there is nobody to be asked")
     if options.prompts and options.reasoning_data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rain_mergekit.config.settings import RainSettings
@@ -28,6 +28,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     tokenizer = load_tokenizer(trio.reasoning)
     options, path = settings.chat_template_kwargs, settings.reasoning_data
     markers = settings.marker_texts or find_markers(path, tokenizer, options)
+    markers = replace(markers, optional=markers.optional or settings.blocks == "optional")
     reasoning = load_reasoning(
         path,
         tokenizer,

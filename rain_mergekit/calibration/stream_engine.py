@@ -176,8 +176,10 @@ class StreamEngine:
         """The instruct model at the answers; for the contrast, minus itself uninstructed."""
         first = len(texts.reasoning)
         lessons = [
-            Lesson(first + number, number, reading.answer)
-            for number, reading in enumerate(texts.readings)
+            Lesson(first + number, number, reading.answer, text.kept)
+            for number, (reading, text) in enumerate(
+                zip(texts.readings, texts.instruction, strict=True)
+            )
         ]
         strength = self._settings.teacher_strength
         if self._settings.teacher == "contrast":

@@ -15,6 +15,7 @@ from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.system.distributed import World
+from rain_mergekit.system.wording import counted
 from rain_mergekit.text.answer_readings import AnswerReading, read_answers
 from rain_mergekit.text.samples import InstructionSample
 from rain_mergekit.text.token_positions import InstructionTokens
@@ -80,7 +81,7 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     if not kept:
         raise RainError(
             f"{settings.instruction_data}: the instruct model {trio.instruct.reference} can read "
-            f"none of its {len(used)} samples ({dropped[0][0]}: {dropped[0][1]})"
+            f"none of its {counted(len(used), 'sample')} ({dropped[0][0]}: {dropped[0][1]})"
         )
     reasoning, instruction = taught_texts(samples.reasoning.samples, [tokens for tokens, _ in kept])
     bare = [views[1] for _, views in kept] if len(views) > 1 else []

@@ -36,12 +36,14 @@ class Lesson:
     """An answer that a second model teaches.
 
     text: index of the text among all; reading: index among that model's own texts; tokens: how
-    many of the last tokens are the answer, in both.
+    many of the last tokens are the answer, in both; kept: those of the text's tokens among them
+    that this model does not teach.
     """
 
     text: int
     reading: int
     tokens: int
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ class Teacher:
 
     def mix_into(self, target: Tensor, lesson: Lesson, rows: Tensor) -> None:
         """Mix this model's `rows` into the last tokens of `target`, in place."""
+        kept = list(lesson.kept)
+        own = target[kept]
         answer = target[-lesson.tokens :]
         answer.mul_(self.keeps).add_(rows.to(target), alpha=self.share)
+        target[kept] = own
 
 
 @dataclass

@@ -14,6 +14,7 @@ from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.system.profile import LOAD, phase
+from rain_mergekit.system.wording import counted
 
 
 class TrioTensors:
@@ -126,8 +127,9 @@ class TrioTensors:
         if problems:
             shown = "; ".join(problems[:20])
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            count = counted(len(problems), "problem")
             raise RainError(
-                f"the three models do not fit together ({len(problems)} problems): {shown}{more}. "
+                f"the three models do not fit together ({count}): {shown}{more}. "
                 "They must be of the same family and size, and not quantised"
             )
 

@@ -48,8 +48,18 @@ class TaughtText:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens before the first thinking marker, or before the token that decides on it."""
-        return self.input_ids[: self.groups.index(GROUPS.index(MARKERS))]
+        """The tokens before the first thinking marker, or before the token that decides on it.
+
+        Or before the token that predicts the answer, where that comes first.
+        """
+        first = {GROUPS.index(MARKERS), GROUPS.index(ANSWERS)}
+        return self.input_ids[: next(i for i, group in enumerate(self.groups) if group in first)]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Tokens after the answer's start that the instruct model does not teach."""
+        start, answers = self.answer_start, GROUPS.index(ANSWERS)
+        return tuple(i for i in range(start, len(self.groups)) if self.groups[i] != answers)
 
     def without_response(self) -> TaughtText:
         """The text up to its last response; it stays in the same part of the fit."""
@@ -102,6 +112,8 @@ def _of_instruction(sample: InstructionTokens) -> list[str]:
     _mark(groups, sample.response_positions, MARKERS)
     _mark(groups, sample.think_positions, MARKERS)
     _mark(groups, range(sample.answer_start, len(groups)), ANSWERS)
+    _mark(groups, sample.kept_positions, THINKING)
+    _mark(groups, {*sample.kept_positions} & {*sample.think_positions}, MARKERS)
     return groups
 
 

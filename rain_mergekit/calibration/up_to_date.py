@@ -29,6 +29,7 @@ from rain_mergekit.system.untrusted_input import is_lfs_pointer
 _PATHS = ("reasoning_data", "instruction_data")
 # Settings added later, with the value that gives the earlier behaviour.
 _AS_BEFORE = {
+    "blocks": "required",
     "gamma": 0.0,
     "lm_head": "off",
     "regmean": RegMeanSettings().model_dump(mode="json"),

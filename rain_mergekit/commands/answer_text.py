@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rain_mergekit.system.untrusted_input import shortened
+from rain_mergekit.system.wording import counted
 
 if TYPE_CHECKING:
     from rain_mergekit.evaluation.answer_files import Answer, AnswerSet
@@ -69,7 +70,7 @@ def sentence(name: str, found: Sequence[Difference]) -> str:
             parts.append(f"{verdict}: " + ", ".join(map(_phrase, members)))
     loops = next((one for one in found if one.metric.name == "looped"), None)
     if loops is not None and not loops.second:
-        parts.append(f"no loop in {loops.prompts} prompts")
+        parts.append(f"no loop in {counted(loops.prompts, 'prompt')}")
     parts += [
         f"tokens {100 * one.mean / one.first:+.0f} %"
         for one in found

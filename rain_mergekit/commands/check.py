@@ -8,6 +8,7 @@ import click
 
 from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import Loading, Talk, loading_options, output_options, typed
+from rain_mergekit.system.wording import counted
 
 _PROBLEM = 3
 _MARKS = {"problem": "PROBLEM", "warning": "warning", "note": ""}
@@ -44,7 +45,7 @@ def check(options: CheckOptions) -> None:
     found = check_config(read_config(options.config), options.loading.options())
     problems = sum(one.level == "problem" for one in found)
     warnings = sum(one.level == "warning" for one in found)
-    verdict = f"{problems} problems, {warnings} warnings"
+    verdict = f"{counted(problems, 'problem')}, {counted(warnings, 'warning')}"
     if options.as_json:
         findings = [asdict(one) for one in found]
         print_json("check", {"config": options.config, "verdict": verdict, "findings": findings})

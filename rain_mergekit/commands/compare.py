@@ -9,6 +9,7 @@ import click
 
 from rain_mergekit.commands.json_output import json_option, print_json
 from rain_mergekit.commands.options import Talk, output_options, typed
+from rain_mergekit.system.wording import counted
 
 if TYPE_CHECKING:
     from rain_mergekit.commands.console import Console
@@ -175,13 +176,13 @@ def _show(
 
     prompts = max(one.prompts for one in rows)
     console.print()
-    console.heading(f"{name} against {first}, {prompts} prompts:")
+    console.heading(f"{name} against {first}, {counted(prompts, 'prompt')}:")
     for line in answer_text.difference_lines(rows):
         console.print(line)
     for line in answer_text.example_lines(examples):
         console.print(line)
     if prompts < FEW:
-        console.warn(f"{prompts} prompts say little: the intervals are rough below {FEW}")
+        console.warn(f"few prompts ({prompts}) say little: the intervals are rough below {FEW}")
     console.heading(f"Verdict: {answer_text.sentence(name, rows)}")
 
 

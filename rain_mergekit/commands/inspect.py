@@ -77,7 +77,7 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     if summary.taken_back:
         low, high = min(summary.taken_back), max(summary.taken_back)
         lines += [_head("Channels: share of an even change taken back at omega 0.4")]
-        lines += [f"  {low:.3f} to {high:.3f} over {len(summary.taken_back)} weights"]
+        lines += [f"  {low:.3f} to {high:.3f} over {counted(len(summary.taken_back), 'weight')}"]
     elif summary.matching is not None:
         lines += _matching(summary.matching)
     else:

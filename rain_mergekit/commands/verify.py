@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rain_mergekit.evaluation.verify import VerificationResult
     from rain_mergekit.instructions.prompts import Asked
     from rain_mergekit.text.calibration_sets import DataSet
+    from rain_mergekit.text.markers import Markers
 
 
 _DAMAGED = 3
@@ -168,14 +169,34 @@ def verify(options: VerifyCommandOptions) -> None:
 def _texts(options: VerifyCommandOptions) -> Texts:
     from rain_mergekit.evaluation.texts import Texts  # noqa: PLC0415
 
+    markers, optional = given_markers(options.markers), False
+    if markers is None:
+        markers, optional = _recorded_markers(options.merged)
     return Texts(
         path=options.reasoning_data or "",
         count=options.samples,
-        markers=given_markers(options.markers),
+        markers=markers,
         window=options.window,
         max_tokens=options.max_tokens,
         chat_template_kwargs=options.chat_template_kwargs,
+        optional=optional,
     )
+
+
+def _recorded_markers(merged: str) -> tuple[Markers | None, bool]:
+    """What the merge was told of markers, and whether its samples need blocks, if it is known."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from rain_mergekit.config.merge_config import read_config  # noqa: PLC0415
+
+    path = Path(merged, "mergekit_config.yml")
+    if not path.is_file():
+        return None, False
+    try:
+        settings = read_config(path).settings
+    except RainError:  # of another method, or another version
+        return None, False
+    return settings.marker_texts, settings.blocks == "optional"
 
 
 def _made_from(merged: str) -> str:

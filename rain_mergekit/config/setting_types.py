@@ -73,7 +73,7 @@ class MarkerSettings(BaseModel):
 def _listed(value: object) -> object:
     """A single pair as a list of one."""
     if value == []:
-        raise ValueError("a pair of texts, or auto, is expected")
+        raise ValueError("a pair of texts, or auto, or none, is expected")
     return [value] if isinstance(value, Mapping) else value
 
 
@@ -88,7 +88,7 @@ _RESERVED = frozenset(
     {"conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"}
     | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
 )
-_Auto = Annotated[Literal["auto"], Tag("auto")]
+_Auto = Annotated[Literal["auto", "none"], Tag("auto")]
 _Pairs = Annotated[tuple[MarkerSettings, ...], Tag("pairs")]
 MarkersOrAuto = Annotated[
     _Auto | _Pairs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,7 +27,7 @@ from rain_mergekit.config.setting_types import (
     TemplateArguments,
     Weights,
 )
-from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.markers import NO_MARKERS, Markers
 
 
 class RainSettings(BaseModel):
@@ -47,10 +48,19 @@ class RainSettings(BaseModel):
     markers: Annotated[
         MarkersOrAuto,
         Field(
-            description="The texts that open and close a thinking block: those known that the "
-            "outputs, the chat template or the tokenizer show, or one pair, or several."
+            description="The texts that open and close a thinking block, or another that must "
+            "stay: those known that the outputs, the chat template or the tokenizer show, or one "
+            "pair, or several; none: nothing marks one, and outputs count as a whole."
         ),
     ] = "auto"
+    blocks: Annotated[
+        Literal["required", "optional"],
+        Field(
+            description="Whether each sample must have a marked block. optional: an output without "
+            "one counts as a whole, in the reasoning set as what stays, in the instruction set as "
+            "what comes, and so does what the latter say before a block."
+        ),
+    ] = "required"
     chat_template_kwargs: Annotated[
         TemplateArguments,
         Field(description="Arguments of the chat template, such as enable_thinking: true."),
@@ -265,8 +275,9 @@ class RainSettings(BaseModel):
     def marker_texts(self) -> Markers | None:
         """The configured markers; None where they are to be found. RainError if unfit."""
         if isinstance(self.markers, str):
-            return None
-        return Markers.of([(pair.open, pair.close) for pair in self.markers])
+            return NO_MARKERS if self.markers == "none" else None
+        found = Markers.of([(pair.open, pair.close) for pair in self.markers])
+        return replace(found, optional=self.blocks == "optional")
 
     @property
     def keeps_response(self) -> bool:

@@ -36,6 +36,7 @@ from rain_mergekit.models.generation import Answer, generate, load_model
 from rain_mergekit.models.loading import LoadOptions, read_model_config
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.system.shipped_files import TRIO
+from rain_mergekit.system.wording import counted
 from rain_mergekit.text.calibration_sets import load_reasoning
 
 _MOST_TOKENS = 96
@@ -77,7 +78,7 @@ def _run(folder: Path, console: Console) -> list[Result]:
     merge_all(folder, console, torch.get_num_threads())
     console.print()
     records = read_records(TRIO / "test.jsonl", ASKED)
-    console.heading(f"Asking {len(records)} prompts that calibration has not seen")
+    console.heading(f"Asking {counted(len(records), 'prompt')} that calibration has not seen")
     results = _evaluate(folder, records, console)
     seconds = time.monotonic() - start
     numbers = {r.label: {**asdict(r.scores), "drift": asdict(r.drift)} for r in results}

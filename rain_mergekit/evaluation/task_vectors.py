@@ -21,6 +21,7 @@ from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.system.evenly_spaced import evenly_spaced
+from rain_mergekit.system.wording import counted
 
 EXPERTS = 4  # of one layer whose subspaces are compared
 SMALL = 512  # up to this size a matrix is decomposed exactly
@@ -135,7 +136,10 @@ def _remarks(experts: int, left_out: int, tokens: Sequence[str]) -> Iterator[str
             f"{min(experts, EXPERTS)} of them"
         )
     if left_out:
-        yield f"{left_out} weights are not in all of the three models under these names: left out"
+        yield (
+            f"Left out, as not all of the three models have them under these names: "
+            f"{counted(left_out, 'weight')}"
+        )
 
 
 class _Weights:

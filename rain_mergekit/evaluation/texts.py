@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,8 @@ _NO_OTHER_SET = {"fit": "projection", "projection": "orthogonal", "coefficients"
 class Texts:
     """Which texts with thinking to measure on; count None: all; markers None: found in them.
 
-    path "": there are none, and markers are those that the tokenizer knows.
+    path "": there are none, and markers are those that the tokenizer knows. optional: texts without
+    a block count as a whole.
     """
 
     path: str
@@ -37,11 +38,12 @@ class Texts:
     window: int = 5
     max_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
 
 def texts_from_settings(settings: Mapping[str, Any], path: str, count: int | None) -> Texts:
     """Texts of that file, with markers, window and template as in a calibration's settings."""
-    names = ("markers", "window", "chat_template_kwargs")
+    names = ("markers", "blocks", "window", "chat_template_kwargs")
     recorded = {name: settings[name] for name in names if name in settings}
     try:
         known = parse_settings({**recorded, "reasoning_data": path, **_NO_OTHER_SET}, path)
@@ -54,6 +56,7 @@ def texts_from_settings(settings: Mapping[str, Any], path: str, count: int | Non
         markers=markers,
         window=known.window,
         chat_template_kwargs=known.chat_template_kwargs,
+        optional=known.blocks == "optional",
     )
 
 
@@ -87,6 +90,9 @@ def read_texts(
 
 def markers_of(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Markers:
     """The markers of the texts, or those that the model of this tokenizer writes."""
-    if not texts.path:
-        return texts.markers or tokenizer_markers(tokenizer, texts.chat_template_kwargs)
-    return texts.markers or find_markers(texts.path, tokenizer, texts.chat_template_kwargs)
+    found = texts.markers
+    if found is None and texts.path:
+        found = find_markers(texts.path, tokenizer, texts.chat_template_kwargs)
+    elif found is None:
+        found = tokenizer_markers(tokenizer, texts.chat_template_kwargs)
+    return replace(found, optional=found.optional or texts.optional)

@@ -36,7 +36,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -
         raise RainError(f"{checkpoint.reference}: cannot be loaded: {lines[0]}") from None
     if missing := sorted(found["missing_keys"]):
         raise RainError(
-            f"{checkpoint.reference}: {len(missing)} weights are missing, such as {missing[0]}"
+            f"{checkpoint.reference}: weights are missing ({len(missing)}), such as {missing[0]}"
         )
     return model.to(device).eval()
 

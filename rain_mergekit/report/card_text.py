@@ -11,6 +11,7 @@ from rain_mergekit.calibration_file.summary import Data, FileSummary
 from rain_mergekit.evaluation.verification_record import VerificationRecord
 from rain_mergekit.report.public_names import public_name
 from rain_mergekit.system.terminal_safe import clean
+from rain_mergekit.system.wording import counted
 
 _LONGEST = 200
 USAGE = """\
@@ -46,7 +47,7 @@ def measurement(found: VerificationRecord) -> Iterator[tuple[str, str]]:
     numbers = f"L_think {found.think:.3g}, in the thinking block {found.content:.3g}, elsewhere"
     verdict = f"the thinking format is {code(found.verdict)}"
     yield "divergence from the reasoning model", f"{numbers} {found.rest:.3g} nats; {verdict}"
-    about = f"{found.samples} samples, SHA-256 {code(found.sha256)}"
+    about = f"{counted(found.samples, 'sample')}, SHA-256 {code(found.sha256)}"
     yield "measured on", f"{code(found.data)}, {about}"
 
 

@@ -54,6 +54,8 @@ def read_answers(
 
 def _without_spans(sample: InstructionSample) -> InstructionSample:
     spans = [span for spec in sample.instructions for span in spec.prompt_spans]
+    if not spans:
+        raise UnusableError("it lists no instruction")
 
     def cut(text: str) -> str:
         for span in sorted(spans, key=len, reverse=True):

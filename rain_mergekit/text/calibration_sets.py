@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.json_samples import StrPath, read_samples
+from rain_mergekit.system.wording import counted
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.rendering import Renderer, UnusableError
 from rain_mergekit.text.samples import (
@@ -103,9 +105,9 @@ def load_reasoning(
             content_positions=tuple(sorted(content)),
             prompt_positions=tuple(sorted({*range(tokens.end)} - think - content - answers)),
             response_positions=(*sorted(answers), *range(tokens.end, length)),
-            open_starts=tuple(block.open.start for block in tokens.blocks if block.lead),
+            open_starts=tuple(b.open.start for b in tokens.blocks if b.lead and b.marked),
             open_ends=tuple(block.open.stop for block in tokens.blocks),
-            close_starts=tuple(block.close.start for block in tokens.blocks),
+            close_starts=tuple(block.close_start for block in tokens.blocks),
         )
 
     _check_options(window, max_tokens)
@@ -125,7 +127,8 @@ def load_instruction(
 ) -> DataSet[InstructionTokens]:
     """Tokenise an instruction set and find the tokens of every instruction's spans.
 
-    Without `spans_needed` no span is looked for, so none can make a sample unusable.
+    Without `spans_needed` no span is looked for, so none can make a sample unusable, and a sample
+    may list none.
 
     A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
     RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
@@ -143,11 +146,12 @@ def load_instruction(
             response_positions=tokens.response(),
             spans=_all_spans(sample, tokens, notes) if spans_needed else (),
             answer_start=tokens.answer_start(),
+            kept_positions=tokens.kept(window),
         )
 
     _check_options(window, max_tokens)
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
-    return _load(path, parse_instruction, convert)
+    return _load(path, partial(parse_instruction, spans_needed=spans_needed), convert)
 
 
 def _load(
@@ -166,7 +170,8 @@ def _load(
         skipped += [(sample.source, note) for note in notes]
     if not used:
         reasons = "; ".join(f"{source}: {reason}" for source, reason in skipped[:3])
-        raise RainError(f"{path}: none of its {len(samples)} samples can be used ({reasons})")
+        count = counted(len(samples), "sample")
+        raise RainError(f"{path}: none of its {count} can be used ({reasons})")
     tokens, read = zip(*used, strict=True)
     return DataSet(str(path), digest, len(samples), tokens, tuple(skipped), read)
 

@@ -31,7 +31,8 @@ class Markers:
     longest of those that come first. The first pair is written where a block is put together, with
     `gaps` after the open marker, before the close marker and after it. `tokens`: what a tokenizer
     of this format has as tokens, where these are not the markers themselves. `loose`: the closing
-    text ends other things too, so that outside of a block it means nothing.
+    text ends other things too, so that outside of a block it means nothing. `optional`: a turn may
+    have no block; then it counts as a whole. A pair of empty texts is no pair at all (NO_MARKERS).
     """
 
     open: str = "<think>"
@@ -40,6 +41,7 @@ class Markers:
     gaps: tuple[str, str, str] = ("\n", "\n", "\n\n")
     tokens: tuple[str, ...] = ()
     loose: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not all(text.strip() for pair in self.pairs for text in pair):
@@ -53,11 +55,16 @@ class Markers:
                     )
 
     def __str__(self) -> str:
-        return ", ".join(f"{opening} … {closing}" for opening, closing in self.pairs)
+        return ", ".join(f"{opening} … {closing}" for opening, closing in self.pairs) or "none"
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, str]]) -> Markers:
-        """These pairs, with gaps, tokens and looseness of the known format that they belong to."""
+        """These pairs, with gaps, tokens and looseness of the known format that they belong to.
+
+        NO_MARKERS without any.
+        """
+        if not pairs:
+            return NO_MARKERS
         (first, last), *more = pairs
         made = cls(first, last, tuple(more))
         for known in KNOWN:
@@ -67,8 +74,8 @@ class Markers:
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """All pairs, the first one first."""
-        return ((self.open, self.close), *self.more)
+        """All pairs, the first one first; none where nothing marks a block."""
+        return ((self.open, self.close), *self.more) if self.open or self.close else ()
 
     @property
     def opens(self) -> tuple[str, ...]:
@@ -145,6 +152,8 @@ def _either(words: Sequence[str]) -> str:
 
 
 _TIGHT = ("", "", "")
+# Nothing marks a block: what a model wrote counts as a whole.
+NO_MARKERS = Markers("", "", gaps=_TIGHT, optional=True)
 _ANALYSIS = "<|channel|>analysis<|message|>"
 # What published models write. docs/data.md has the same table, with the models.
 KNOWN: tuple[Markers, ...] = (

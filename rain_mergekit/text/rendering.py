@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rain_mergekit.errors import RainError
 from rain_mergekit.text.chat_template import ChatTemplate, Message
 from rain_mergekit.text.markers import Block, Markers, Span, first
+from rain_mergekit.text.samples import InstructionSample, ReasoningSample
 from rain_mergekit.text.thinking_blocks import split_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from rain_mergekit.text.samples import InstructionSample, ReasoningSample
 
 
 _ASKING = ("user", "system", "developer")
@@ -30,13 +29,15 @@ class Rendered:
     """One rendered sample; all places are [start, end) character ranges, in order.
 
     `prompt` holds the texts of users and system, `blocks` every thinking block, `answers` what the
-    model wrote outside of them before the last one: each with what ends its turn.
+    model wrote outside of them before the last one: each with what ends its turn. `ahead` is what
+    the last turn says before its first block, where blocks are optional.
     """
 
     text: str
     prompt: tuple[Span, ...]
     blocks: tuple[Block, ...]
     answers: tuple[Span, ...] = ()
+    ahead: tuple[Span, ...] = ()
 
 
 class Renderer:
@@ -71,10 +72,13 @@ class Renderer:
         if places is None:
             raise UnusableError("the chat template does not keep the prompt's text as it is")
         opened = self._opening(head[places[-1][1] :])
+        begun = ""
         if sample.output is None:
             body = self._assemble(opened, sample.reasoning or "", sample.response)
         else:
             body = self._without_opening(sample.output, opened)
+            begun = "" if opened else self._begun(head[places[-1][1] :], body)
+            body = body[len(begun) :]
         roles = [m["role"] for m in messages if m["role"] != "assistant"]
         asked = (place for place, role in zip(places, roles, strict=True) if role in _ASKING)
         lead = head[places[-1][1] : len(head) - len(opened)]
@@ -85,7 +89,11 @@ class Renderer:
         answers = [*self._answers(head, messages, places, lead)]
         if len(last) > 1:
             answers.append((last[0].close[1], last[-1].open[0]))
-        return Rendered(head + body, tuple(asked), (*earlier, *last), tuple(answers))
+        text, start = head + body, len(head) - len(begun)
+        if not last:
+            last = [_unmarked(sample, start, text)]
+        ahead = [(start, last[0].open[0])] if self.markers.optional and not opened else []
+        return Rendered(text, tuple(asked), (*earlier, *last), (*answers, *ahead), tuple(ahead))
 
     def _opening(self, tail: str) -> str:
         """The open marker and the white space after it that the template ends with, or ""."""
@@ -106,8 +114,21 @@ class Renderer:
         found = first(opened, self.markers.opens, 0, len(opened))
         return opened[slice(*found)] if found else ""
 
+    def _begun(self, tail: str, output: str) -> str:
+        """The beginning of `output` that the template has already written, or "".
+
+        Without markers: a model that is to think may have a template that opens the block.
+        """
+        if not self.markers.optional:
+            return ""
+        sizes = range(min(len(tail), len(output)), 0, -1)
+        written = (output[:size] for size in sizes if tail.endswith(output[:size]))
+        return next((text for text in written if text.strip()), "")
+
     def _assemble(self, opened: str, reasoning: str, response: str | None) -> str:
         """Open marker, reasoning, close marker and response, with the format's own white space."""
+        if not self.markers.pairs:
+            raise UnusableError("without markers it must be given as 'output', verbatim")
         after_open, before_close, after_close = self.markers.gaps
         start = "" if opened else self.markers.open
         gap = "" if opened[-1:].isspace() else after_open
@@ -123,11 +144,14 @@ class Renderer:
         return bare[len(marker) :] if bare.startswith(marker) else output
 
     def _last(self, head: str, opened: str, body: str) -> list[Block]:
-        """The blocks of the model's last turn; UnusableError if there is none or one is broken."""
+        """The blocks of the model's last turn; UnusableError if one that must be is not, or broken.
+
+        None is left only where blocks are optional.
+        """
         at = len(head) - len(opened)
         given = first(head, self.markers.opens, at, len(head)) if opened else None
         blocks, wrong = self.markers.scan(head + body, len(head), opened=given)
-        if not (blocks or wrong):
+        if not (blocks or wrong or self.markers.optional):
             wrong = [f"no {self.markers.open!r} after the prompt"]
         if wrong:
             raise UnusableError(wrong[0])
@@ -168,3 +192,15 @@ def _turns(messages: Sequence[Message], places: Sequence[Span]) -> Iterator[tupl
         passed += message["role"] != "assistant"
         if message["role"] == "assistant" and following["role"] != "assistant" and passed:
             yield str(message["content"] or ""), places[passed - 1][1], places[passed][0]
+
+
+def _unmarked(sample: ReasoningSample | InstructionSample, start: int, text: str) -> Block:
+    """What counts as the block of an output without one, from `start` to the end of `text`.
+
+    In the set of what must stay it is the whole output; in that of what comes it is empty, so that
+    the whole output is the answer.
+    """
+    if not text[start:].strip():
+        raise UnusableError("its output is empty")
+    end = start if isinstance(sample, InstructionSample) else len(text)
+    return Block((start, start), (end, end))

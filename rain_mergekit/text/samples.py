@@ -76,8 +76,13 @@ def parse_reasoning(source: str, value: object) -> ReasoningSample:
     )
 
 
-def parse_instruction(source: str, value: object) -> InstructionSample:
-    """Check one JSON value as an instruction sample; RainError names `source` and the field."""
+def parse_instruction(
+    source: str, value: object, *, spans_needed: bool = True
+) -> InstructionSample:
+    """Check one JSON value as an instruction sample; RainError names `source` and the field.
+
+    Without `spans_needed` it may lack the list of its instructions.
+    """
     fields = JsonFields(source, value)
     asked = parse_conversation(fields)
     output, reasoning, response = _said(fields, asked)
@@ -91,7 +96,10 @@ def parse_instruction(source: str, value: object) -> InstructionSample:
         output=output,
         reasoning=reasoning,
         response=response,
-        instructions=tuple(_spec(source, *item) for item in fields.items("related_prompt_list")),
+        instructions=tuple(
+            _spec(source, *item)
+            for item in fields.items("related_prompt_list", optional=not spans_needed)
+        ),
         unrelated_response_spans=fields.spans("unrelated_response_spans", optional=True),
         messages=asked.messages,
         tools=asked.tools,

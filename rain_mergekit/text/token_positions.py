@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING
 
 from rain_mergekit.text.markers import Span
@@ -27,7 +27,8 @@ class ReasoningTokens:
     `response_positions` is what the model wrote outside of its blocks: the last response, if it
     was kept, and earlier answers; `prompt_positions` is everything else. `open_starts` (of the
     blocks that the model opens itself) and `close_starts` are the markers' first tokens;
-    `open_ends` (of all blocks) are the first tokens after the open markers.
+    `open_ends` (of all blocks) are the first tokens after the open markers. An output without a
+    block is one block of its own: it has no open start, and its close start is its last token.
     """
 
     source: str
@@ -56,7 +57,8 @@ class InstructionTokens:
     """Token ids of one instruction sample and sorted positions in them.
 
     `think_positions` is Ω_think; `thinking_positions` is everything between the markers of a
-    block; `answer_start` is the token that predicts the answer's first token.
+    block; `answer_start` is the token that predicts the answer's first token; `kept_positions` are
+    blocks after it, which are no part of the answer.
     """
 
     source: str
@@ -66,15 +68,29 @@ class InstructionTokens:
     response_positions: tuple[int, ...]
     spans: tuple[SpanPositions, ...]
     answer_start: int = 0
+    kept_positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """One thinking block: token ranges of its markers, and how many tokens before it count."""
+    """One thinking block: token ranges of its markers, and how many tokens before it count.
+
+    Both ranges are empty where nothing marks it.
+    """
 
     open: range
     close: range
     lead: int
+
+    @property
+    def marked(self) -> bool:
+        """Whether the block has markers."""
+        return len(self.open) > 0
+
+    @property
+    def close_start(self) -> int:
+        """The close marker's first token, or the last token inside of a block without markers."""
+        return self.close.start if self.marked else max(self.close.start - 1, self.open.stop)
 
     def think(self, window: int) -> Iterator[int]:
         """Both markers, `window` tokens after the first and before the second, and the lead.
@@ -118,21 +134,37 @@ class Encoded:
 
     def answers(self) -> tuple[int, ...]:
         """The tokens of `Rendered.answers`: what the model wrote before, outside of its blocks."""
+        return self._within(self.rendered.answers)
+
+    def ahead(self) -> tuple[int, ...]:
+        """The tokens of `Rendered.ahead`: what the last turn says before its first block."""
+        return self._within(self.rendered.ahead)
+
+    def _within(self, places: Iterable[Span]) -> tuple[int, ...]:
         covered = bytearray(len(self.rendered.text))
-        for start, stop in self.rendered.answers:
+        for start, stop in places:
             covered[start:stop] = b"\1" * (stop - start)
         return _overlapping(covered, self.offsets, range(self.end))
 
     def answer_start(self) -> int:
-        """The token that predicts the first token of the response that is not white space.
+        """The token that predicts the answer's first token that is not white space.
 
-        The text's length where the response is empty.
+        The answer is the response, and what stands ahead of the blocks. The text's length where it
+        is empty.
         """
-        for position in self.response():
+        for position in (*self.ahead(), *self.response()):
             start, end = self.offsets[position]
             if self.rendered.text[start:end].strip():
                 return position - 1
         return len(self.input_ids)
+
+    def kept(self, window: int) -> tuple[int, ...]:
+        """The tokens of marked blocks, with windows, that begin after the answer does."""
+        start = self.answer_start()
+        later = [block for block in self.blocks if block.marked and block.open.start > start]
+        inside = (range(block.open.stop, block.close.start) for block in later)
+        marked = (block.think(window) for block in later)
+        return tuple(sorted({*chain(*inside), *chain(*marked)}))
 
     def in_prompt(self, spans: Iterable[str]) -> tuple[int, ...]:
         """Tokens of every occurrence of `spans` in the texts of users and system."""
@@ -207,6 +239,10 @@ def _lost(text: str, offsets: tuple[tuple[int, int], ...]) -> float:
 def _marker(
     rendered: Rendered, offsets: tuple[tuple[int, int], ...], place: tuple[int, int]
 ) -> range:
+    if place[0] == place[1]:  # no marker: where the first token from there on begins
+        ends = (index for index, (_, end) in enumerate(offsets) if end > place[0])
+        at = next(ends, len(offsets))
+        return range(at, at)
     covered = bytearray(len(rendered.text))
     covered[place[0] : place[1]] = b"\1" * (place[1] - place[0])
     found = _overlapping(covered, offsets, range(len(offsets)))

@@ -157,6 +157,7 @@ def test_usage(place: Workplace) -> None:
     assert "two or three models" in run("auto", reasoning, "-o", "x").output
     outcome = run("auto", reasoning, place.model("instruct"), "--fit", "projection", "-o", "x")
     assert outcome.code == 2
+    assert "name it third, or leave out --fit" in " ".join(outcome.output.split())
 
 
 def test_own_set_is_written_by_the_reasoning_model(place: Workplace) -> None:

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.text import calibration_sets
+from rain_mergekit.text.markers import Markers
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
@@ -114,3 +115,13 @@ def test_long_to_short_is_the_published_recipe(path: Path) -> None:
         assert merge.parameters["lambda"] == factor
     else:
         assert merge.parameters["lambda"] == 0.7
+
+
+def test_the_other_direction_keeps_calls_and_shares_a_tokenizer() -> None:
+    (path,) = (ROOT / "configs" / "other-direction").glob("*.yml")
+    config = read_config(path)
+    assert config.settings.blocks == "optional"
+    assert config.settings.marker_texts == Markers("<tool_call>", "</tool_call>", optional=True)
+    families = {str(model).partition("-")[0] for model in (config.reasoning, config.instruct)}
+    assert families == {"Qwen/Qwen3"}
+    assert MergeConfiguration.model_validate(load(path)).dtype == "bfloat16"

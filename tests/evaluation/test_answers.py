@@ -261,7 +261,7 @@ def test_a_good_merge_passes(good: Path, tmp_path: Path) -> None:
     assert "no loop in 12 prompts" in said
     assert "Verdict: merged: " in said
     assert "worse" not in said
-    assert "12 prompts say little" in said
+    assert "few prompts (12) say little" in said
 
 
 def test_page_shows_both_answers_and_escapes_them(good: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from rain_mergekit.config.plain_merge import read_any
 from rain_mergekit.data_building.constraints import read_constrained
 from rain_mergekit.data_building.prompts import read_prompts
 from rain_mergekit.text import calibration_sets
+from rain_mergekit.text.markers import NO_MARKERS
 
 RULES = ("building-data.md", "evaluation.md")  # pages with IFEval's rules
 PACKAGE = Path(rain_mergekit.__file__).parent
@@ -183,8 +184,12 @@ def test_data_examples_are_usable(block: Block, tmp_path: Path) -> None:
     if block.file in PROMPTS:
         assert PROMPTS[block.file](path)
         return
-    if block.file.startswith("reasoning"):
-        loaded: calibration_sets.DataSet[Any] = calibration_sets.load_reasoning(path, characters())
+    if block.file == "stays.jsonl":  # outputs of an agent, without thinking
+        loaded: calibration_sets.DataSet[Any] = calibration_sets.load_reasoning(
+            path, characters(), markers=NO_MARKERS
+        )
+    elif block.file.startswith("reasoning"):
+        loaded = calibration_sets.load_reasoning(path, characters())
     else:
         loaded = calibration_sets.load_instruction(path, characters())
     assert len(loaded.samples) == loaded.total

@@ -474,7 +474,9 @@ def test_unrelated_spans_may_be_in_the_thinking(
 
 def test_nothing_usable(words: PreTrainedTokenizerFast, write: Write) -> None:
     path = write(_instruction("say", "<think>one</think>moon", _spec("x", "moon")))
-    with pytest.raises(RainError, match=r"none of its 1 samples .*does not contain the span 'x'"):
+    with pytest.raises(
+        RainError, match=r"none of its 1 sample can .*does not contain the span 'x'"
+    ):
         load_instruction(path, words)
 
 
