@@ -96,9 +96,10 @@ class VerifyCommandOptions:
 )
 @click.option(
     "--prompts",
-    type=click.Path(),
-    help="Where the prompts are, with IFEval's `instruction_id_list` and `kwargs` or without  "
-    "[default: those of the reasoning data; without it some that come with the package]",
+    metavar="FILE",
+    help="Where the prompts are, with IFEval's `instruction_id_list` and `kwargs` or without; or "
+    "hub:OWNER/NAME[:SPLIT[:COLUMN]], a data set of the hub  [default: those of the reasoning "
+    "data; without it some that come with the package]",
 )
 @click.option(
     "--max-new-tokens",
@@ -242,4 +243,5 @@ def _asked(options: VerifyCommandOptions) -> list[Asked]:
         return []
     from rain_mergekit.evaluation.answer_files import chosen_prompts  # noqa: PLC0415
 
-    return chosen_prompts(options.prompts or options.reasoning_data, count)
+    cache = options.loading.transformers_cache
+    return chosen_prompts(options.prompts or options.reasoning_data, count, cache)

@@ -16,6 +16,8 @@ from rain_mergekit.data_building.judge import known_format
 from rain_mergekit.data_building.tasks import Sampling, Task, Writer, Written
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.answer_measures import Measured, measure, reading_of
+from rain_mergekit.instructions.hub_files import PREFIX
+from rain_mergekit.instructions.hub_prompts import read_hub_prompts
 from rain_mergekit.instructions.prompts import Asked, parse_prompt, read_prompts
 from rain_mergekit.instructions.rules import check_rules
 from rain_mergekit.system.evenly_spaced import evenly_spaced
@@ -55,12 +57,20 @@ class AnswerSet:
         return found
 
 
-def chosen_prompts(path: str | None, count: int | None) -> list[Asked]:
+def chosen_prompts(
+    path: str | None, count: int | None, cache_dir: str | None = None
+) -> list[Asked]:
     """So many prompts of the file, evenly spaced; None: the package's prompts, all of them.
 
-    RainError if the file cannot be read, or instructions in it cannot be checked here.
+    path: a file, or `hub:OWNER/NAME` for a data set of the hub, whose downloads are kept in
+    `cache_dir`. RainError if it cannot be read, or instructions in it cannot be checked here.
     """
-    found = own_prompts() if path is None else read_prompts(path)
+    if path is None:
+        found = own_prompts()
+    elif path.startswith(PREFIX):
+        found = read_hub_prompts(path, cache_dir)
+    else:
+        found = read_prompts(path)
     chosen = list(evenly_spaced(found, count or len(found)))
     check_rules(chosen)
     return chosen

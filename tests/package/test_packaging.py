@@ -124,7 +124,8 @@ NAMES = {"pyyaml": "yaml", "if-verifiable": "if_verifiable"}  # what is not impo
 def requirements() -> dict[str, str]:
     """Import name and requirement, of what runs need (not of what builds docs or tests need)."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["report"], *extras["ifeval"]]
+    names = ("report", "ifeval", "parquet")
+    lines = [*PROJECT["dependencies"], *(line for name in names for line in extras[name])]
     found = {}
     for line in lines:
         name = re.split(r"[<>=;\[ ]", line)[0].lower()

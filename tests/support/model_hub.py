@@ -25,7 +25,10 @@ _LARGE = 10_000  # files from here on go by git-lfs
 
 @dataclass
 class Hub:
-    """What is served, what was asked, and what was written. token: who may write."""
+    """What is served, what was asked, and what was written. token: who may write.
+
+    repositories: folders by name; a data set's name begins with `datasets/`.
+    """
 
     address: str
     repositories: dict[str, Path]
@@ -65,10 +68,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         parts = self._parts
-        if parts[:2] == ["api", "models"]:
-            self._about("/".join(parts[2:4]), tree="tree" in parts[4:], body=body)
-        elif len(parts) > 3 and parts[2] == "resolve":
-            self._file("/".join(parts[:2]), "/".join(parts[4:]), body=body)
+        if parts[:1] == ["api"] and parts[1] in ("models", "datasets"):
+            kind = "" if parts[1] == "models" else "datasets/"
+            self._about(kind + "/".join(parts[2:4]), tree="tree" in parts[4:], body=body)
+            return
+        kind = "datasets/" if parts[0] == "datasets" else ""
+        parts = parts[1:] if kind else parts
+        if len(parts) > 3 and parts[2] == "resolve":
+            self._file(kind + "/".join(parts[:2]), "/".join(parts[4:]), body=body)
         else:
             self._send(404, b"{}", body=body)
 
@@ -84,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         content: object = {
             "_id": "1",
-            "id": name,
+            "id": name.removeprefix("datasets/"),
             "sha": COMMIT,
             "private": self.hub.private.get(name, False),
             "siblings": [{"rfilename": file} for file in files],
