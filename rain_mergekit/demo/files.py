@@ -137,6 +137,12 @@ def _read(path: Path) -> str:
     return ""
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """The numbers of demo.json, without who has written them."""
+    content: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name != "created_by"}
+
+
 def write_report(folder: Path, content: Mapping[str, Any]) -> None:
     """Write demo.json: who made the folder, and the numbers once there are some."""
     text = json.dumps({"created_by": AUTHOR, **content}, indent=1)

@@ -104,6 +104,24 @@ def test_next_steps_work(done: tuple[Path, Outcome, float], tmp_path: Path) -> N
     assert one == (folder / "rain" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_numbers_for_programs(done: tuple[Path, Outcome, float]) -> None:
+    """Once more in the same folder; nothing but one object on stdout."""
+    outcome = run_process("demo", done[0], "--json")
+    assert outcome.code == 0, outcome.output
+    found = json.loads(outcome.stdout)
+    assert found.pop("format") == "mergekit-rain demo"
+    assert found.pop("version") == 1
+    assert found.pop("folder") == str(done[0])
+    assert {"created_by": "mergekit-rain demo", **found} == json.loads(
+        (done[0] / "demo.json").read_text()
+    )
+    assert set(found) == {"seconds", "models"}
+    assert {"complete", "plain", "correct", "followed", "both", "drift"} == set(
+        found["models"][RAIN]
+    )
+
+
 # Other people's files
 
 
