@@ -76,6 +76,8 @@ def write_own_set(
         retries=0,
         api_key_env=None,
         extra_body={},
+        sampling_of=None,
+        continuous=False,
         device=run.device,
         dtype=None if run.dtype is None else str(run.dtype).removeprefix("torch."),
     )

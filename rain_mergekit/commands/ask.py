@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,6 +36,7 @@ class AskOptions:
     prompts: str | None
     count: int | None
     samples: int
+    greedy: bool
     markers: MarkerPairs
     chat_template_kwargs: dict[str, Any]
     asking: Asking
@@ -60,9 +61,10 @@ class AskOptions:
 )
 @click.option(
     "--prompts",
-    type=click.Path(),
-    help="JSON or JSON lines with `prompt`, and perhaps `answer`, `instruction_id_list`, `kwargs` "
-    " [default: 332 prompts that come with the package]",
+    metavar="FILE",
+    help="JSON or JSON lines with `prompt`, and perhaps `answer`, `instruction_id_list`, `kwargs`; "
+    "or hub:OWNER/NAME[:SPLIT[:COLUMN]], a data set of the hub  [default: 332 prompts that come "
+    "with the package]",
 )
 @click.option("--count", type=click.IntRange(min=1), help="Use this many of them, evenly spaced.")
 @click.option(
@@ -71,6 +73,11 @@ class AskOptions:
     default=1,
     show_default=True,
     help="Answers to each prompt.",
+)
+@click.option(
+    "--greedy",
+    is_flag=True,
+    help="One answer of the likeliest tokens to each prompt too, in OUTPUT.greedy.jsonl.",
 )
 @asking_options("Longest answer; too short a limit cuts thinking off.")
 @markers_option
@@ -92,14 +99,27 @@ def ask(options: AskOptions) -> None:
 
     console = options.talk.console(quiet=options.as_json)
     console.setup()
-    _ask(options, chosen_prompts(options.prompts, options.count), console)
-    found = read_answers(options.output)
+    asked = chosen_prompts(options.prompts, options.count, options.loading.transformers_cache)
+    runs = [options, *([_greedily(options)] if options.greedy else [])]
+    for run in runs:
+        _ask(run, asked, console)
+    found = [read_answers(run.output) for run in runs]
     if options.as_json:
-        print_json("ask", summary(found))
+        beside = {"greedy": summary(found[1])} if options.greedy else {}
+        print_json("ask", {**summary(found[0]), **beside})
         return
-    for line in fault_lines([found]):
+    for line in fault_lines(found):
         console.print(line)
     console.print(f"Next: mergekit-rain compare OTHER.jsonl {options.output}")
+
+
+def _greedily(options: AskOptions) -> AskOptions:
+    """The same prompts, one answer each, always of the likeliest token, in a file beside."""
+    if options.asking.temperature == 0:
+        raise click.UsageError("--greedy is beside sampled answers: leave out --temperature 0")
+    asking = replace(options.asking, temperature=0.0, top_p=None)
+    output = f"{options.output.removesuffix('.jsonl')}.greedy.jsonl"
+    return replace(options, output=output, samples=1, asking=asking)
 
 
 def _ask(options: AskOptions, asked: list[Asked], console: Console) -> None:

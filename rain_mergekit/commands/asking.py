@@ -35,11 +35,13 @@ class Asking:
     top_p: float | None
     seed: int
     batch_size: int
+    continuous: bool
     parallel: int
     timeout: float
     retries: int
     api_key_env: str | None
     extra_body: dict[str, Any]
+    sampling_of: str | None
     device: str
     dtype: str | None
 
@@ -68,6 +70,12 @@ def asking_options(longer: str) -> Callable[[F], F]:
             default=8,
             show_default=True,
             help="Answers at a time, without --server.",
+        ),
+        click.option(
+            "--continuous",
+            is_flag=True,
+            help="Without --server: the next prompt takes the place of each finished answer, where "
+            "a batch waits for its longest one. Samples then differ from run to run.",
         ),
         *_server_options(),
         device_option(),
@@ -113,6 +121,12 @@ def _server_options() -> tuple[Callable[[Any], Any], ...]:
             default="{}",
             help="Further fields of each request, with --server.",
         ),
+        click.option(
+            "--sampling-of",
+            metavar="MODEL",
+            help="A folder or hub name: tell --server to draw tokens as its generation_config.json "
+            "says  [default: the server's own way]",
+        ),
     )
 
 
@@ -130,7 +144,9 @@ def writer_of(
     )
     if asking.server is not None:
         from rain_mergekit.data_building.server import Address, ServerWriter  # noqa: PLC0415
+        from rain_mergekit.models.drawing import recommended  # noqa: PLC0415
 
+        makers, cache = asking.sampling_of, loading.transformers_cache
         address = Address(
             asking.server,
             model,
@@ -140,12 +156,14 @@ def writer_of(
             asking.api_key_env,
             # vLLM, SGLang and llama.cpp know it; OpenAI's own service does not.
             {**({"chat_template_kwargs": template} if template else {}), **asking.extra_body},
+            {} if makers is None else recommended(makers, cache),
         )
         return ServerWriter.of(address, sampling), sampling
+    from rain_mergekit.data_building.continuous import ContinuousWriter  # noqa: PLC0415
     from rain_mergekit.data_building.local import LocalWriter  # noqa: PLC0415
     from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
-    local = LocalWriter(
+    local = (ContinuousWriter if asking.continuous else LocalWriter)(
         open_checkpoint(model, loading.options()),
         sampling,
         device=pick_device(asking.device),

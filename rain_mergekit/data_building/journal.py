@@ -123,7 +123,8 @@ class Journal:
                 f"{self.path}: exists and holds no answers of `{self._made_by}`; it will not be "
                 "overwritten: name another output with -o"
             )
-        differing = [name for name, value in self._head.items() if head.get(name) != value]
+        names = {**self._head, **head}
+        differing = [name for name in names if head.get(name) != self._head.get(name)]
         if differing:
             raise RainError(
                 f"{self.path}: holds answers that were made with another {', '.join(differing)}; "

@@ -11,14 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rain_mergekit.data_building.tasks import Sampling, Task, Written
+from rain_mergekit.models import drawing
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.models.generation import continue_prompts, load_model, render_prompt
 from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.text.markers import Markers
-
-# Fields of generation_config.json that decide how tokens are drawn.
-_DRAWING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class LocalWriter:
@@ -71,21 +69,26 @@ class LocalWriter:
             yield [(task, written) for task, written in pairs if not is_done(task)]
 
     def _answer(self, batch: Sequence[Task], heads: list[str]) -> list[Written]:
-        if self._model is None:
-            self._model = load_model(self._checkpoint, self._device, self._dtype)
+        model = self._loaded()
         seeds = [task.seed(self._sampling.seed) for task in batch]
         torch.manual_seed(int(hashlib.sha256(repr(seeds).encode()).hexdigest()[:8], 16))
         texts = continue_prompts(
-            self._model, self.tokenizer, heads, self._sampling.max_new_tokens, self._drawing()
+            model, self.tokenizer, heads, self._sampling.max_new_tokens, self._drawing()
         )
         return [Written(one.text, None, one.finished, one.tokens) for one in texts]
+
+    def _loaded(self) -> Any:
+        """The model, loaded when it is first needed."""
+        if self._model is None:
+            self._model = load_model(self._checkpoint, self._device, self._dtype)
+        return self._model
 
     def _drawing(self) -> dict[str, Any]:
         """The model's own sampling settings, overridden by the user's."""
         own, asked = self._model.generation_config, self._sampling
         if asked.temperature == 0 or (asked.temperature is None and not own.do_sample):
             return {"do_sample": False}
-        found = {name: getattr(own, name, None) for name in _DRAWING}
+        found = {name: getattr(own, name, None) for name in drawing.FIELDS}
         given = {"temperature": asked.temperature, "top_p": asked.top_p}
-        drawing = {**found, **{name: value for name, value in given.items() if value is not None}}
-        return {"do_sample": True, **{n: v for n, v in drawing.items() if v is not None}}
+        used = {**found, **{name: value for name, value in given.items() if value is not None}}
+        return {"do_sample": True, **{n: v for n, v in used.items() if v is not None}}

@@ -36,7 +36,8 @@ _LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After
 class Address:
     """Where the server is; `key_variable` names the environment variable that holds its key.
 
-    extra: further fields of each request, which the server may know or not.
+    extra: further fields of each request, which the server may know or not. drawing: how the
+    model's makers recommend to draw tokens; empty: the server's own way.
     """
 
     url: str
@@ -46,6 +47,7 @@ class Address:
     retries: int
     key_variable: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    drawing: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ServerWriter:
@@ -77,8 +79,12 @@ class ServerWriter:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Address and model name; which weights the server runs is not known."""
-        return {"server": self._url, "model": self._address.model}
+        """Address, model name, and what else it is told; which weights it runs is not known."""
+        # The template's arguments are told beside.
+        extra = {n: v for n, v in self._address.extra.items() if n != "chat_template_kwargs"}
+        told = {"drawing": dict(self._address.drawing), "extra_body": extra}
+        given = {name: value for name, value in told.items() if value}
+        return {"server": self._url, "model": self._address.model, **given}
 
     def write(
         self, tasks: Sequence[Task], is_done: Callable[[Task], bool]
@@ -169,6 +175,7 @@ class ServerWriter:
             "messages": [{"role": "user", "content": task.prompt}],
             "max_tokens": self._sampling.max_new_tokens,
             "seed": task.seed(self._sampling.seed),
+            **self._address.drawing,
             **{name: value for name, value in drawing.items() if value is not None},
             **self._address.extra,
         }

@@ -121,18 +121,12 @@ def continue_prompts(
 
     prompts: rendered, from `render_prompt`. sampling: fields of transformers' GenerationConfig.
     """
-    ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    settings = generation_settings(model, tokenizer, limit, sampling)
+    pad = settings.pad_token_id
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width = max(len(ids) for ids in encoded)
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        **sampling,
-        max_new_tokens=limit,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )
     with torch.inference_mode():
         produced = model.generate(
             input_ids=ids.to(model.device),
@@ -140,7 +134,19 @@ def continue_prompts(
             generation_config=settings,
         )
     rows: list[list[int]] = produced[:, width:].tolist()
-    return [_until_end(tokenizer, row, ends) for row in rows]
+    return [until_end(model, tokenizer, row) for row in rows]
+
+
+def generation_settings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, limit: int, sampling: Mapping[str, Any]
+) -> Any:
+    """transformers' GenerationConfig with these fields, a limit, and what ends and pads answers."""
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    build: Any = GenerationConfig  # it has no types
+    return build(
+        **sampling, max_new_tokens=limit, eos_token_id=sorted(ends) or None, pad_token_id=pad
+    )
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -149,7 +155,9 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-def _until_end(tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int]) -> Continued:
+def until_end(model: Any, tokenizer: PreTrainedTokenizerBase, row: list[int]) -> Continued:
+    """What a model wrote as text, up to the token that ends its turn."""
+    ends = _end_tokens(model, tokenizer)
     length = next((i for i, token in enumerate(row) if token in ends), None)
     tokens = len(row) if length is None else length + 1
     return Continued(str(tokenizer.decode(row[:length])), length is not None, tokens)

@@ -311,6 +311,26 @@ def test_no_finished_answer_is_lost_and_the_run_goes_on(tmp_path: Path) -> None:
     assert len({json.loads(line)["key"] for line in lines[1:]}) == 12
 
 
+@pytest.mark.parametrize("fault", [404, 429, 500, 503, "cut", "garbage", "strange", "hang"])
+def test_no_lasting_fault_loses_a_finished_answer(fault: int | str, tmp_path: Path) -> None:
+    """Five requests are answered, and from then on none; 404: the model's name is not known."""
+    with serving(right, [*[None] * 5, *[fault] * 100]) as server:
+        command = ask(server.url, tmp_path, "a.jsonl", "--retries", 0, "--timeout", 2)
+        outcome = run(*command, "--parallel", 2)
+        assert outcome.code == 1
+        reason = "as model 'm': HTTP 404" if fault == 404 else "the same command goes on"
+        assert reason in outcome.output
+        kept = (tmp_path / "a.jsonl").read_text().splitlines()[1:]
+        assert len(kept) == 5
+        server.faults.clear()
+        server.asked.clear()
+        assert "7 new answers" in succeed(*command)
+        assert len(server.asked) == 7
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()[1:]
+    assert lines[:5] == kept
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 12
+
+
 def test_server_that_answers_nothing(tmp_path: Path) -> None:
     with serving(right, [400] * 12) as server:
         outcome = run(*ask(server.url, tmp_path, "a.jsonl"))

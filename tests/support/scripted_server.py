@@ -9,13 +9,14 @@ get instead of an answer, one after the other:
     "garbage"        text that is no JSON
     "strange"        JSON that is no chat completion
     "hang"           nothing, until the server is closed
+    None             an answer after all
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,9 +28,10 @@ Reply = str | tuple[str, str]
 class Script:
     """What the server does, and what it has seen."""
 
-    def __init__(self, replies: Callable[[str], Reply], faults: list[int | str]) -> None:
+    def __init__(self, replies: Callable[[str], Reply], faults: list[int | str | None]) -> None:
         self.replies, self.faults = replies, faults
         self.asked: list[str] = []
+        self.requests: list[dict[str, Any]] = []
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.url = ""
 
@@ -44,6 +46,7 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = request["messages"][0]["content"]
+            script.requests.append(request)
             fault = script.next_fault(prompt)
             if isinstance(fault, int):
                 self.send(fault, {"error": {"message": "told to"}})
@@ -93,9 +96,9 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(
-    replies: Callable[[str], Reply], faults: list[int | str] | None = None
+    replies: Callable[[str], Reply], faults: Sequence[int | str | None] = ()
 ) -> Iterator[Script]:
-    script = Script(replies, list(faults or []))
+    script = Script(replies, list(faults))
     server = _Server(("127.0.0.1", 0), _handler(script))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
