@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rain_mergekit.system.untrusted_input import shortened
@@ -17,8 +17,13 @@ _OVER_LAMBDA = ("whole", "correct", "followed", "both", "heeded")
 _SHOWN = 240  # characters of an answer
 
 
-def fault_lines(sets: Sequence[AnswerSet]) -> Iterator[str]:
-    """What users would complain of, a row a fault and a column a model."""
+def fault_lines(
+    sets: Sequence[AnswerSet], divergences: Mapping[str, float] | None = None
+) -> Iterator[str]:
+    """What users would complain of, a row a fault and a column a model.
+
+    divergences: L_think by the model's name, of those where it is known.
+    """
     from rain_mergekit.evaluation.answer_measures import FAULTS  # noqa: PLC0415
     from rain_mergekit.evaluation.answer_summary import fault_counts, means  # noqa: PLC0415
 
@@ -34,6 +39,10 @@ def fault_lines(sets: Sequence[AnswerSet]) -> Iterator[str]:
             yield f"{fault:<26}" + "".join(f"{text:>{wide}}" for text in shown)
     for name, label in (("thinking", "tokens of thinking"), ("answering", "tokens of response")):
         yield f"{label:<26}" + "".join(f"{one[name]:>{wide}.0f}" for one in averages)
+    if divergences:
+        values = (divergences.get(one.name) for one in sets)
+        shown = ("-" if value is None else f"{value:.3g}" for value in values)
+        yield f"{'L_think':<26}" + "".join(f"{text:>{wide}}" for text in shown)
 
 
 def difference_lines(found: Sequence[Difference]) -> Iterator[str]:

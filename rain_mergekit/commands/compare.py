@@ -31,6 +31,7 @@ class CompareOptions:
     examples: int
     html: str | None
     sweep: str | None
+    verified: dict[str, str]
     as_json: bool
     talk: Talk
 
@@ -49,6 +50,14 @@ def _parse_bounds(_context: object, _option: object, values: tuple[str, ...]) ->
         except ValueError:
             raise click.BadParameter(f"{text!r} is not NAME=NUMBER, such as correct=3") from None
     return found
+
+
+def _parse_verified(_context: object, _option: object, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.partition("=")[::2] for text in values]
+    for text, (name, path) in zip(values, pairs, strict=True):
+        if not name or not path:
+            raise click.BadParameter(f"{text!r} is not NAME=FILE, such as merged=verify.json")
+    return dict(pairs)
 
 
 @click.command(
@@ -87,6 +96,14 @@ def _parse_bounds(_context: object, _option: object, values: tuple[str, ...]) ->
     help="What `mergekit-rain sweep` wrote, for L_think beside the answers of files that are named "
     "lambda-NUMBER.jsonl, as its folders are.",
 )
+@click.option(
+    "--verified",
+    multiple=True,
+    metavar="NAME=FILE",
+    callback=_parse_verified,
+    help="What `mergekit-rain verify --json` printed of the model whose answers are in NAME.jsonl, "
+    "for its L_think.",
+)
 @json_option
 @output_options
 @typed(CompareOptions)
@@ -107,13 +124,14 @@ def compare(options: CompareOptions) -> None:
         check_page(options.html)
     first, *others = _read(options.answers)
     over = _strengths(others, options.sweep)
+    known = _divergences([first, *others], options.verified)
     found = {other.name: _pair(first, other, options) for other in others}
     broken = {name: broken_bounds(pair[0], options.bounds) for name, pair in found.items()}
     if options.as_json:
-        print_json("compare", content([first, *others], found, broken, over))
-    _print([first, *others], found, over, console)
+        print_json("compare", content([first, *others], found, broken, over, known))
+    _print([first, *others], found, over, known, console)
     if options.html is not None:
-        _write_page(options.html, [first, *others], found, over)
+        _write_page(options.html, [first, *others], found, over, known)
         console.print(f"Wrote {options.html}")
     for name, items in broken.items():
         for one, bound in items:
@@ -154,11 +172,12 @@ def _print(
     sets: list[AnswerSet],
     found: dict[str, tuple[list[Difference], list[Example]]],
     over: list[Strength],
+    known: dict[str, float],
     console: Console,
 ) -> None:
     from rain_mergekit.commands import answer_text  # noqa: PLC0415
 
-    for line in answer_text.fault_lines(sets):
+    for line in answer_text.fault_lines(sets, known):
         console.print(line)
     if len(over) > 1:
         console.heading("\nThe strengths, percent:")
@@ -195,13 +214,25 @@ def _strengths(sets: list[AnswerSet], swept: str | None) -> list[Strength]:
     return found
 
 
+def _divergences(sets: list[AnswerSet], verified: dict[str, str]) -> dict[str, float]:
+    """L_think by the name of the answers, of those that were verified."""
+    from rain_mergekit.evaluation.strengths import read_verified  # noqa: PLC0415
+
+    names = [one.name for one in sets]
+    for name in verified:
+        if name not in names:
+            raise click.UsageError(f"--verified {name}=...: expected one of {', '.join(names)}")
+    return {name: read_verified(path) for name, path in verified.items()}
+
+
 def _write_page(
     path: str,
     sets: list[AnswerSet],
     found: dict[str, tuple[list[Difference], list[Example]]],
     over: list[Strength],
+    known: dict[str, float],
 ) -> None:
     from rain_mergekit.report.comparison_page import render  # noqa: PLC0415 - imports matplotlib
     from rain_mergekit.report.page_file import write_page  # noqa: PLC0415
 
-    write_page(path, render(sets, found, over))
+    write_page(path, render(sets, found, over, known))

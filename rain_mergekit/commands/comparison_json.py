@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rain_mergekit.commands.answer_text import sentence
@@ -16,8 +17,12 @@ def content(
     found: dict[str, tuple[list[Difference], list[Example]]],
     broken: dict[str, list[tuple[Difference, float]]],
     over: list[Strength],
+    divergences: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The object that is printed: models, pairs, strengths. broken: bounds by the pair's name."""
+    """The object that is printed: models, pairs, strengths.
+
+    broken: bounds by the pair's name. divergences: L_think by the model's, where it is known.
+    """
     top = best(over) if over else set()
     pairs = [
         {
@@ -39,7 +44,7 @@ def content(
         for name, (rows, examples) in found.items()
     ]
     return {
-        "models": [summary(one) for one in sets],
+        "models": [{**summary(one), "l_think": divergences.get(one.name)} for one in sets],
         "pairs": pairs,
         "strengths": [
             {

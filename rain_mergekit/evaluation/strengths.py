@@ -48,6 +48,23 @@ def read_divergences(path: StrPath) -> dict[str, float]:
         raise RainError(f"{place}: is damaged; run `{AUTHOR}` again") from None
 
 
+def read_verified(path: StrPath) -> float:
+    """L_think from what `mergekit-rain verify --json` has printed.
+
+    RainError if it is something else, or no texts were given to `verify`.
+    """
+    found: Any = read_json(path)
+    for name in ("divergence", "drift", "think", "mean"):
+        found = found.get(name) if isinstance(found, dict) else None
+    number = finite_number(found)
+    if number is None:
+        raise RainError(
+            f"{path}: holds no L_think; keep there what `mergekit-rain verify --json` prints with "
+            "--reasoning-data"
+        )
+    return number
+
+
 def strengths(sets: Sequence[AnswerSet], divergences: Mapping[str, float]) -> list[Strength]:
     """The sets whose file is called `lambda-NUMBER`, in the order of the numbers."""
     found = []

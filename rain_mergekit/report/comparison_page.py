@@ -25,10 +25,16 @@ class _Side:
     faults: str
 
 
-def render(sets: Sequence[AnswerSet], pairs: Pairs, found: Sequence[Strength] = ()) -> str:
+def render(
+    sets: Sequence[AnswerSet],
+    pairs: Pairs,
+    found: Sequence[Strength] = (),
+    divergences: Mapping[str, float] | None = None,
+) -> str:
     """The page as HTML text; the first set is the one that the others are compared with.
 
-    found: those that are one merge at several strengths, which get curves.
+    found: those that are one merge at several strengths, which get curves. divergences: L_think by
+    the model's name, of those where it is known.
     """
     counts = {one.name: fault_counts(one) for one in sets}
     rows = [
@@ -41,7 +47,7 @@ def render(sets: Sequence[AnswerSet], pairs: Pairs, found: Sequence[Strength] = 
         title=f"Answers of {', '.join(one.name for one in sets)}",
         sets=sets,
         rows=rows,
-        overview=list(_overview(sets)),
+        overview=list(_overview(sets, divergences or {})),
         curves=list(_curves(found)),
         pairs=[
             (name, rows, list(_intervals(index, rows)), [_sides(one) for one in examples])
@@ -50,8 +56,8 @@ def render(sets: Sequence[AnswerSet], pairs: Pairs, found: Sequence[Strength] = 
     )
 
 
-def _overview(sets: Sequence[AnswerSet]) -> Iterator[Picture]:
-    """Right answers, and instructions followed, by tokens."""
+def _overview(sets: Sequence[AnswerSet], divergences: Mapping[str, float]) -> Iterator[Picture]:
+    """Right answers, and instructions followed, by tokens and by L_think."""
     found = {one.name: means(one) for one in sets}
     for name, up in (("correct", "right answers, percent"), ("followed", "followed, percent")):
         points = {
@@ -62,6 +68,14 @@ def _overview(sets: Sequence[AnswerSet]) -> Iterator[Picture]:
         if points:
             svg = comparison_figures.quality(f"q-{name}", "tokens", up, points, less=True)
             yield Picture(svg, f"{up[0].upper()}{up[1:]}, by tokens", name)
+        points = {
+            model: (divergences[model], 100 * values[name])
+            for model, values in found.items()
+            if name in values and model in divergences
+        }
+        if points:
+            svg = comparison_figures.quality(f"l-{name}", "L_think, nats", up, points, less=True)
+            yield Picture(svg, f"{up[0].upper()}{up[1:]}, by L_think", name)
 
 
 def _curves(found: Sequence[Strength]) -> Iterator[Picture]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import browser
 import pytest
 import torch
-from commands import refused, run, succeed
+from commands import TRIO, refused, run, succeed
 from scripted_server import serving
 
 from rain_mergekit.evaluation.divergence import Drift, Place
@@ -82,12 +84,34 @@ def test_page_has_curves(place: Path) -> None:
     assert "Over lambda" in text
     assert "by L_think" in text
     assert "Over lambda" not in plain.read_text(encoding="utf-8")
+    browser.check([text, plain.read_text(encoding="utf-8")], place / "browser")
 
 
 def test_without_a_sweep_tokens_are_the_cost(place: Path) -> None:
     found = json.loads(run("compare", *files(place), "--json").stdout)
     assert all(one["l_think"] is None for one in found["strengths"])
     assert any(one["best"] for one in found["strengths"])
+
+
+def test_l_think_of_what_verify_has_printed(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    texts = ("--reasoning-data", TRIO / "reasoning.jsonl", "--samples", 2)
+    outcome = run("verify", TRIO / "pretrained", "--against", TRIO / "reasoning", *texts, "--json")
+    printed = tmp_path / "verify.json"
+    printed.write_text(outcome.stdout)
+    l_think = json.loads(outcome.stdout)["divergence"]["drift"]["think"]["mean"]
+    assert l_think > 0.01
+    command = ("compare", *files(place)[::3], "--verified", f"lambda-0.5={printed}")
+    found = json.loads(run(*command, "--json").stdout)
+    assert [one["l_think"] for one in found["models"]] == [None, l_think]
+    page = tmp_path / "page.html"
+    said = succeed(*command, "--html", page)
+    assert re.search(rf"^L_think +- +{l_think:.3g}$", said, re.MULTILINE)
+    assert "Followed, percent, by L_think" in page.read_text(encoding="utf-8")
+    printed.write_text('{"divergence": null}')
+    assert "holds no L_think" in refused(place, *command)
+    assert run(*command[:-1], f"other={printed}").code == 2
+    assert run(*command[:-1], "lambda-0.5").code == 2
 
 
 def test_sweeps_that_cannot_be_used(place: Path, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import pytest
 from hangs import HANGS
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-# Measures pages in frames as wide as a phone; the title carries the numbers out: how far the page
-# scrolls sideways, how many pictures are drawn, how many elements could load or run something, and
-# how light the page is (0 to 255).
-FRAME = '<iframe src="%s" style="width: 360px; height: 800px; border: 0"></iframe>'
+# Measures pages in frames as wide as a phone, a tablet and a desk; the title carries the numbers
+# out: how far the page scrolls sideways, how many pictures are drawn, how many elements could load
+# or run something, and how light the page is (0 to 255).
+WIDTHS = (360, 768, 1280)
+FRAME = '<iframe src="%s" style="width: %ipx; height: 800px; border: 0"></iframe>'
 FRAMES = """<!DOCTYPE html><title>waiting</title>%s
 <script>onload = () => {
   document.title = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => [
@@ -102,11 +103,11 @@ def served(pages: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def check(texts: Sequence[str], folder: Path) -> None:
-    """Rendered on a phone, in light and dark: no sideways scrolling, no errors, no requests."""
+    """In three widths, in light and dark: no sideways scrolling, no errors, no requests."""
     program = find()
     pages = {f"/{number}.html": text for number, text in enumerate(texts)}
-    pages["/"] = FRAMES % "".join(FRAME % name for name in pages)
-    pictures = [Page(text).tags["svg"] for text in texts]
+    pages["/"] = FRAMES % "".join(FRAME % (name, wide) for name in pages for wide in WIDTHS)
+    pictures = [Page(text).tags["svg"] for text in texts for _ in WIDTHS]
     for scheme in ("light", "dark"):
         with served(pages) as (address, asked):
             said = browse(program, address, folder / scheme, scheme)
