@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.harnesses import MARKER, PROMPTS, command, prepare
-from rain_mergekit.system.shipped_files import TRIO
+import pytest
+
+from benchmarks.harnesses import HARNESSES, PROMPTS, Harness, command, prepare
+
+each = pytest.mark.parametrize("harness", HARNESSES.values(), ids=list(HARNESSES))
 
 
-def test_the_command_of_the_page_is_run_on_the_packaged_model() -> None:
-    line = command()
-    assert str(TRIO / "reasoning") in line
-    assert "--include_path ." in line
-    assert MARKER.search(line)
-    assert "think_end" not in MARKER.sub("", line)
+@each
+def test_the_command_of_the_page_is_run_on_a_copy_of_the_packaged_model(harness: Harness) -> None:
+    line = command(harness)
+    assert line.startswith(f"{harness.start} ")
+    assert "=./model," in line
+    assert "\n" not in line
+    assert " plain" in line
+    assert harness.spoil(line) != line
 
 
-def test_the_task_of_the_page_gets_prompts_without_a_constraint(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    assert (tmp_path / "plain.yaml").read_text().startswith("task: plain\n")
-    rows = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
-    assert len(rows) == PROMPTS
-    assert all(row["expected"].startswith("answer :") for row in rows)
+@each
+def test_the_task_of_the_page_gets_prompts_without_a_constraint(
+    harness: Harness, tmp_path: Path
+) -> None:
+    prepare(tmp_path, harness)
+    start, name = harness.task
+    text = (tmp_path / name).read_text()
+    assert text.startswith(start)
+    if name.endswith(".py"):
+        compile(text, name, "exec")
+    for path in ("plain.jsonl", "prompts/test.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / path).read_text().splitlines()]
+        assert len(rows) == PROMPTS
+        assert all(row["expected"].startswith("answer :") for row in rows)
