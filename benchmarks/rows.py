@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.bench import BUDGET, MIB, Bench, Row
-from benchmarks.memory import SHORT, memory_by_depth, memory_by_length
+from benchmarks.memory import SHORT, memory_as_planned, memory_by_depth, memory_by_length
 from benchmarks.merging import merging_alone, merging_cost
 from benchmarks.speed import deterministic_cost, few_samples, paper_sized
 
@@ -80,6 +80,7 @@ ROWS: Sequence[Callable[[Bench], list[Row]]] = (
     import_cost,
     file_size,
     memory_by_depth,
+    memory_as_planned,
     memory_by_length,
     paper_sized,
     few_samples,

@@ -28,20 +28,28 @@ class LayerPasses:
         states: HiddenStates,
         device: torch.device,
         tick: Callable[[int], object],
+        several: dict[int, bool],
     ) -> None:
-        """tick: told of the tokens of each text that has passed."""
+        """tick: told of the tokens of each text that has passed.
+
+        several: whether a layer takes several texts together, by the layer's id; what is not known
+        yet is tried and noted there.
+        """
         self._layer, self._index, self._states = layer, index, states
-        self._device, self._tick = device, tick
+        self._device, self._tick, self._several = device, tick, several
 
     @cached_property
     def batches(self) -> list[TextBatch]:
         """All texts; each alone where the layer gives something else for several."""
-        every = self._states.batches
-        several = [one for one in every if len(one.texts) > 1]
-        if not several or agree(self._layer, several[-1], self._hidden, self._call):
+        every, layer = self._states.batches, id(self._layer)
+        shared = [one for one in every if len(one.texts) > 1]
+        if not shared:
             return every
-        LOG.info("layer %d takes one text at a time", self._index)
-        return [single for one in every for single in one.alone]
+        if layer not in self._several:
+            self._several[layer] = agree(self._layer, shared[-1], self._hidden, self._call)
+            if not self._several[layer]:
+                LOG.info("layer %d takes one text at a time", self._index)
+        return every if self._several[layer] else [t for one in every for t in one.alone]
 
     def outputs(self, batch: TextBatch, wanted: Collection[str]) -> dict[str, LinearOutput]:
         """What these maps receive and give; the layer runs as far as that, nothing is stored."""

@@ -71,6 +71,7 @@ class StreamLayer:
         self._world, self._tick, self._device = world, tick, world.device
         self.sites: dict[str, LinearSite] = {}
         self._unfit: set[str] = set()
+        self._several: dict[int, bool] = {}
 
     def teach(self, states: HiddenStates, targets: SiteTargets) -> None:
         """Run the reasoning model: its outputs become the targets everywhere."""
@@ -259,7 +260,7 @@ class StreamLayer:
         )
 
     def _passes(self, layer: nn.Module, states: HiddenStates) -> LayerPasses:
-        return LayerPasses(layer, self.index, states, self._device, self._tick)
+        return LayerPasses(layer, self.index, states, self._device, self._tick, self._several)
 
     def _by_site(self, found: Mapping[str, LinearOutput]) -> Iterator[tuple[str, Tensor]]:
         """The outputs of each site's maps, concatenated; zeros for a map that did not run."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -89,6 +90,18 @@ class LinearOutputs(WeightProductHook):
         self._alive: list[Tensor] = []
         self.found: dict[str, LinearOutput] = {}
         self.unfit: set[str] = set()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """The tensors on the way are let go of; those that were asked for stay."""
+        super().__exit__(kind, error, trace)
+        self._open.clear()
+        self._alive.clear()
+        self._pending = None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

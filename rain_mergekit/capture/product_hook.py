@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,12 +32,27 @@ _PRODUCTS = {
 }
 
 
+def _nothing(_name: str, _inputs: Tensor, _axis: int) -> None:
+    """After the block nothing is reported."""
+
+
 class WeightProductHook(TorchFunctionMode):
     """Inside the block, report every product of features with one of the layer's weights."""
 
     def __init__(self, layer: nn.Module, on_product: OnProduct) -> None:
         super().__init__()
         self._layer, self._on_product = layer, on_product
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of what was watched: a callback that knows the hook would keep it alive."""
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_weights", None)
+        self._on_product = _nothing
 
     @cached_property
     def _weights(self) -> dict[int, tuple[Tensor, str, int]]:
