@@ -157,11 +157,11 @@ def project(delta: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
     """Compute Δ (I - U Vᵀ), the task vector without its effect on the protected features (Eq. 8).
 
     Args:
-        delta: Δ, (d_out, d_in).
-        u: U, (d_in, r).
+        delta: Δ, (d_out, d_in), of any floating-point dtype, in which the products are computed.
+        u: U, (d_in, r); it is converted to the dtype and device of `delta`, and so is V.
         v: V, (d_in, r); None: V = U, the orthogonal projection for an orthonormal U.
 
     Returns:
-        A new tensor like `delta`.
+        A tensor of the shape, dtype and device of `delta`; `delta` itself where r is 0.
     """
     return Factors(u, u if v is None else v).project(delta)
