@@ -6,12 +6,13 @@ from typing import Any
 
 from testbed.board.tables import markdown, percent, small
 from testbed.language.board import load_rows
+from testbed.language.frontier import draw
 from testbed.language.table import FIRST, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
 OURS = "rain"
 # What the parts of the page are named after, by the folder of the rows they are written from.
-TRIOS = {"trio-s0": "", "trio-s1-quick": " of seed 1"}
+TRIOS = {"trio-s0": "", "trio-s1-quick": " of seed 1", "trio-s2": " of seed 2"}
 TRIED = {
     "plain_right": "plain right",
     "constrained_right": "right",
@@ -29,15 +30,21 @@ SWEPT = {
 
 def write_page(results: Path) -> Path:
     """Put what is written from rows into the page. results: the folder of all trios' rows."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = written(PAGE.read_text(encoding="utf-8"), results)
+    for trio, named in TRIOS.items():
+        draw(load_rows(results / trio), trio, f"the trio{named}")
+    PAGE.write_text(text, encoding="utf-8")
+    return PAGE
+
+
+def written(text: str, results: Path) -> str:
+    """The page's text with the parts that are written from rows."""
     for trio, named in TRIOS.items():
         rows = load_rows(results / trio)
         text = _between(text, f"verdict{named}", verdict(rows) + "\n")
         text = _between(text, f"table{named}", "\n" + table(rows) + "\n")
         text = _between(text, f"strengths{named}", "\n" + strengths(rows) + "\n")
-    text = _between(text, "attempts", "\n" + attempts(results) + "\n")
-    PAGE.write_text(text, encoding="utf-8")
-    return PAGE
+    return _between(text, "attempts", "\n" + attempts(results) + "\n")
 
 
 def _between(text: str, name: str, content: str) -> str:

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from doc_blocks import ROOT
 
 from rain_mergekit.system.shipped_files import TRIO
-from testbed.language.board import Board, further
+from testbed.language.board import Board, further, load_rows
+from testbed.language.frontier import IMAGES
 from testbed.language.generating import generate
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.making import configuration, merged
 from testbed.language.origin import split_halves
+from testbed.language.page import PAGE, TRIOS, written
 from testbed.language.recipes import FLOAT, companions, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
 from testbed.language.sets import Samples, prompt_record, write_prompts
-from testbed.language.table import table
+from testbed.language.table import FIRST, table
 from testbed.language.tasks import (
     draw_task,
 )
@@ -223,3 +226,17 @@ def test_the_table_puts_models_first_and_merges_by_both() -> None:
         "good at 1",
         "bad at 0.5",
     ]
+
+
+def test_the_page_says_what_its_rows_say() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert written(text, ROOT / "testbed" / "results" / "language") == text
+
+
+@pytest.mark.parametrize("trio", TRIOS)
+def test_each_trio_has_a_picture_of_its_rows(trio: str) -> None:
+    text = (IMAGES / f"language-{trio}.svg").read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in text
+    for row in load_rows(ROOT / "testbed" / "results" / "language" / trio):
+        assert row["name"] in FIRST or row["name"] in text
+    assert f"img/language-{trio}.svg" in PAGE.read_text(encoding="utf-8")
