@@ -19,6 +19,8 @@ TRIED = {
     "whole_constrained": "whole",
     "followed": "followed",
     "both": "both",
+    "both_held_out": "both, held-out wording",
+    "both_uncalibrated": "both, uncalibrated",
 }
 SWEPT = {
     "plain_right": "plain right",
@@ -65,16 +67,17 @@ def strengths(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def attempts(results: Path) -> str:
     """Settings that were tried on prompts for choosing, of all trios."""
-    found = [row for folder in sorted(results.glob("*/choosing")) for row in load_rows(folder)]
     lines = [
         [
             row["name"],
+            folder.parent.name.removeprefix("trio-"),
             str(row["samples"]["instruction"]),
             *(percent(_value(row, name)) for name in TRIED),
         ]
-        for row in found
+        for folder in sorted(results.glob("*/choosing"))
+        for row in load_rows(folder)
     ]
-    return markdown(["", "instruction samples", *TRIED.values()], lines)
+    return markdown(["", "trio", "instruction samples", *TRIED.values()], lines)
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
