@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
+from rain_mergekit.calibration.expert_entries import Sources, expert_entries
 from rain_mergekit.calibration.header import CalibrationHeader, Origin
 from rain_mergekit.calibration.layer_file import STORED_DTYPE, LayerResultFile
 from rain_mergekit.calibration.stream_warnings import stream_warnings
@@ -22,7 +23,6 @@ from rain_mergekit.models.head_layout import HeadLayout
 from rain_mergekit.models.merge_names import Names, Target
 
 _FEW = 8  # protected tokens of an expert
-Sources: TypeAlias = "dict[str, Tensor | Callable[[], Tensor]]"
 
 
 def assemble(
@@ -134,6 +134,9 @@ def _renamed(
     """
     result: dict[str, dict[str, Any]] = {}
     for name, entry in tensors.items():
+        if "experts" in entry:
+            result |= expert_entries(name, entry, names(name), sources)
+            continue
         for target in names(name) or (Target(name),):
             if target.expert is not None:
                 result[target.name] = _expert(entry, target, sources)

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from rain_mergekit.calibration.stream_types import HiddenStates
 from rain_mergekit.capture.layer_calls import LayerCall, run_layer
-from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutput, LinearOutputs
+from rain_mergekit.capture.linear_outputs import (
+    LayerCutShort,
+    LinearOutput,
+    LinearOutputs,
+    RoutedOutput,
+)
 from rain_mergekit.capture.text_batches import TextBatch, agree
 
 LOG = logging.getLogger(__name__)
@@ -72,14 +77,24 @@ class LayerPasses:
                 del inputs
         return torch.cat([rows[text] for text in sorted(rows)])
 
-    def teach(self, batch: TextBatch) -> dict[str, LinearOutput]:
+    def teach(self, batch: TextBatch) -> LinearOutputs:
         """What all maps receive and give; the hidden states are those after the layer then."""
+        trace, after = self._watched(batch)
+        self._put(batch, after)
+        return trace
+
+    def experts(self, batch: TextBatch) -> dict[str, RoutedOutput]:
+        """What the routed experts receive and give; nothing is stored."""
+        trace, _ = self._watched(batch)
+        self._count(batch)
+        return trace.experts()
+
+    def _watched(self, batch: TextBatch) -> tuple[LinearOutputs, Tensor]:
         hidden = self._joined(batch)
         trace = LinearOutputs(self._layer, hidden.shape[0] * hidden.shape[1])
         with trace:
             after = self._run(batch, hidden)
-        self._put(batch, after)
-        return trace.outputs()
+        return trace, after
 
     def advance(self, batch: TextBatch) -> None:
         """The hidden states are those after the layer then."""

@@ -20,6 +20,11 @@ class LinearSite:
     outputs: Mapping[str, int]
     input_axes: Mapping[str, int]
 
+    @property
+    def rows(self) -> int:
+        """Σ d_out."""
+        return sum(self.outputs.values())
+
 
 def linear_sites(layer: nn.Module, found: Mapping[str, LinearOutput]) -> dict[str, LinearSite]:
     """The linear maps grouped by the tensor that they receive, in the order in which they run."""

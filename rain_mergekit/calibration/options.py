@@ -15,6 +15,7 @@ from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import LoadOptions
 
 MIN_RANK_CAP = 96
+MIN_RANK_CAP_EXPERTS = 32  # of stream matching where there are routed experts
 # Enough for products of full speed; a GPU wants few calls.
 BATCH_TOKENS, BATCH_TOKENS_GPU = 2048, 8192
 

@@ -14,6 +14,7 @@ import torch
 from rain_mergekit.calibration.assemble import assemble
 from rain_mergekit.calibration.engine import CalibrationEngine
 from rain_mergekit.calibration.estimate import Estimate
+from rain_mergekit.calibration.expert_entries import fits
 from rain_mergekit.calibration.header import Origin, RunRecord
 from rain_mergekit.calibration.job import CalibrationJob
 from rain_mergekit.calibration.layer_file import LayerResultFile, read_part
@@ -164,7 +165,7 @@ def _adapter(folder: str) -> dict[str, str]:
 
 def _mean_rank(parts: Sequence[LayerResultFile]) -> float:
     ranks = [int(site["rank"]) for part in parts for site in part.sites.values()]
-    ranks += [int(t["fit"]["rank"]) for part in parts for t in part.tensors.values() if "fit" in t]
+    ranks += [int(fit["rank"]) for part in parts for _, fit in fits(part.tensors)]
     return sum(ranks) / max(1, len(ranks))
 
 

@@ -92,7 +92,9 @@ def _planned(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptio
     sizes = SetSizes.of(settings)
     itemsize = forward_type(outline, options).itemsize
     if settings.fit == "streams":
-        shape = StreamShape.of(outline)
+        shape = StreamShape.of(
+            outline, experts=settings.stream_experts, head=settings.lm_head != "off"
+        )
         rank = shape.rank_within(settings)
         own = [*sizes.reasoning, *sizes.instruction]
         chooses = settings.stream_epsilon == "auto"

@@ -18,11 +18,14 @@ from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
 )
+from rain_mergekit.calibration.lm_head import find_head
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.result_writer import ResultWriter
 from rain_mergekit.calibration.stream_estimate import StreamWork, estimate_streams
-from rain_mergekit.calibration.stream_layer import StreamLayer, StreamLayerResult
-from rain_mergekit.calibration.stream_layer_file import write_stream_layer
+from rain_mergekit.calibration.stream_head import HeadFitter, HeadPair, HeadStreams
+from rain_mergekit.calibration.stream_layer import StreamLayer
+from rain_mergekit.calibration.stream_layer_file import write_stream_head, write_stream_layer
+from rain_mergekit.calibration.stream_result import StreamLayerResult
 from rain_mergekit.calibration.stream_shape import StreamShape
 from rain_mergekit.calibration.stream_texts import StreamTexts, stream_texts
 from rain_mergekit.calibration.stream_types import HiddenStates, Lesson, SiteTargets, Teacher
@@ -48,12 +51,16 @@ class StreamEngine:
     """
 
     def __init__(
-        self, job: CalibrationJob, layerwise: LayerwiseModel, instruct: LayerwiseModel
+        self,
+        job: CalibrationJob,
+        layerwise: LayerwiseModel,
+        instruct: LayerwiseModel,
+        head: HeadPair | None,
     ) -> None:
-        """layerwise, instruct: the reasoning and the instruct model."""
+        """layerwise, instruct: the reasoning and the instruct model; head: None: it stays."""
         self._job, self._settings, self._options = job, job.settings, job.options
         self._samples, self._world = job.samples, job.world
-        self.layerwise, self.instruct = layerwise, instruct
+        self.layerwise, self.instruct, self._head = layerwise, instruct, head
         self.indices = range(len(layerwise.layers))
         self._passes = Counter[str]()
 
@@ -66,7 +73,11 @@ class StreamEngine:
         instruct = LayerwiseModel.open(trio.instruct, config, dtype, device)
         weights = TrioTensors.of(trio, layerwise.model, layerwise.tensors)
         weights.check(layer_shapes(layerwise), matrix_names(layerwise))
-        return cls(job, layerwise, instruct)
+        head = None
+        if job.settings.lm_head != "off":
+            found = find_head(layerwise, trio, weights, job.samples, job.settings)
+            head = HeadPair(found, layerwise.tensors, weights.instruct, job.world.device)
+        return cls(job, layerwise, instruct, head)
 
     @cached_property
     def texts(self) -> StreamTexts:
@@ -88,12 +99,16 @@ class StreamEngine:
 
     @cached_property
     def _shape(self) -> StreamShape:
-        return StreamShape.of(self.layerwise.outline)
+        return StreamShape.of(
+            self.layerwise.outline,
+            experts=self._settings.stream_experts,
+            head=self._head is not None,
+        )
 
     @property
     def parts(self) -> int:
-        """How many parts the calibration file is made of: one a layer."""
-        return len(self.indices)
+        """How many parts the calibration file is made of: one a layer, and one for the head."""
+        return len(self.indices) + (self._head is not None)
 
     def layer_passes(self) -> dict[str, int]:
         """Samples x layers by stream, over all processes."""
@@ -133,7 +148,21 @@ class StreamEngine:
                     if index + 1 < self.parts:
                         work.save(index, stores, writer.wait)
             writer.wait()
+            if self._head is not None:
+                with naming_shortage("at the output head", CALIBRATION):
+                    self._fit_head(self._head, texts, streams, work.part(len(self.indices)))
             return first, self._likelihood(streams[REASONING])
+
+    def _fit_head(
+        self, pair: HeadPair, texts: StreamTexts, streams: Mapping[str, HiddenStates], path: Path
+    ) -> None:
+        fitter = HeadFitter(pair, self.layerwise, self.instruct, self._world)
+        teachers = self._teachers(texts, streams)
+        seen = HeadStreams(texts.all, streams[MERGED], streams[REASONING], teachers)
+        change = fitter.fit(seen, self._rule)
+        if self._world.rank == 0:
+            write_stream_head(path, pair.head, pair.rows, change)
+        LOG.info("finished the output head")
 
     def estimate(self) -> Estimate:
         """Memory, disk and operations of the whole run on one process."""
@@ -154,21 +183,25 @@ class StreamEngine:
         targets = SiteTargets(folder, self._options.activation_budget // 2, self.layerwise.dtype)
         teachers = self._teachers(texts, streams)
         try:
-            with self.layerwise.layer(index) as layer:
+            with self.layerwise.layer(index) as layer, ExitStack() as stack:
                 name = self._name(index)
-                fit = StreamLayer(name, index, layer, texts.all, self._world, tick)
+                experts = self._settings.stream_experts
+                fit = StreamLayer(name, index, layer, texts.all, self._world, tick, experts=experts)
                 fit.teach(streams[REASONING], targets)
-                with self.instruct.layer(index) as other:
-                    for teacher in teachers:
-                        fit.teach_answers(other, teacher, targets)
+                other = stack.enter_context(self.instruct.layer(index))
+                for teacher in teachers:
+                    fit.teach_answers(other, teacher, targets)
+                if not fit.experts:  # else these are compared one by one
+                    stack.close()
                 trim_heap()
-                changes = fit.fit(streams[MERGED], targets, self._rule)
+                changes = fit.fit(streams[MERGED], targets, self._rule, other)
+                stack.close()
                 fit.advance(streams[MERGED])
                 errors = fit.errors(streams[MERGED], streams[REASONING], teachers)
                 result = fit.result(changes, errors)
         finally:
             targets.close_all()
-        self._count(texts, len(fit.sites))
+        self._count(texts, len(fit.sites) + 2 * bool(fit.experts))
         trim_heap()
         return result
 

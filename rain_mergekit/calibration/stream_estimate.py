@@ -8,12 +8,13 @@ from math import ceil
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
 from rain_mergekit.calibration.estimate_site import FLOAT32
+from rain_mergekit.calibration.expert_rows import BATCH
 from rain_mergekit.calibration.file_choices import FileChoices
 from rain_mergekit.calibration.fit_rule import FitRule, sums_bytes
 from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.stream_shape import FittedSite, LayerShape, StreamShape
-from rain_mergekit.calibration.stream_site_needs import FitNeeds
+from rain_mergekit.calibration.stream_site_needs import FitNeeds, HeadNeeds
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.capture.output_head import LOGITS
 
@@ -89,11 +90,11 @@ class StreamWork:
 
     def passes_of(self, site: FittedSite) -> int:
         """How often the fitted texts pass the layer up to that site."""
-        return 1 if self.fit(site).whole else 2
+        return 1 if site.experts or self.fit(site).whole else 2
 
     def fit(self, site: FittedSite) -> FitNeeds:
         """What the fit of that site needs."""
-        tokens = sum(self.fitted)
+        tokens = int(sum(self.fitted) * site.share)
         half = self.budget // 2
         return FitNeeds(site, tokens, self.rank, half, self.itemsize, self.chooses)
 
@@ -106,6 +107,8 @@ def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
     done = Operations()
     for layer, count in shape.layers:
         done += layer_work(layer, shape, work) * count
+    if shape.head:
+        done += head_fit(shape, work).work
     spilled = hidden - kept + max(0, targets - work.budget // 2)
     read = 2 * shape.model_bytes
     return Estimate(
@@ -141,7 +144,7 @@ def _hidden_bytes(shape: StreamShape, work: StreamWork) -> int:
 
 
 def _targets(shape: StreamShape, work: StreamWork) -> int:
-    widest = max(sum(site.rows for site in layer.sites) for layer, _ in shape.layers)
+    widest = max(sum(site.kept for site in layer.sites) for layer, _ in shape.layers)
     return sum(work.own) * widest * work.itemsize
 
 
@@ -159,16 +162,34 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
         "working space": _passing(layer, shape, work),
     }
     phases: list[Mapping[str, int]] = [{**taught, **fixed}]
-    open_rows = sum(site.rows for site in layer.sites)
+    open_rows = sum(site.kept for site in layer.sites)
     for site in layer.sites:
         left = min(work.budget // 2, sum(work.own) * open_rows * work.itemsize)
-        text = work.itemsize * work.at_once * (site.width + 2 * site.rows)
+        text = work.itemsize * _rows_at_once(site, work) * (site.width + 2 * site.rows)
         space = max(work.fit(site).memory + text, _passing(layer, shape, work))
-        fitted = {"layers of both models": one, "targets": left, "working space": space}
+        # Experts are compared with those of the other model, one by one.
+        layers = 2 * one if site.experts else one
+        fitted = {"layers of both models": layers, "targets": left, "working space": space}
         phases.append({**fitted, **fixed})
-        open_rows -= site.rows
+        if not site.experts:  # their rows are kept until all are fitted
+            open_rows -= site.kept
     head = shape.vocabulary * shape.hidden * shape.stored_itemsize + 3 * FLOAT32 * LOGITS
+    if shape.head:
+        head = max(head, head_fit(shape, work).memory)
     return [*phases, {"output head": head, "hidden states": hidden, "libraries": LIBRARIES}]
+
+
+def head_fit(shape: StreamShape, work: StreamWork) -> HeadNeeds:
+    """What fitting the output head needs."""
+    site = FittedSite(shape.hidden, (2 * shape.hidden,))
+    return HeadNeeds(work.fit(site), shape.vocabulary, shape.stored_itemsize)
+
+
+def _rows_at_once(site: FittedSite, work: StreamWork) -> int:
+    """Tokens whose inputs and errors are there together: of a batch, or some of one expert's."""
+    if not site.experts:
+        return work.at_once
+    return min(BATCH + work.at_once, int(sum(work.fitted) * site.share))
 
 
 def _passing(layer: LayerShape, shape: StreamShape, work: StreamWork) -> int:
@@ -213,5 +234,8 @@ def layer_work(layer: LayerShape, shape: StreamShape, work: StreamWork) -> Opera
         passes=calls,
     )
     for site in layer.sites:
-        done += work.fit(site).work
+        done += work.fit(site).work * site.copies
+        if site.experts:  # the products of both models' experts, and the inner features again
+            products = 8.0 * site.copies * work.fit(site).tokens
+            done += Operations(products=products * site.width * site.rows)
     return done

@@ -7,16 +7,18 @@ earlier one left.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rain_mergekit.calibration.fit_rule import FitRule, directions_within, landmarks
+from rain_mergekit.calibration.fit_rule import FitRule
+from rain_mergekit.calibration.layer_experts import LayerExperts
 from rain_mergekit.calibration.layer_passes import LayerPasses
 from rain_mergekit.calibration.linear_sites import LinearSite, linear_sites
+from rain_mergekit.calibration.site_sums import Sums, empty_sums
+from rain_mergekit.calibration.stream_result import StreamLayerResult
 from rain_mergekit.calibration.stream_types import (
     HiddenStates,
     SiteTargets,
@@ -29,30 +31,10 @@ from rain_mergekit.capture.linear_outputs import LinearOutput
 from rain_mergekit.capture.text_batches import TextBatch
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.landmarks import LandmarkSums, spanned
-from rain_mergekit.linalg.ridge_fit import RidgeSums
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.memory import trim_heap
 from rain_mergekit.system.profile import SOLVE, phase
-
-LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StreamLayerResult:
-    """What one layer contributes to the calibration file, by the weights' names in the layer.
-
-    left: linear maps that are not fitted and stay the reasoning model's. fitted and held_out: the
-    relative error of the merged stream by group of tokens, on texts of both kinds.
-    """
-
-    changes: Mapping[str, LowRankChange]
-    shapes: Mapping[str, tuple[int, ...]]
-    input_axes: Mapping[str, int]
-    left: tuple[str, ...]
-    fitted: Mapping[str, float]
-    held_out: Mapping[str, float]
 
 
 class StreamLayer:
@@ -66,10 +48,14 @@ class StreamLayer:
         texts: Sequence[TaughtText],
         world: World,
         tick: Callable[[int], object],
+        *,
+        experts: bool,
     ) -> None:
+        """experts: whether routed experts are fitted."""
         self.name, self.index, self.layer, self.texts = name, index, layer, texts
         self._world, self._tick, self._device = world, tick, world.device
         self.sites: dict[str, LinearSite] = {}
+        self.experts = LayerExperts(fitted=experts)
         self._unfit: set[str] = set()
         self._several: dict[int, bool] = {}
 
@@ -77,32 +63,40 @@ class StreamLayer:
         """Run the reasoning model: its outputs become the targets everywhere."""
         passes = self._passes(self.layer, states)
         for batch in passes.batches:
-            found = passes.teach(batch)
+            trace = passes.teach(batch)
+            found, routed = trace.outputs(), trace.experts()
             if not self.sites:
                 self.sites = linear_sites(self.layer, found)
-                targets.open(self.sites, states.store.lengths)
+                widths = {name: site.rows for name, site in self.sites.items()}
+                targets.open(widths, states.store.lengths)
+                self.experts.open(routed, targets, states.store.lengths)
             for name, rows in self._by_site(found):
                 for number, text in enumerate(batch.texts):
                     targets.put(name, text, batch.part(rows, number))
-            del found  # else it lives on while the next texts pass
+            self.experts.teach(batch, routed)
+            del trace, found, routed  # else they live on while the next texts pass
 
     def teach_answers(self, layer: nn.Module, teacher: Teacher, targets: SiteTargets) -> None:
         """Run another model's layer: its outputs enter the targets at the answers."""
         lessons = {one.reading: one for one in teacher.lessons}
         passes = self._passes(layer, teacher.states)
         for batch in passes.batches:
-            found = passes.teach(batch)
-            for name, rows in self._by_site(found):
+            trace = passes.teach(batch)
+            for name, rows in self._by_site(trace.outputs()):
                 for number, reading in enumerate(batch.texts):
                     lesson = lessons[reading]
                     answer = batch.part(rows, number)[-lesson.tokens :]
                     targets.mix(name, lesson, answer, teacher)
-            del found
+            self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
+            del trace
 
     def fit(
-        self, states: HiddenStates, targets: SiteTargets, rule: FitRule
+        self, states: HiddenStates, targets: SiteTargets, rule: FitRule, other: nn.Module
     ) -> dict[str, LowRankChange]:
-        """Solve every site in order and change the layer's weights; returns the changes."""
+        """Solve every site in order and change the layer's weights; returns the changes.
+
+        Routed experts come last; other: the instruct model's layer, for these.
+        """
         changes: dict[str, LowRankChange] = {}
         for name, site in self.sites.items():
             wanted = [one for one in site.outputs if one not in self._unfit]
@@ -111,6 +105,9 @@ class StreamLayer:
                 sums = self._sums(name, wanted, states, targets, rule)
                 changes |= self._solve(name, sums, rule)
             targets.close(name)
+        if self.experts:
+            passes = self._passes(self.layer, states)
+            self.experts.fit(passes, self.texts, other, rule, self._world)
         return changes
 
     def _sums(
@@ -120,7 +117,7 @@ class StreamLayer:
         states: HiddenStates,
         targets: SiteTargets,
         rule: FitRule,
-    ) -> RidgeSums | LandmarkSums:
+    ) -> Sums:
         passes = self._passes(self.layer, states)
         sums = self._empty(name, wanted, passes, rule)
         for whole in passes.batches:
@@ -165,7 +162,7 @@ class StreamLayer:
 
     def _add(
         self,
-        sums: RidgeSums | LandmarkSums,
+        sums: Sums,
         lacking: tuple[Tensor, dict[str, Tensor]],
         index: int,
         rule: FitRule,
@@ -182,26 +179,14 @@ class StreamLayer:
                 aside=self.texts[index].held_out,
             )
 
-    def _empty(
-        self, name: str, wanted: Sequence[str], passes: LayerPasses, rule: FitRule
-    ) -> RidgeSums | LandmarkSums:
-        """Sums of d x d, or of m x m where those exceed the budget."""
-        site, choose = self.sites[name], rule.epsilon is None
+    def _empty(self, name: str, wanted: Sequence[str], passes: LayerPasses, rule: FitRule) -> Sums:
+        site = self.sites[name]
         outputs = {one: site.outputs[one] for one in wanted}
-        count = directions_within(site.width, rule.budget)
-        if count == site.width:
-            return RidgeSums(site.width, outputs, self._device, choose=choose)
-        LOG.info(
-            "%s: fitted within %d of %d directions", dotted(self.name, name), count, site.width
-        )
-        chosen = landmarks(self.texts, rule, count // self._world.size)
-        own = passes.features(wanted[0], chosen)
-        basis = self._world.same(spanned(self._world.rows(own)))  # not equal up to rounding alone
-        return LandmarkSums(basis, outputs, choose=choose)
+        whole = dotted(self.name, name), site.width, outputs
+        features = partial(passes.features, wanted[0])
+        return empty_sums(whole, self.texts, features, rule, self._world)
 
-    def _solve(
-        self, name: str, sums: RidgeSums | LandmarkSums, rule: FitRule
-    ) -> dict[str, LowRankChange]:
+    def _solve(self, name: str, sums: Sums, rule: FitRule) -> dict[str, LowRankChange]:
         with phase(SOLVE):
             try:
                 changes = sums.changes(rule.epsilon, rule.max_rank, rule.share)
@@ -222,8 +207,9 @@ class StreamLayer:
     def advance(self, states: HiddenStates) -> None:
         """The merged stream passes the finished layer."""
         passes = self._passes(self.layer, states)
-        for batch in passes.batches:
-            passes.advance(batch)
+        with self.experts.changed():
+            for batch in passes.batches:
+                passes.advance(batch)
 
     def errors(
         self, merged: HiddenStates, reasoning: HiddenStates, teachers: Sequence[Teacher]
@@ -257,6 +243,8 @@ class StreamLayer:
             left=tuple(sorted(self._unfit)),
             fitted=errors[0].relative(),
             held_out=errors[1].relative(),
+            expert_changes=self.experts.changes(),
+            experts=self.experts.reports(),
         )
 
     def _passes(self, layer: nn.Module, states: HiddenStates) -> LayerPasses:

@@ -13,12 +13,13 @@ from rain_mergekit.calibration.estimate_inputs import (
     experts_share,
     map_input,
     of_experts,
+    straight,
 )
 from rain_mergekit.calibration.estimate_site import FLOAT32
-from rain_mergekit.calibration.options import MIN_RANK_CAP
+from rain_mergekit.calibration.options import MIN_RANK_CAP, MIN_RANK_CAP_EXPERTS
 from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.config.settings import RainSettings
-from rain_mergekit.models.experts import stays_stored
+from rain_mergekit.models.experts import normalised, stays_stored
 from rain_mergekit.models.outline import ModelOutline
 
 
@@ -31,12 +32,18 @@ class FittedSite:
         outputs: d_out of each map.
         before: weights that a token passes up to the end of these maps, from the layer's start.
         reads: whether attention follows.
+        experts: how many routed experts have such maps; 0 where they are no experts'.
+        share: of the tokens, how many one of these experts sees.
+        kept: features of a token that are kept for the fit: the targets, and of experts the inputs.
     """
 
     width: int
     outputs: tuple[int, ...]
     before: int = 0
     reads: bool = False
+    experts: int = 0
+    share: float = 1.0
+    kept: int = 0
 
     @property
     def rows(self) -> int:
@@ -46,7 +53,12 @@ class FittedSite:
     @property
     def elements_per_rank(self) -> int:
         """What one rank more takes in the two factors of every map."""
-        return sum(rows + self.width for rows in self.outputs)
+        return self.copies * sum(rows + self.width for rows in self.outputs)
+
+    @property
+    def copies(self) -> int:
+        """How often such maps are fitted: once, or once for each expert."""
+        return max(1, self.experts)
 
 
 @dataclass(frozen=True)
@@ -80,14 +92,18 @@ class LayerShape:
         return max((site.rows for site in self.sites), default=0)
 
     @classmethod
-    def of(cls, layer: nn.Module, share: float) -> LayerShape:
-        """The shape of one layer; share: of the experts that one token goes through."""
+    def of(cls, layer: nn.Module, share: float, *, experts: bool = True) -> LayerShape:
+        """The shape of one layer; share: of the experts that one token goes through.
+
+        experts: whether these are fitted.
+        """
         sizes = [(n, p.numel() * (share if of_experts(n, p) else 1)) for n, p in _weights(layer)]
+        routed = _experts(layer, share, sum(n for _, n in sizes)) if experts else ()
         return cls(
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             active=int(sum(size for _, size in sizes)),
             experts=tuple(p.numel() for n, p in _weights(layer) if of_experts(n, p)),
-            sites=tuple(_sites(layer, dict(sizes))),
+            sites=(*_sites(layer, dict(sizes)), *routed),
         )
 
 
@@ -106,14 +122,33 @@ def _sites(layer: nn.Module, sizes: dict[str, float]) -> Iterator[FittedSite]:
     for seen, rows in members.items():
         end = order.index(list(rows)[-1]) + 1
         before = int(sum(sizes[name] for name in order[:end]))
-        yield FittedSite(seen.width, tuple(rows.values()), before, seen.reads)
+        outputs = tuple(rows.values())
+        yield FittedSite(seen.width, outputs, before, seen.reads, kept=sum(outputs))
+
+
+def _experts(layer: nn.Module, share: float, passed: float) -> Iterator[FittedSite]:
+    """The sites of routed experts, which are fitted last; passed: weights that a token passes.
+
+    Of the first projection the inputs of all models are kept, and of the second one what is to be
+    given; see `expert_rows`.
+    """
+    for name, module in layer.named_modules():
+        if not hasattr(module, "is_transposed"):
+            continue
+        for which, parameter in module.named_parameters(name, recurse=False):
+            down = which.endswith("down_proj")
+            if not of_experts(which, parameter) or (down and normalised(module)):
+                continue
+            count, rows, width = straight(module, parameter)
+            kept = rows if down else 3 * width
+            yield FittedSite(width, (rows,), int(passed), experts=count, share=share, kept=kept)
 
 
 @dataclass(frozen=True)
 class StreamShape:
     """All layers, alike ones counted, and what surrounds them.
 
-    vocabulary: rows of the output head.
+    vocabulary: rows of the output head; head: whether it is fitted too.
     """
 
     layers: tuple[tuple[LayerShape, int], ...]
@@ -121,18 +156,24 @@ class StreamShape:
     vocabulary: int
     stored_itemsize: int
     model_bytes: int
+    head: bool = False
 
     @classmethod
-    def of(cls, outline: ModelOutline) -> StreamShape:
-        """The shape of a model without weights; no tensor is read."""
+    def of(cls, outline: ModelOutline, *, experts: bool = True, head: bool = False) -> StreamShape:
+        """The shape of a model without weights; no tensor is read.
+
+        experts: whether routed ones are fitted.
+        """
         share = experts_share(outline.config)
-        counts = Counter(LayerShape.of(layer, share) for layer in outline.layers)
+        layers = (LayerShape.of(layer, share, experts=experts) for layer in outline.layers)
+        counts = Counter(layers)
         return cls(
             layers=tuple(counts.items()),
             hidden=outline.hidden_size,
             vocabulary=int(getattr(outline.config.get_text_config(), "vocab_size", 0)),
             stored_itemsize=outline.stored_itemsize,
             model_bytes=outline.bytes,
+            head=head,
         )
 
     @property
@@ -143,7 +184,7 @@ class StreamShape:
     @property
     def elements_per_rank(self) -> int:
         """What one rank more takes in the factors of all weights."""
-        return sum(
+        return self.head * (self.vocabulary + self.hidden) + sum(
             count * site.elements_per_rank for layer, count in self.layers for site in layer.sites
         )
 
@@ -154,18 +195,25 @@ class StreamShape:
         return tuple(min(rows, site.width) for site in sites for rows in site.outputs)
 
     def rank_within(self, settings: RainSettings) -> int:
-        """The largest rank of a change: as given, or what the size budget allows."""
+        """The largest rank of a change: as given, or what the size budget allows.
+
+        Experts are so many that the lower bound of other models would decide in their place.
+        """
         if settings.max_rank is not None:
             return settings.max_rank
+        routed = any(site.experts for layer, _ in self.layers for site in layer.sites)
+        least = MIN_RANK_CAP_EXPERTS if routed else MIN_RANK_CAP
         room = settings.size_budget * self.model_bytes
-        return max(MIN_RANK_CAP, int(room / (max(1, self.elements_per_rank) * FLOAT32)))
+        return max(least, int(room / (max(1, self.elements_per_rank) * FLOAT32)))
 
     def bytes_at(self, rank: int) -> int:
         """The factors of all weights at that rank, or at their own where they have fewer."""
         elements = sum(
-            count * min(rank, rows, site.width) * (rows + site.width)
+            count * site.copies * min(rank, rows, site.width) * (rows + site.width)
             for layer, count in self.layers
             for site in layer.sites
             for rows in site.outputs
         )
+        if self.head:
+            elements += min(rank, self.hidden) * (self.vocabulary + self.hidden)
         return elements * FLOAT32

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rain_mergekit.calibration.estimate_site import FLOAT32, FLOAT64
 from rain_mergekit.calibration.fit_rule import LANDMARKS, directions_within
 from rain_mergekit.calibration.operations import Operations
+from rain_mergekit.calibration.stream_head import BLOCK_ROWS
 from rain_mergekit.calibration.stream_shape import FittedSite
 from rain_mergekit.linalg.ridge_fit import BUFFERED_ROWS
 
@@ -117,3 +118,38 @@ class FitNeeds:
         turned = 8.0 if self.chooses else 1.0
         products = 2.0 * width * size * (min(width, size) + rank)
         return turned * width**2 * size + 2.0 * width**2 * rank + products
+
+
+@dataclass(frozen=True)
+class HeadNeeds:
+    """The output head, fitted in the coordinates of two heads' columns.
+
+    fit: of an input of width d and 2 d coordinates. vocabulary: rows of the head; stored: bytes a
+    number of a head in its file.
+    """
+
+    fit: FitNeeds
+    vocabulary: int
+    stored: int
+
+    @property
+    def _span(self) -> int:
+        return self.fit.site.rows
+
+    @property
+    def memory(self) -> int:
+        """Both heads as stored, what makes the coordinates, and the largest of the steps."""
+        heads = 2 * self.vocabulary * self.fit.site.width * self.stored
+        span = FLOAT64 * 2 * self._span**2
+        rows = FLOAT64 * 3 * min(self.vocabulary, BLOCK_ROWS) * self._span
+        factor = FLOAT32 * self.vocabulary * min(self.fit.rank, self.fit.site.width)
+        return heads + span + max(self.fit.memory, _EIGEN_COPIES * span // 2, rows + factor)
+
+    @property
+    def work(self) -> Operations:
+        """Products of all rows, their eigenvectors, and the fit."""
+        rank = min(self.fit.rank, self.fit.site.width)
+        products = 2.0 * self.vocabulary * self._span * (self._span + rank)
+        turned = 2.0 * self.fit.tokens * self._span**2
+        made = Operations(double=products + turned, eigen=float(self._span) ** 3)
+        return made + self.fit.work

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rain_mergekit.calibration.linear_sites import LinearSite
 from rain_mergekit.calibration.token_teachers import GROUPS
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layer_calls import LayerCall
@@ -97,16 +96,11 @@ class SiteTargets:
         self._folder, self._budget, self._dtype = folder, budget, dtype
         self._stores: dict[str, ActivationStore] = {}
 
-    def open(self, sites: Mapping[str, LinearSite], lengths: Sequence[int]) -> None:
-        """Reserve room for texts of these lengths; beyond the budget they go to disk."""
-        for number, (name, site) in enumerate(sites.items()):
-            store = ActivationStore(
-                lengths,
-                sum(site.outputs.values()),
-                self._dtype,
-                self._budget,
-                self._folder / f"targets-{number}.activations",
-            )
+    def open(self, widths: Mapping[str, int], lengths: Sequence[int]) -> None:
+        """Reserve room for texts of these lengths, by site; beyond the budget they go to disk."""
+        for name, width in widths.items():
+            path = self._folder / f"targets-{len(self._stores)}.activations"
+            store = ActivationStore(lengths, width, self._dtype, self._budget, path)
             self._budget -= store.memory_bytes
             self._stores[name] = store
 
@@ -117,6 +111,10 @@ class SiteTargets:
     def get(self, site: str, text: int, device: torch.device) -> Tensor:
         """The targets of one text."""
         return self._stores[site].get(text).to(device)
+
+    def rows(self, site: str, text: int, tokens: Tensor) -> Tensor:
+        """The targets of some tokens of one text, on the CPU."""
+        return self._stores[site].rows(text, tokens)
 
     def mix(self, site: str, lesson: Lesson, rows: Tensor, teacher: Teacher) -> None:
         """Mix another model's outputs `rows` (tokens, Σ d_out) into the target of an answer."""

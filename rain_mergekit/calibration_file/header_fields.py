@@ -58,6 +58,13 @@ class HeaderFields:
             self.fail(name, f"a whole number of at least {least}{limit}", value)
         return value
 
+    def naturals(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers of at least 0."""
+        value = self.get(name)
+        if not isinstance(value, list) or not all(type(one) is int and one >= 0 for one in value):
+            self.fail(name, "a list of whole numbers of at least 0", value)
+        return tuple(value)
+
     def optional_flag(self, name: str) -> bool:
         """True or false; false where there is none."""
         value = self.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def write_adapter(
         dtype: of the stored factors.
 
     Raises:
-        RainError: the file holds task vectors to be projected, which no adapter can hold.
+        RainError: the file holds what no adapter can hold: task vectors to be projected, changes
+            of single experts, or of a head that is the embedding.
     """
     plans = _plans(file)
     tensors: dict[str, Tensor] = {}
@@ -54,6 +56,11 @@ def write_adapter(
     return ranks
 
 
+# One expert's weight in a checkpoint, and the embedding where it is the output head too.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EMBEDDING = re.compile(r"embed_tokens|embed_in|wte|word_embeddings|tok_embeddings")
+
+
 def _plans(file: CalibrationFile) -> Mapping[str, TensorPlan]:
     other = [name for name, plan in file.tensors.items() if plan.projected]
     if other or not file.tensors:
@@ -61,6 +68,19 @@ def _plans(file: CalibrationFile) -> Mapping[str, TensorPlan]:
         raise RainError(
             f"{file.path}: an adapter holds low-rank changes only, and this calibration projects "
             f"the task vector ({found}); calibrate with `fit: streams`, or merge with mergekit-yaml"
+        )
+    experts = [n for n, plan in file.tensors.items() if plan.ranks or _EXPERT.search(n)]
+    if experts:
+        raise RainError(
+            f"{file.path}: an adapter cannot hold a change of its own for each expert of a mixture "
+            f"({experts[0]} and {len(experts) - 1} more weights); merge with mergekit-yaml, or "
+            "calibrate with `stream_experts: false`"
+        )
+    words = [n for n, plan in file.tensors.items() if plan.tokens and _EMBEDDING.search(n)]
+    if words:
+        raise RainError(
+            f"{file.path}: an adapter cannot change an output head that is the embedding "
+            f"({words[0]}); merge with mergekit-yaml, or calibrate with `lm_head: off`"
         )
     return file.tensors
 

@@ -140,7 +140,10 @@ class CalibrationFile:
         return Factors(u, u if plan.v in (None, plan.u) else self._finite(str(plan.v)))
 
     def change(self, plan: TensorPlan) -> tuple[Tensor, Tensor] | None:
-        """A (d_out, r) and B (d_in, r) of a weight in float32; None if nothing is added to it."""
+        """A (d_out, r) and B (d_in, r) of a weight in float32; None if nothing is added to it.
+
+        Of a weight that holds all experts, those of one expert after the other: see `plan.ranks`.
+        """
         if plan.a is None or plan.b is None:
             return None
         return self._finite(plan.a), self._finite(plan.b)

@@ -1,4 +1,4 @@
-"""The header of a calibration file (versions 1 to 4): names, types, what must fit together."""
+"""The header of a calibration file (versions 1 to 5): names, types, what must fit together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rain_mergekit.config.method_names import CALIBRATED, RAIN
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
-VERSION = 4
+VERSION = 5
 # The oldest version that can say what a file says: 2 added the factors A and B of a weight, 3 the
-# merge method that the file is for, 4 the part of W_R - W_B that is taken from task vectors.
-_ADDED, _KIND, _GAMMA = 2, 3, 4
+# merge method that the file is for, 4 the part of W_R - W_B that is taken from task vectors, 5
+# factors of each expert in a weight that holds all of them.
+_ADDED, _KIND, _GAMMA, _RANKS = 2, 3, 4, 5
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -53,7 +54,8 @@ class TensorPlan:
 
     tokens: its rows are tokens; a merge that aligns vocabularies may have more of them or fewer.
     a, b: keys of the factors (d_out, r) and (d_in, r) of a change that is added; a weight with
-    one and without a site takes nothing else.
+    one and without a site takes nothing else. ranks: of a weight that holds all experts, how many
+    of the r columns are each expert's, in order.
     """
 
     site: str | tuple[str, ...] | None
@@ -64,6 +66,7 @@ class TensorPlan:
     tokens: bool = False
     a: str | None = None
     b: str | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def projected(self) -> bool:
@@ -85,12 +88,14 @@ class Plans:
 
 def version_of(header: Mapping[str, Any]) -> int:
     """The format version that a file with this header needs."""
+    entries = header.get("tensors")
+    tensors = list(entries.values()) if isinstance(entries, dict) else []
+    if any(isinstance(t, dict) and t.get("ranks") for t in tensors):
+        return _RANKS
     if header.get("gamma"):
         return _GAMMA
     if header.get("kind", RAIN) != RAIN:
         return _KIND
-    entries = header.get("tensors")
-    tensors = entries.values() if isinstance(entries, dict) else ()
     return _ADDED if any(isinstance(t, dict) and t.get("a") for t in tensors) else 1
 
 
@@ -164,19 +169,30 @@ def _tensor(fields: HeaderFields, sites: Mapping[str, SitePlan]) -> TensorPlan:
     tokens = fields.optional_flag("tokens")
     if tokens and (len(shape) != 2 or axis != -1):
         fields.fail("tokens", "true only for a weight with a row for each token", tokens)
-    a, b = _change(fields, shape, d_out, d_in)
-    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens, a, b)
+    a, b = _change(fields, d_out, d_in)
+    ranks = _ranks(fields, shape, a)
+    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens, a, b, ranks)
 
 
-def _change(
-    fields: HeaderFields, shape: list[int], d_out: int, d_in: int
-) -> tuple[str | None, str | None]:
+def _change(fields: HeaderFields, d_out: int, d_in: int) -> tuple[str | None, str | None]:
     a, b = fields.key("a", (d_out, None)), fields.key("b", (d_in, None))
-    if (a is None) != (b is None) or (a is not None and len(shape) != 2):
-        fields.fail("a", "given together with b, for a weight of two dimensions", a or b)
+    if (a is None) != (b is None):
+        fields.fail("a", "given together with b", a or b)
     if a is not None and b is not None and fields.entries[a].shape[1] != fields.entries[b].shape[1]:
         fields.fail("b", f"a tensor of as many columns as {a}", list(fields.entries[b].shape))
     return a, b
+
+
+def _ranks(fields: HeaderFields, shape: list[int], a: str | None) -> tuple[int, ...]:
+    """How the columns of a and b are divided among the experts of a weight that holds them all."""
+    if a is None or len(shape) == 2:
+        if fields.get("ranks") is not None:
+            fields.fail("ranks", "left out, but for experts with a and b", fields.get("ranks"))
+        return ()
+    ranks, columns = fields.naturals("ranks"), fields.entries[a].shape[1]
+    if len(ranks) != shape[0] or sum(ranks) != columns:
+        fields.fail("ranks", f"a list of {shape[0]} ranks, {columns} together", list(ranks))
+    return ranks
 
 
 def _require_width(fields: HeaderFields, plan: SitePlan | None, name: object, width: int) -> None:
@@ -217,11 +233,23 @@ def _check_streams(root: HeaderFields) -> None:
             fields.text("name")
             for kind in ("fitted", "held_out"):
                 _require_numbers(fields.table(kind))
+            if fields.get("experts") is not None:
+                for _, found in fields.table("experts").tables():
+                    _check_experts(found)
     for _, tensor in root.table("tensors").tables():
         if tensor.get("fit") is not None:
             fit = tensor.table("fit")
             _require_numbers(fit)
             _require_numbers(fit, "rank", "explained", "fitted", "wanted")
+
+
+def _check_experts(fields: HeaderFields) -> None:
+    """Tokens of each expert, and the numbers of those that stay as they are."""
+    fields.naturals("tokens")
+    fields.naturals("few")
+    worse = fields.table("worse")
+    for name in worse:
+        worse.naturals(name)
 
 
 def _require_numbers(fields: HeaderFields, *names: str) -> None:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import ValueRange, locate, module_order, value_range
+
+
+@dataclass(frozen=True)
+class MatchedExperts:
+    """The routed experts of one module: how many fitted tokens each of them saw.
+
+    few: experts that stay as they are, with too few tokens. worse: by weight, those that stay as
+    they are because every change would be worse on the texts that were held out.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    few: tuple[int, ...]
+    worse: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,7 @@ class MatchedLayer:
     name: str
     fitted: Mapping[str, float]
     held_out: Mapping[str, float]
+    experts: tuple[MatchedExperts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,22 +79,36 @@ def matching(file: CalibrationFile) -> Matching | None:
     if section is None:
         return None
     layers = tuple(
-        MatchedLayer(str(one["name"]), dict(one["fitted"]), dict(one["held_out"]))
+        MatchedLayer(str(one["name"]), dict(one["fitted"]), dict(one["held_out"]), _experts(one))
         for one in section["layers"]
     )
     return Matching(layers, _modules(file))
 
 
+def _experts(layer: Mapping[str, Any]) -> tuple[MatchedExperts, ...]:
+    return tuple(
+        MatchedExperts(
+            name=f"{layer['name']}.{module}",
+            tokens=tuple(one["tokens"]),
+            few=tuple(one["few"]),
+            worse={name: tuple(found) for name, found in one["worse"].items()},
+        )
+        for module, one in (layer.get("experts") or {}).items()
+    )
+
+
 def ranks(file: CalibrationFile) -> dict[str, dict[int, float]]:
-    """The rank of each change, by module and layer."""
-    found: dict[str, dict[int, float]] = {}
+    """The rank of each change by module and layer, the mean of the experts'."""
+    found: dict[str, dict[int, list[float]]] = {}
     for name in file.tensors:
         layer, module = locate(name.removesuffix(".weight"))
         fit = file.header["tensors"][name].get("fit")
         if isinstance(fit, dict) and layer is not None:
-            found.setdefault(module, {})[layer] = fit["rank"]
-    order = sorted(found, key=module_order)
-    return {module: dict(sorted(found[module].items())) for module in order}
+            found.setdefault(module, {}).setdefault(layer, []).append(fit["rank"])
+    return {
+        module: {layer: fmean(ranks) for layer, ranks in sorted(found[module].items())}
+        for module in sorted(found, key=module_order)
+    }
 
 
 def _modules(file: CalibrationFile) -> tuple[MatchedModule, ...]:

@@ -100,15 +100,35 @@ class ActivationStore:
         with phase(STATES):
             return self._read(index)
 
+    def rows(self, index: int, tokens: Tensor) -> Tensor:
+        """The hidden states (n, d) of some tokens (n) of one sample; only these are read."""
+        if index not in self._offsets:
+            memory = self._memory[index]
+            return memory[tokens.to(memory.device)]
+        width = self._shapes[index][1]
+        if not len(tokens):
+            return torch.empty(0, width, dtype=self._dtype)
+        size = width * self._dtype.itemsize
+        data = bytearray(len(tokens) * size)
+        view, first = memoryview(data), self._offsets[index]
+        with phase(STATES):
+            for place, token in enumerate(tokens.tolist()):
+                self._fill(view[place * size : (place + 1) * size], first + token * size)
+        return torch.frombuffer(data, dtype=self._dtype).view(len(tokens), width)
+
     def _read(self, index: int) -> Tensor:
         data = bytearray(self._size(index))
-        view, read = memoryview(data), 0
-        while read < len(data):
-            count = os.preadv(self._file(), [view[read:]], self._offsets[index] + read)
+        self._fill(memoryview(data), self._offsets[index])
+        return self._tensor(index, data)
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        """Read from byte `start` of the file on until `view` is full."""
+        read = 0
+        while read < len(view):
+            count = os.preadv(self._file(), [view[read:]], start + read)
             if count == 0:
                 raise RainError(f"{self._path}: was truncated by another process; run again")
             read += count
-        return self._tensor(index, data)
 
     def save(self, path: Path) -> None:
         """Write all samples to `path`, whole or not at all."""

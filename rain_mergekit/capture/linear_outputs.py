@@ -2,12 +2,14 @@
 
 The output of a linear map is followed through scalings by a number, views, casts, dropout and sums
 until anything else uses it. For a map that writes to the residual stream the end of that chain is
-the residual stream after the map; for other maps it is their own output.
+the residual stream after the map; for other maps it is their own output. What the routed experts
+of a layer give together is followed in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rain_mergekit.capture.product_hook import WeightProductHook
+from rain_mergekit.models.experts import ExpertsCall, ExpertsObserver, observe_experts
 
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _IN_PLACE_SUMS = {Tensor.add_, Tensor.__iadd__}
@@ -73,8 +76,24 @@ class LinearOutput:
         self.summed = self.summed or summed
 
 
+@dataclass(frozen=True)
+class RoutedOutput:
+    """The routed experts of a layer in one pass.
+
+    name: of the module that holds them, in the layer. output: what they give together, followed to
+    the end of its chain.
+    """
+
+    name: str
+    call: ExpertsCall
+    output: LinearOutput
+
+
 class LinearOutputs(WeightProductHook):
     """A context: records every linear map of `layer` that sees one row a token.
+
+    routed: its routed experts too, by the names of the modules that hold them, unless only some
+    weights are wanted.
 
     length: tokens of the text. wanted: record only these weights, and raise LayerCutShort as soon
     as the chains of all of them have ended; None: record all, and let the layer run to its end.
@@ -89,7 +108,15 @@ class LinearOutputs(WeightProductHook):
         self._open: dict[int, list[LinearOutput]] = {}
         self._alive: list[Tensor] = []
         self.found: dict[str, LinearOutput] = {}
+        self.routed: dict[str, RoutedOutput] = {}
         self.unfit: set[str] = set()
+
+    def __enter__(self) -> LinearOutputs:  # noqa: PYI034 - Self needs Python 3.11
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._wanted is None:
+            observer = ExpertsObserver(lambda _: None, lambda *_: None, self._routed)
+            self._stack.enter_context(observe_experts(observer))
+        return self
 
     def __exit__(
         self,
@@ -98,10 +125,20 @@ class LinearOutputs(WeightProductHook):
         trace: TracebackType | None,
     ) -> None:
         """The tensors on the way are let go of; those that were asked for stay."""
+        self._stack.close()
         super().__exit__(kind, error, trace)
         self._open.clear()
         self._alive.clear()
         self._pending = None
+
+    @cached_property
+    def _stack(self) -> ExitStack:
+        """What ends with the context."""
+        return ExitStack()
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name for name, module in self._layer.named_modules()}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -128,6 +165,14 @@ class LinearOutputs(WeightProductHook):
         """The recorded outputs in the order of the products, without unfit ones."""
         return {n: one for n, one in self.found.items() if n not in self.unfit and not one.altered}
 
+    def experts(self) -> dict[str, RoutedOutput]:
+        """The routed experts by the name of their module, without unfit ones."""
+        return {
+            name: one
+            for name, one in self.routed.items()
+            if name not in self.unfit and not one.output.altered
+        }
+
     def _product(self, name: str, inputs: Tensor, input_axis: int) -> None:
         if self._wanted is not None and name not in self._wanted:
             return
@@ -138,6 +183,16 @@ class LinearOutputs(WeightProductHook):
             return
         rows = inputs.reshape(-1, width)
         self._pending = LinearOutput(name, input_axis, rows, rows)
+
+    def _routed(self, call: ExpertsCall, result: Tensor) -> None:
+        name = self._names[id(call.module)]
+        if call.inputs.shape[0] != self._length or name in self.routed:
+            self.unfit.add(name)
+            return
+        output = LinearOutput(name, -1, call.inputs, result)
+        output.follow(result)
+        self.routed[name] = RoutedOutput(name, call, output)
+        self._keep(result, [output])
 
     def _taken(self) -> LinearOutput | None:
         pending, self._pending = self._pending, None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 WIDTH = 80
+_SHOWN = 12  # experts by number
 # From low to high, in the terminal's 256 colours: blue, grey, orange.
 _COLOURS = (25, 31, 67, 109, 145, 180, 179, 173, 166)
 
@@ -160,7 +161,24 @@ def _matching(found: Matching) -> list[str]:
             f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  "
             f"{_share(module.fitted):<13}  {_penalty(module.epsilon)}".rstrip()
         )
-    return [*lines, *_distances(found)]
+    return [*lines, *_experts(found), *_distances(found)]
+
+
+def _experts(found: Matching) -> list[str]:
+    """Tokens of the experts of each layer, and which experts stay the reasoning model's."""
+    rows = []
+    for one in (experts for layer in found.layers for experts in layer.experts):
+        left = [f"{_numbers(one.few)} with too few"] if one.few else []
+        left += [f"{_numbers(kept)} of {name}" for name, kept in one.worse.items() if kept]
+        tokens = f"{min(one.tokens)} to {max(one.tokens)} tokens each"
+        rows.append((one.name, f"{tokens}; unchanged: {', '.join(left) or 'none'}"))
+    head = _head("Experts: fitted tokens, and those that stay as they are")
+    return [head, *_table(rows)] if rows else []
+
+
+def _numbers(experts: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, experts[:_SHOWN]))
+    return shown + (f" and {len(experts) - _SHOWN} more" if len(experts) > _SHOWN else "")
 
 
 def _distances(found: Matching) -> list[str]:

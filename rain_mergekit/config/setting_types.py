@@ -106,6 +106,13 @@ Fit = Annotated[
         "paper's, the task vector without its effect on the thinking."
     ),
 ]
+FitExperts = Annotated[
+    bool,
+    Field(
+        description="For fit: streams, fit the routed experts of a mixture too, each on the "
+        "tokens that are routed to it; false: they stay the reasoning model's."
+    ),
+]
 PresetName = Annotated[
     Literal["paper", "published"] | None,
     Field(
@@ -153,12 +160,15 @@ RegMean = Annotated[
 ]
 
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
-_STREAMS = ("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share")
+_STREAMS = (
+    *("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share"),
+    "stream_experts",
+)
 _PROJECTION = (
     *("preset", "gamma", "projection", "rank_tolerance", "rank_count", "epsilon", "ridge"),
     "instruction_rows",
     *("protect_thinking", "protect_prompt", "protect_response", "reading_share", "content_rows"),
-    *("lm_head", "coefficients", "rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
+    *("coefficients", "rho", "alpha_min", "alpha_max", "leakage_from_thinking"),
 )
 READERS: Mapping[str, tuple[str, ...]] = {
     "fit": ("streams", "projection"),
@@ -166,5 +176,6 @@ READERS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_PROJECTION, ("projection",)),
     **dict.fromkeys(("rank_by", "rank_share"), ("projection", REGMEAN)),
     **dict.fromkeys(("max_rank", "size_budget"), ("streams", "projection", REGMEAN)),
+    "lm_head": ("streams", "projection"),
     "regmean": (REGMEAN,),
 }

@@ -12,6 +12,7 @@ from rain_mergekit.config.setting_types import (
     Accepted,
     EpsilonOrAuto,
     Fit,
+    FitExperts,
     Gamma,
     MarkersOrAuto,
     NonNegative,
@@ -105,6 +106,7 @@ class RainSettings(BaseModel):
             "of a weight keeps; its rank follows, within max_rank or size_budget."
         ),
     ] = 0.99
+    stream_experts: FitExperts = True
 
     gamma: Gamma = 0.0
     projection: Annotated[
@@ -145,7 +147,8 @@ class RainSettings(BaseModel):
         Share,
         Field(
             description="Largest calibration file as a share of the reasoning model's bytes; "
-            "bounds the rank of every site (never below 96) where max_rank is null."
+            "bounds the rank of every site where max_rank is null (never below 96, or below 32 "
+            "where the experts of a mixture are fitted)."
         ),
     ] = 0.10
     epsilon: Annotated[
@@ -215,8 +218,8 @@ class RainSettings(BaseModel):
         Literal["off", "all", "unseen"],
         Off,
         Field(
-            description="The map to the vocabulary, merged and projected too: not at all, all of "
-            "its rows, or those of tokens that the instruction set's responses have and the "
+            description="The map to the vocabulary, merged like the other weights: not at all, all "
+            "of its rows, or those of tokens that the instruction set's responses have and the "
             "reasoning set never has (the only choice where it is the embedding)."
         ),
     ] = "off"

@@ -191,7 +191,7 @@ class _Weights:
         site = plan.site[expert] if isinstance(plan.site, tuple) else plan.site
         factors = None if site is None else self._file.factors(site)
         rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
-        added = self._file.change(plan)
+        added = self._added(plan, expert)
         delta = tuned - self._file.gamma * thinking if self._file.gamma else tuned
         merged = merged_part(delta, factors, rows, cols) if plan.projected else None
         if added is not None:
@@ -199,6 +199,14 @@ class _Weights:
             merged = change if merged is None else merged + change
         assert merged is not None  # noqa: S101 - a weight without a change is projected
         return tuned, thinking, delta, merged
+
+    def _added(self, plan: TensorPlan, expert: int) -> tuple[Tensor, Tensor] | None:
+        """A and B of a weight, or of one of the experts that it holds."""
+        added = self._file.change(plan)
+        if added is None or not plan.ranks:
+            return added
+        a, b = (torch.split(one, list(plan.ranks), dim=1)[expert] for one in added)
+        return a, b
 
 
 def _part(

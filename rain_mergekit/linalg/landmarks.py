@@ -46,10 +46,16 @@ class LandmarkSums:
         self._sums.sum_over(total)
 
     def changes(
-        self, epsilon: float | None, max_rank: int, share: float
+        self,
+        epsilon: float | None,
+        max_rank: int,
+        share: float,
+        *,
+        energy: float | None = None,
+        cautious: bool = False,
     ) -> dict[str, LowRankChange]:
         """As RidgeSums.changes."""
-        found = self._sums.changes(epsilon, max_rank, share)
+        found = self._sums.changes(epsilon, max_rank, share, energy=energy, cautious=cautious)
         return {name: self._widened(change) for name, change in found.items()}
 
     def _widened(self, change: LowRankChange) -> LowRankChange:

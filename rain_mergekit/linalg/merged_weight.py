@@ -40,6 +40,25 @@ def changed_weight(
     return result
 
 
+def changed_experts(
+    reasoning: Tensor,
+    added: tuple[Tensor, Tensor],
+    ranks: Sequence[int],
+    strength: float,
+    input_axis: int = -1,
+) -> Tensor:
+    """Compute W_R + λ A Bᵀ for each expert of a weight (E, ...).
+
+    ranks: how many columns of A (d_out, r) and B (d_in, r) belong to each expert, in order; the
+    rest as for `changed_weight`.
+    """
+    result = torch.empty_like(reasoning, memory_format=torch.contiguous_format)
+    factors = zip(*(torch.split(one, list(ranks), dim=1) for one in added), strict=True)
+    for expert, own in enumerate(factors):
+        result[expert] = changed_weight(reasoning[expert], own, strength, input_axis)
+    return result
+
+
 def merged_weight(
     weights: tuple[Tensor, Tensor, Tensor],
     factors: Factors | None,

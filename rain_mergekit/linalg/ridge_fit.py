@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from rain_mergekit.linalg.ridge_solver import (
     RidgeSolver,
     Root,
     Spectrum,
+    require_energy,
 )
 
 SUM_DTYPE = torch.float64
@@ -21,6 +23,8 @@ EPSILON = 0.01  # where no token is held out to choose by
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Rows wait until there are so many: one large product is faster than many small ones.
 BUFFERED_ROWS = 1024
+# The root of G + g I, ε, and whether the change leaves less of the errors held aside than none.
+Chosen: TypeAlias = "tuple[Root, float, bool]"
 
 
 class TokenSums:
@@ -111,36 +115,47 @@ class RidgeSums:
                 sums.sum_over(total)
 
     def changes(
-        self, epsilon: float | None, max_rank: int, share: float
+        self,
+        epsilon: float | None,
+        max_rank: int,
+        share: float,
+        *,
+        energy: float | None = None,
+        cautious: bool = False,
     ) -> dict[str, LowRankChange]:
         """The change of every weight; RainError where the system cannot be solved.
 
         epsilon: None: for each weight the ε that leaves least of the errors held aside, or EPSILON
-        where none are.
+        where none are. energy: what the penalty is relative to, where it is not the mean energy of
+        a feature of these inputs. cautious: no change, of rank 0, where every ε would add to the
+        errors held aside.
         """
         self._fitted.flush()
-        root_of = self._roots(epsilon)
+        if energy is None:
+            energy = require_energy(self._fitted.gram) / self._features
+        root_of = self._roots(epsilon, energy)
         found: dict[str, LowRankChange] = {}
         for name, cross in self._fitted.cross.items():
-            solver = RidgeSolver(*root_of(name))
-            found[name] = solver.change(cross, self._fitted.energy[name], max_rank, share)
+            root, chosen, helps = root_of(name)
+            most = max_rank if helps or not cautious else 0
+            solver = RidgeSolver(root, chosen)
+            found[name] = solver.change(cross, self._fitted.energy[name], most, share)
         return found
 
-    def _roots(self, epsilon: float | None) -> Callable[[str], tuple[Root, float]]:
-        """From a weight's name to the root of G + g I and ε."""
+    def _roots(self, epsilon: float | None, energy: float) -> Callable[[str], Chosen]:
         gram, aside = self._fitted.gram, self._aside
         if epsilon is None and aside is not None:
             aside.flush()
             if any(aside.energy.values()):
-                return self._chosen(Spectrum.of(gram, self._features), aside)
+                return self._chosen(Spectrum.of(gram, energy), aside)
         fixed = EPSILON if epsilon is None else epsilon
-        root = CholeskyRoot.of(gram, fixed, self._features)
-        return lambda _: (root, fixed)
+        root = CholeskyRoot.of(gram, fixed, energy)
+        return lambda _: (root, fixed, True)
 
-    def _chosen(self, spectrum: Spectrum, aside: TokenSums) -> Callable[[str], tuple[Root, float]]:
+    def _chosen(self, spectrum: Spectrum, aside: TokenSums) -> Callable[[str], Chosen]:
         unseen = spectrum.vectors.mT @ aside.gram @ spectrum.vectors
 
-        def root_of(name: str) -> tuple[Root, float]:
+        def root_of(name: str) -> Chosen:
             fitted = self._fitted.cross[name] @ spectrum.vectors
             held = aside.cross[name] @ spectrum.vectors
             along, across = (fitted * held).sum(0), (fitted.mT @ fitted) * unseen
@@ -151,7 +166,7 @@ class RidgeSums:
                 return float(inverse @ across @ inverse - 2 * along @ inverse)
 
             epsilon = min(CANDIDATES, key=left)
-            return spectrum.root(epsilon), epsilon
+            return spectrum.root(epsilon), epsilon, left(epsilon) < 0
 
         return root_of
 

@@ -61,11 +61,11 @@ class Spectrum:
     energy: float
 
     @classmethod
-    def of(cls, gram: Tensor, features: int) -> Spectrum:
+    def of(cls, gram: Tensor, energy: float) -> Spectrum:
         """RainError where the inputs are all zero, NaN or infinite."""
-        trace = require_energy(gram)
+        require_energy(gram)
         values, vectors = torch.linalg.eigh(gram)
-        return cls(values.clamp(min=0.0), vectors, trace / features)
+        return cls(values.clamp(min=0.0), vectors, energy)
 
     def inverse(self, epsilon: float) -> Tensor:
         """The eigenvalues (m) of (G + g I)⁻¹, g = ε times the mean energy of a feature."""
@@ -129,15 +129,15 @@ class CholeskyRoot:
     lower: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, epsilon: float, features: int) -> CholeskyRoot:
-        """With g = ε tr(G) / features, for G (m, m), positive semidefinite.
+    def of(cls, gram: Tensor, epsilon: float, energy: float) -> CholeskyRoot:
+        """With g = ε times the energy of a feature, for G (m, m), positive semidefinite.
 
         Raises:
             RainError: G is zero, NaN or infinite, or g is too small for its rounding errors.
         """
-        trace = require_energy(gram)
+        require_energy(gram)
         system = gram.clone()
-        system.diagonal().add_(epsilon * trace / features)
+        system.diagonal().add_(epsilon * energy)
         lower, failed = torch.linalg.cholesky_ex(system)
         if bool(failed):
             raise RainError(

@@ -20,7 +20,7 @@ from rain_mergekit.config.roles import assign_roles, is_proxy, proxy_roles
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.linalg.finite import finite
-from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
+from rain_mergekit.linalg.merged_weight import changed_experts, changed_weight, merged_weight
 from rain_mergekit.merge_method.cache import BasisCache, CalibrationCache, Recent
 from rain_mergekit.merge_method.merge_errors import reported
 from rain_mergekit.merge_method.parameters import calibration_for, role
@@ -181,15 +181,15 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
         if added is not None and strength != 1:
             self._noted.get(calibration, lambda: LOG.warning(STRENGTH_OF_STREAMS))
         if added is not None and not plan.projected:
-            return changed_weight(weights[0], added, strength, axis)
+            return _changed(weights[0], plan, added, strength)
         if added is not None:  # both in float32, and one cast
             wide = weights[0].to(torch.promote_types(weights[0].dtype, torch.float32))
-            rest, trio = replace(plan, a=None, b=None), (wide, *weights[1:])
+            rest, trio = replace(plan, a=None, b=None, ranks=()), (wide, *weights[1:])
             whole = self.merged(calibration, rest, trio, strength)
-            return changed_weight(whole, added, strength, axis).to(weights[0].dtype)
+            return _changed(whole, plan, added, strength).to(weights[0].dtype)
         rows, cols = calibration.scale(plan.rows), calibration.scale(plan.cols)
         if plan.tokens and rows is not None:
-            rows = _of_length(rows, weights[0].shape[0])
+            rows = of_length(rows, weights[0].shape[0])
         scales, gamma = (rows, cols), calibration.gamma
 
         def factors(site: str | None) -> Factors | None:
@@ -204,6 +204,16 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             own = (weights[0][expert], weights[1][expert], weights[2][expert])
             merged[expert] = merged_weight(own, factors(site), scales, strength, axis, gamma)
         return merged
+
+
+def _changed(
+    weight: Tensor, plan: TensorPlan, added: tuple[Tensor, Tensor], strength: float
+) -> Tensor:
+    if plan.tokens:
+        added = of_length(added[0], weight.shape[0]), added[1]
+    if plan.ranks:
+        return changed_experts(weight, added, plan.ranks, strength, plan.input_axis)
+    return changed_weight(weight, added, strength, plan.input_axis)
 
 
 def _recorded(calibration: CalibrationFile) -> dict[str, str]:
@@ -232,9 +242,13 @@ def _check_tokens(model: Hashable, name: str, tensor: Tensor, rows: Tensor | Non
             check_tokens(model, name, tensor, rows)
 
 
-def _of_length(rows: Tensor, count: int) -> Tensor:
-    """Scales for this many tokens: padding may have been removed, and new tokens are unchanged."""
-    return torch.cat([rows[:count], rows.new_zeros(max(0, count - len(rows)))])
+def of_length(rows: Tensor, count: int) -> Tensor:
+    """Scales or factors (tokens, ...) for `count` tokens.
+
+    Padding may have been removed, and new tokens are unchanged.
+    """
+    more = rows.new_zeros(max(0, count - len(rows)), *rows.shape[1:])
+    return torch.cat([rows[:count], more])
 
 
 def _require_finite(tensor: Tensor, name: str, who: str) -> None:

@@ -83,6 +83,9 @@ class TensorMerger:
     ) -> Tensor:
         """Computed in blocks of rows, so that only the result is in memory as a whole."""
         weights = [self._tensors[role].of_tokens(name) for role in ROLES]
+        if not plan.projected:
+            base = weights[0].to(device, dtype)
+            return self._method.merged(self._calibration, plan, (base, base, base), self._strength)
         count = min(len(weight) for weight in weights)
         own_site = isinstance(plan.site, str)
         factors = self._calibration.factors(str(plan.site)) if own_site else None

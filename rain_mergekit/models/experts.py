@@ -7,11 +7,11 @@ to each of them, and what its down projection sees, are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class ExpertsCall:
     """One use of a layer's routed experts.
 
     inputs: (n, d), what all experts see; module: holds the 3-D weights, of which `up` and `down`
-    are the names; transposed: they are (E, d_in, d_out) rather than (E, d_out, d_in).
+    are the names; transposed: they are (E, d_in, d_out) rather than (E, d_out, d_in). chosen: the
+    experts that each token goes to, and gates: how much each of them counts, both (n, k).
     """
 
     module: nn.Module
@@ -39,6 +40,8 @@ class ExpertsCall:
     down: str
     transposed: bool
     count: int
+    chosen: Tensor
+    gates: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,35 @@ class ExpertsObserver:
     """begin: at each use; inner: for each expert with tokens, what its down projection sees.
 
     inner(call, expert, tokens (m), features (m, d_ff)): `tokens` are rows of call.inputs.
+    end(call, result (n, d)): with what all of them give together.
     """
 
     begin: Callable[[ExpertsCall], None]
     inner: Callable[[ExpertsCall, int, Tensor, Tensor], None]
+    end: Callable[[ExpertsCall, Tensor], None] = lambda _call, _result: None
 
+
+# Low-rank changes A Bᵀ of single experts: by the name of the weight and the expert, A (d_out, r)
+# and B (d_in, r).
+ExpertChanges: TypeAlias = "Mapping[tuple[str, int], tuple[Tensor, Tensor]]"
 
 _OBSERVER: ContextVar[ExpertsObserver | None] = ContextVar("rain_experts_observer", default=None)
+_CHANGES: ContextVar[Mapping[nn.Module, ExpertChanges] | None] = ContextVar(
+    "rain_experts_changes", default=None
+)
 
 
 def observe_experts(observer: ExpertsObserver) -> AbstractContextManager[None]:
     """Let `observer` see every use of experts inside the block."""
     return holding(_OBSERVER, observer)
+
+
+def changed_experts(changes: Mapping[nn.Module, ExpertChanges]) -> AbstractContextManager[None]:
+    """Inside the block the experts of these modules compute with W + A Bᵀ; W stays as it is.
+
+    So a weight that is kept in a narrow type is not rounded again.
+    """
+    return holding(_CHANGES, changes)
 
 
 def expert_weights(model: nn.Module) -> frozenset[str]:
@@ -88,8 +108,17 @@ def register() -> None:
 def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden (n, d), both routing tensors (n, k) -> (n, d)."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    call = ExpertsCall(module, hidden, up, "down_proj", module.is_transposed, module.num_experts)
-    observer = _OBSERVER.get()
+    call = ExpertsCall(
+        module=module,
+        inputs=hidden,
+        up=up,
+        down="down_proj",
+        transposed=module.is_transposed,
+        count=module.num_experts,
+        chosen=top_k_index,
+        gates=top_k_weights,
+    )
+    observer, changes = _OBSERVER.get(), (_CHANGES.get() or {}).get(module, {})
     if observer is not None:
         observer.begin(call)
     total = torch.zeros_like(hidden)
@@ -97,24 +126,43 @@ def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Te
         tokens, place = torch.where(top_k_index == expert)
         if tokens.numel() == 0:
             continue
-        inner = _inner(module, hidden[tokens], expert, up)
+        product = expert_product(module, up, expert, hidden[tokens], changes)
+        inner = activated(module, product)
         if observer is not None:
             observer.inner(call, expert, tokens, inner)
-        out = _product(module, "down_proj", expert, inner)
-        if getattr(module, "has_post_expert_norm", False):  # older transformers know no such norm
+        out = expert_product(module, "down_proj", expert, inner, changes)
+        if normalised(module):
             out = module.post_expert_norm(out)
         weighted = out * top_k_weights[tokens, place, None]
         total.index_add_(0, tokens, weighted.to(total.dtype))
+    if observer is not None:
+        observer.end(call, total)
     return total
 
 
-def _inner(module: Any, rows: Tensor, expert: int, up: str) -> Tensor:
-    product = _product(module, up, expert, rows)
+def normalised(module: Any) -> bool:
+    """Whether each expert's output passes a norm; older transformers know no such norm."""
+    return bool(getattr(module, "has_post_expert_norm", False))
+
+
+def activated(module: Any, product: Tensor) -> Tensor:
+    """What an expert's second projection sees (m, d_ff), of what its first gives (m, d_out)."""
     result: Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)  # noqa: SLF001
     return result
 
 
-def _product(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
-    weight = getattr(module, name)[expert].to(rows.dtype)
-    out = rows @ weight if module.is_transposed else nn.functional.linear(rows, weight)
+def expert_product(
+    module: Any, name: str, expert: int, rows: Tensor, changes: ExpertChanges | None = None
+) -> Tensor:
+    """One projection of one expert on rows (m, d_in), with its bias and its change."""
+    out = expert_linear(module, name, expert, rows)
+    if changes and (name, expert) in changes:
+        a, b = changes[name, expert]
+        out = out + (rows @ b.to(rows)) @ a.to(rows).mT
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
+
+
+def expert_linear(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    """One projection of one expert without its bias, rows (m, d_in) to (m, d_out)."""
+    weight = getattr(module, name)[expert].to(rows.dtype)
+    return rows @ weight if module.is_transposed else nn.functional.linear(rows, weight)

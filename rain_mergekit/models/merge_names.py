@@ -23,13 +23,15 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
 class Target:
     """One tensor of the merge.
 
-    expert, shape: where it is a part of a tensor of the model. shape alone: where the checkpoint
-    holds the model's tensor with its last two axes exchanged, and so does the merge.
+    expert, shape: where it is a part of a tensor of the model; first: where its outputs begin among
+    the expert's. shape alone: where the checkpoint holds the model's tensor with its last two axes
+    exchanged, and so does the merge.
     """
 
     name: str
     expert: int | None = None
     shape: tuple[int, ...] = ()
+    first: int = 0
 
 
 _LAYER = re.compile(r"\.\d+\.")
@@ -124,10 +126,18 @@ def _experts(
         return ()
     shapes = tensors.checkpoint.shapes(part for part, _ in source.parts)
     targets, counts = [], dict.fromkeys((pattern for _, pattern in source.parts), 0)
+    first = _first_outputs(source, shapes)
     for part, pattern in source.parts:
-        targets.append(Target(listed[part], counts[pattern], shapes[part]))
+        targets.append(Target(listed[part], counts[pattern], shapes[part], first[pattern]))
         counts[pattern] += 1
     return tuple(targets)
+
+
+def _first_outputs(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str | None, int]:
+    """By pattern, where its outputs begin: transformers lays them after one another, in order."""
+    rows = {pattern: shapes[part][0] for part, pattern in source.parts}
+    order = [one for one in source.converter.source_patterns if one in rows]
+    return {one: sum(rows[before] for before in order[:n]) for n, one in enumerate(order)}
 
 
 def has_table(config: Any) -> bool:

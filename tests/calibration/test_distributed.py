@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import make
 from hangs import HANGS
 from tiny import Tiny
 from torch import Tensor
@@ -88,6 +89,25 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, wide: bool) -> None:
     done = torchrun(two, "--activation-budget", str(budget))
     assert done.returncode == 0, done.stderr
     expected, found = products(one.path), products(two.path)
+    assert expected.keys() == found.keys()
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_same_experts_and_the_same_head(tmp_path: Path) -> None:
+    settings = {"fit": "streams", "stream_rank_share": 1.0, "stream_epsilon": 0.1}
+    one = make(tmp_path, "qwen3_moe").using(**settings, lm_head="all")
+    two = one.using(calibration="two.rain.safetensors", **settings, lm_head="all")
+    one.calibrate()
+    done = torchrun(two)
+    assert done.returncode == 0, done.stderr
+    first, second = (CalibrationFile.open(file.path) for file in (one, two))
+    assert first.header["streams"]["layers"][0]["experts"].keys() == {"mlp.experts"}
+    for layer, other in zip(*(f.header["streams"]["layers"] for f in (first, second)), strict=True):
+        assert layer["experts"] == other["experts"]
+    expected, found = products(one.path), products(two.path)
+    assert "lm_head.weight" in expected
     assert expected.keys() == found.keys()
     for name, change in expected.items():
         torch.testing.assert_close(found[name], change, rtol=1e-3, atol=1e-5)

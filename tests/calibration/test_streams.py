@@ -199,7 +199,7 @@ def test_a_file_with_changes_asks_for_a_reader_that_knows_them(made: Tiny) -> No
             {"coefficients": "normalized"},
             "fit: streams does not read coefficients; set the other fit",
         ),
-        ({"lm_head": "all", "ridge": 0.1}, "does not read ridge, lm_head; "),
+        ({"gamma": 0.5, "ridge": 0.1}, "does not read gamma, ridge; "),
         ({"regmean": {"rows": 64}}, "rain.regmean is for merge_method: regmean; leave it out for"),
         ({"instruction_data": None}, "instruction_data is missing"),
         ({"stream_weights": {"prompt": 1.0}}, "unknown setting"),

@@ -21,7 +21,7 @@ import torch
 from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
-from rain_mergekit.calibration import stream_layer
+from rain_mergekit.calibration import site_sums
 from rain_mergekit.calibration.fit_rule import LANDMARKS, MATRICES, directions_within
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.linalg.ridge_fit import CANDIDATES
@@ -89,9 +89,12 @@ class Hooks:
     def __init__(self, model: Any) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.routes: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(self._linear(name))
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(self._experts(name))
         for index, layer in enumerate(model.model.layers):
             prefix = f"model.layers.{index}."
             layer.post_attention_layernorm.register_forward_pre_hook(
@@ -106,6 +109,14 @@ class Hooks:
     def _linear(self, name: str) -> Any:
         def keep(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.inputs[name], self.outputs[name] = args[0][0], output[0]
+
+        return keep
+
+    def _experts(self, name: str) -> Any:
+        """What routed experts see, which of them each token goes to, and with which weights."""
+
+        def keep(_: Any, args: tuple[Tensor, ...]) -> None:
+            self.inputs[name], self.routes[name] = args[0], (args[1], args[2])
 
         return keep
 
@@ -187,20 +198,25 @@ class Reference:
         changes: dict[str, Tensor] = {}
         for index in range(len(self.merged.model.layers)):
             for members in SITES.values():
-                now = self.run(self.merged, self.own, [text.ids for text in self.texts])
-                for member in members:
-                    name = f"model.layers.{index}.{member}"
-                    key = {
-                        "self_attn.o_proj": f"model.layers.{index}.after attention",
-                        "mlp.down_proj": f"model.layers.{index}.after mlp",
-                    }.get(member, name)
-                    x = torch.cat([inputs[name] for inputs, _ in now])
-                    error = self.targets(key) - torch.cat([outputs[key] for _, outputs in now])
-                    changes[name] = self._ridge(name, x, error)
-                for member in members:
-                    name = f"model.layers.{index}.{member}"
-                    with torch.no_grad():
-                        self.merged.get_submodule(name).weight += changes[name]
+                changes |= self.fit_site(index, members)
+        return changes
+
+    def fit_site(self, index: int, members: Sequence[str]) -> dict[str, Tensor]:
+        """Modules of layer `index` that see the same input; the merged model is changed."""
+        changes: dict[str, Tensor] = {}
+        now = self.run(self.merged, self.own, [text.ids for text in self.texts])
+        for member in members:
+            name = f"model.layers.{index}.{member}"
+            key = {
+                "self_attn.o_proj": f"model.layers.{index}.after attention",
+                "mlp.down_proj": f"model.layers.{index}.after mlp",
+            }.get(member, name)
+            x = torch.cat([inputs[name] for inputs, _ in now])
+            error = self.targets(key) - torch.cat([outputs[key] for _, outputs in now])
+            changes[name] = self._ridge(name, x, error)
+        for name, change in changes.items():
+            with torch.no_grad():
+                self.merged.get_submodule(name).weight += change
         return changes
 
     def _ridge(self, name: str, x: Tensor, error: Tensor) -> Tensor:
@@ -253,15 +269,13 @@ def test_a_very_wide_input_is_fitted_exactly_where_all_tokens_are_landmarks(
     count = sum(len(text.ids) for text in reference.texts)
     budget = MATRICES * count**2 + LANDMARKS * count * width
     assert directions_within(width, budget) == count < width
-    with caplog.at_level(logging.INFO, logger=stream_layer.__name__):
+    with caplog.at_level(logging.INFO, logger=site_sums.__name__):
         agree(tiny, reference, activation_budget=2 * budget)
     assert f"down_proj: fitted within {count} of {width} directions" in caplog.text
 
 
-def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> None:
-    """For each weight by trying all; dense, with the texts that the file's sizes show as held."""
-    settings = {name: value for name, value in WHOLE.items() if name != "stream_epsilon"}
-    tiny = Tiny.make(tmp_path, "llama").using(**settings)
+def write_many(folder: Path) -> None:
+    """Sets of 20 samples, so that some are held out."""
     own = [
         {"prompt": f"Is {n} odd?", "reasoning": f"Half of {n} is {n / 2}.", "response": f"So {n}."}
         for n in range(20)
@@ -272,7 +286,14 @@ def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> Non
     ]
     for name, samples in (("reasoning", own), ("instruction", asked)):
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
+        (folder / f"{name}.jsonl").write_text(lines)
+
+
+def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> None:
+    """For each weight by trying all; dense, with the texts that the file's sizes show as held."""
+    settings = {name: value for name, value in WHOLE.items() if name != "stream_epsilon"}
+    tiny = Tiny.make(tmp_path, "llama").using(**settings)
+    write_many(tmp_path)
     reference = Reference(tiny, choosing=True)
     assert 1 <= sum(reference.held) < len(reference.held)
     agree(tiny, reference)

@@ -53,8 +53,18 @@ HEADER: dict[str, Any] = {
         "y": {"site": None, "shape": [6, 4], "input_axis": -2, "rows": None, "cols": None},
         "z": {"site": ["a", "c"], "shape": [2, 4, 6], "input_axis": -1, "rows": "r", "cols": None},
         "v": {"site": None, "shape": [4, 6], "input_axis": -1, "a": "v.a", "b": "v.b", "fit": FIT},
+        "u": {"shape": [2, 4, 6], "input_axis": -1, "a": "u.a", "b": "u.b", "ranks": [1, 2]},
     },
-    "streams": {"layers": [{"name": "l0", "fitted": {"answers": 0.1}, "held_out": {}}]},
+    "streams": {
+        "layers": [
+            {
+                "name": "l0",
+                "fitted": {"answers": 0.1},
+                "held_out": {},
+                "experts": {"mlp": {"tokens": [9, 3], "few": [1], "worse": {"down_proj": [0]}}},
+            }
+        ]
+    },
     "layers": [{"name": "l0", "stats": {"alpha": "s"}}],
     "warnings": ["careful"],
 }
@@ -71,6 +81,8 @@ def stored() -> dict[str, torch.Tensor]:
         "c": torch.rand(6),
         "v.a": torch.randn(4, 2),
         "v.b": torch.randn(6, 2),
+        "u.a": torch.randn(4, 3),
+        "u.b": torch.randn(6, 3),
         "counts": torch.arange(3),
         "nothing": torch.empty(0, 4),
         "flat": torch.empty(4, 0),
@@ -578,6 +590,15 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("tensors.v.a", "v.b", "floating-point tensor of shape"),
     ("tensors.v.b", "nothing", "floating-point tensor of shape"),
     ("tensors.v.fit", {"rank": "2"}, "a finite number"),
+    ("tensors.v.ranks", [2], "left out, but for experts"),
+    ("tensors.u.ranks", None, "a list of whole numbers"),
+    ("tensors.u.ranks", [1, -1], "a list of whole numbers"),
+    ("tensors.u.ranks", [3], "a list of 2 ranks, 3 together"),
+    ("tensors.u.ranks", [1, 1], "a list of 2 ranks, 3 together"),
+    ("tensors.u.shape", [4, 6], "left out, but for experts"),
+    ("streams.layers.0.experts.mlp.tokens", [1.5], "a list of whole numbers"),
+    ("streams.layers.0.experts.mlp.few", None, "a list of whole numbers"),
+    ("streams.layers.0.experts.mlp.worse", [], "an object"),
     ("streams", {"layers": 1}, "a list"),
     ("streams", {"layers": [{"name": "l", "fitted": {"a": "x"}, "held_out": {}}]}, "a finite"),
     ("sites.a.u", ["a.u"], "must be a text"),

@@ -13,7 +13,7 @@ import torch
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import VERSION
-from rain_mergekit.linalg.merged_weight import changed_weight, merged_weight
+from rain_mergekit.linalg.merged_weight import changed_experts, changed_weight, merged_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = {
@@ -21,6 +21,7 @@ DIGESTS = {
     2: "e5fb0ef7fb5baca28683baefbf84b05669766b5033467b9b0b3967e654e18c15",
     3: "d76b023ef7afb0bbd78722276b933863c54338f62be9e642bcceb17ea50c40e2",
     4: "b82ea5c390c8553d79a08dacbb33650687ec6a635c3ab02be65435ec78eaa749",
+    5: "f589e69f1035da41834fdeb19dd91afeddc77f544f172523a46e4343df59a8b2",
 }
 SITE = "model.layers.0.self_attn.q_proj"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
@@ -68,6 +69,22 @@ def test_a_change_of_version_2_is_added() -> None:
     expected = 1 + torch.stack([row, 2 * row, -row])
     assert torch.equal(changed_weight(torch.ones(3, 4), added, 2.0), expected)
     assert torch.equal(changed_weight(torch.ones(4, 3), added, 2.0, -2), expected.mT)
+
+
+def test_experts_of_version_5_take_each_their_own_change() -> None:
+    """W = 1 everywhere, ranks 1 and 2, A and B by hand in columns, strength 2."""
+    file = opened(5)
+    plan = file.tensors["model.layers.0.mlp.experts.gate_up_proj"]
+    added = file.change(plan)
+    assert added is not None
+    assert plan.ranks == (1, 2)
+    row = torch.tensor([2.0, 0.0, 1.0, 4.0])
+    first = 1 + torch.stack([row, 2 * row, -row])
+    one, two = torch.tensor([2.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 4.0, 0.0, 0.0])
+    expected = torch.stack([first, 1 + torch.stack([one, two, torch.zeros(4)])])
+    assert torch.equal(changed_experts(torch.ones(2, 3, 4), added, plan.ranks, 2.0), expected)
+    turned = changed_experts(torch.ones(2, 4, 3), added, plan.ranks, 2.0, -2)
+    assert torch.equal(turned, expected.mT)
 
 
 @pytest.mark.parametrize("version", DIGESTS)

@@ -36,6 +36,10 @@ def test_whatever_spills_comes_back_bit_for_bit(
         for index, hidden in enumerate(expected):
             store.put(index, hidden)
         assert all(torch.equal(store.get(i), hidden) for i, hidden in enumerate(expected))
+        for tokens in ([2, 0], [1], []):
+            at = torch.tensor(tokens, dtype=torch.long)
+            found = [store.rows(i, at) for i in range(3)]
+            assert all(torch.equal(one, h[at]) for one, h in zip(found, expected, strict=True))
     assert path.exists() == (kept < 3)
     if kept < 3:
         assert path.stat().st_size == store.disk_bytes
