@@ -145,10 +145,16 @@ def _mixture(hidden: int, inner: int, heads: int, experts: int, vocabulary: int)
     )
 
 
+_30B = _mixture(2048, 768, 32, 128, 151936)
+
 SHAPES: dict[str, tuple[DeviceShape, ...]] = {
     "published": (
         DeviceShape("7B", 28, 28, _dense(3584, 18944, 28, 152064)),
-        DeviceShape("30B-A3B", 48, 6, _mixture(2048, 768, 32, 128, 151936)),
+        DeviceShape("30B-A3B", 48, 6, _30B),
+    ),
+    # What a layer of many experts needs on a machine without a GPU, and that depth adds nothing.
+    "mixture": tuple(
+        DeviceShape(f"30B-A3B-{depth}-layers", 48, depth, _30B, texts=8) for depth in (2, 4)
     ),
     "small": (
         DeviceShape("7B", 28, 2, _dense(64, 160, 4, 739), texts=3),
