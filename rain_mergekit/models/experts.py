@@ -118,7 +118,8 @@ def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Te
         chosen=top_k_index,
         gates=top_k_weights,
     )
-    observer, changes = _OBSERVER.get(), (_CHANGES.get() or {}).get(module, {})
+    observer, changed = _OBSERVER.get(), _CHANGES.get()
+    changes = changed.get(module, {}) if changed else {}
     if observer is not None:
         observer.begin(call)
     total = torch.zeros_like(hidden)

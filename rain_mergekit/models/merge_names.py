@@ -135,6 +135,8 @@ def _experts(
 
 def _first_outputs(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str | None, int]:
     """By pattern, where its outputs begin: transformers lays them after one another, in order."""
+    if source.converter is None:  # a tensor that is stored as it is has no pattern
+        return {None: 0}
     rows = {pattern: shapes[part][0] for part, pattern in source.parts}
     order = [one for one in source.converter.source_patterns if one in rows]
     return {one: sum(rows[before] for before in order[:n]) for n, one in enumerate(order)}
