@@ -107,7 +107,7 @@ def test_next_steps_work(done: tuple[Path, Outcome, float], tmp_path: Path) -> N
 @pytest.mark.slow
 def test_numbers_for_programs(done: tuple[Path, Outcome, float]) -> None:
     """Once more in the same folder; nothing but one object on stdout."""
-    outcome = run_process("demo", done[0], "--json")
+    outcome = run_process("demo", done[0], "--json", cwd=done[0].parent)
     assert outcome.code == 0, outcome.output
     found = json.loads(outcome.stdout)
     assert found.pop("format") == "mergekit-rain demo"
