@@ -10,7 +10,7 @@ from typing import Any
 
 import model_hub
 import pytest
-from commands import TRIO, refused, run, succeed
+from commands import TRIO, needs_rules, refused, run, succeed
 from model_hub import Hub
 from scripted_server import serving
 
@@ -112,6 +112,7 @@ def test_tables_in_several_files_and_configurations(served: Hub) -> None:
     assert served.sent("all.parquet") == 0
 
 
+@needs_rules
 @pytest.mark.parametrize("name", ["me/rules", "me/tables/other"])
 def test_instructions_in_ifevals_layout(served: Hub, name: str) -> None:
     (one,) = chosen_prompts(f"hub:{name}", None)
