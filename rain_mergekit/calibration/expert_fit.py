@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rain_mergekit.calibration.expert_rows import ExpertBatch, ExpertRows
 from rain_mergekit.calibration.fit_rule import FitRule, directions_within
+from rain_mergekit.calibration.site_sums import Sums, sums_within
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.landmarks import LandmarkSums, evenly_by_weight, spanned
+from rain_mergekit.linalg.landmarks import evenly_by_weight
 from rain_mergekit.linalg.ridge_fit import RidgeSums
 from rain_mergekit.linalg.ridge_solver import LowRankChange
 from rain_mergekit.models.experts import (
@@ -186,15 +187,14 @@ class ExpertFitter:
             raise RainError(f"{where}: {error}") from None
         return replace(change, a=change.a.float(), b=change.b.float())
 
-    def _empty(self, projection: _Projection, expert: int, count: int) -> RidgeSums | LandmarkSums:
+    def _empty(self, projection: _Projection, expert: int, count: int) -> Sums:
         """Sums of d x d, or within the directions of the tokens where these are fewer."""
         outputs, choose = {projection.name: projection.rows}, self._rule.epsilon is None
         most = min(directions_within(projection.width, self._rule.budget), count)
         if most == projection.width:
             return RidgeSums(projection.width, outputs, self._world.device, choose=choose)
         own = torch.cat(list(self._landmarks(projection, expert, most / count)))
-        basis = self._world.same(spanned(self._world.rows(own)))  # not equal up to rounding alone
-        return LandmarkSums(basis, outputs, choose=choose)
+        return sums_within(own, outputs, self._world, choose=choose)
 
     def _landmarks(self, projection: _Projection, expert: int, share: float) -> Iterator[Tensor]:
         """That share of the expert's fitted tokens, spread by weight."""

@@ -37,5 +37,15 @@ def empty_sums(
         return RidgeSums(width, outputs, world.device, choose=choose)
     LOG.info("%s: fitted within %d of %d directions", name, count, width)
     own = features(landmarks(texts, rule, count // world.size))
+    return sums_within(own, outputs, world, choose=choose)
+
+
+def sums_within(
+    own: Tensor, outputs: Mapping[str, int], world: World, *, choose: bool
+) -> LandmarkSums:
+    """Sums within the directions of all processes' tokens; own: this one's, (m, d).
+
+    choose: whether there are tokens held aside, to choose ε by.
+    """
     basis = world.same(spanned(world.rows(own)))  # not equal up to rounding alone
     return LandmarkSums(basis, outputs, choose=choose)
