@@ -36,7 +36,8 @@ OPTIONS = ("--device", "cpu", "--snapshot-every", 0, "--quiet")
 
 @pytest.fixture(scope="module", name="forks")
 def _forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks"))
+    # Memory for anything large comes from the system and goes back to it, so that limits bind.
+    forks = Forks(tmp_path_factory.mktemp("forks"), MALLOC_MMAP_THRESHOLD_=str(ROOM // 4))
     yield forks
     forks.close()
 
@@ -51,7 +52,7 @@ def _models(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="module", name="wide")
 def _wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Its layers need several times more memory than `ROOM`, and its calibration much less disk."""
-    sizes = {"num_hidden_layers": 3, "intermediate_size": 30_000, "shard": "8MB"}
+    sizes = {"num_hidden_layers": LAYERS, "intermediate_size": 30_000, "shard": "8MB"}
     tiny = Tiny.make(tmp_path_factory.mktemp("wide"), "qwen2", **sizes)
     tiny = Tiny(tiny.folder, {"rank_by": "count", "rank_count": 2}, "c/tiny.rain.safetensors")
     tiny.path.parent.mkdir()
@@ -278,20 +279,26 @@ def with_little_memory(forks: Forks, pid: int) -> Ended:
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_no_memory_in_a_layer(wide: Tiny, forks: Forks, layer: int) -> None:
-    """In the layer after that; with memory again, the run goes on to the same file."""
+    """While that layer's results are written; with memory again, the run goes on to the same file.
+
+    They are written while the next layer computes, and no layer begins before they are: memory
+    ends somewhere in the next layer, which has what it needs already or not.
+    """
     wide.path.unlink(missing_ok=True)
     assert forks.run(*calibrate(wide)).code == 0
     whole = wide.path.read_bytes()
     wide.path.unlink()
     ended = short_of_memory(forks, calibrate(wide), f"layer-{layer:05d}.safetensors")
     error = failed(wide, ended)
-    assert f"out of memory in layer {layer + 2} of 3 (" in error
+    ended_in = re.search(rf"out of memory in layer (\d) of {LAYERS} \(", error)
+    assert ended_in, error
+    assert int(ended_in[1]) in {layer + 2, layer + 3}
     assert "smaller --activation-budget" in error
     check_calibration(wide, whole)
     assert not wide.path.exists()
     ended = forks.run(*calibrate(wide)[:-1])
     assert ended.code == 0, ended.output
-    assert f"(continued after {layer + 1})" in ended.output
+    assert re.search(rf"\(continued after [{layer + 1}{layer + 2}]\)", ended.output), ended.output
     assert wide.path.read_bytes() == whole
 
 
