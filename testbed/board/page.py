@@ -76,7 +76,7 @@ def _each(out: Path, made: Mapping[str, Callable[[Path], list[str]]]) -> str:
         lines.append(f"**[{name}]({out.stem}/{name}.md)**: every row and strength, with intervals.")
         image = f"img/results-{name}.svg"
         if (out.parent / image).exists():
-            lines.append(f"![Trade-off curves of {name}]({image})")
+            lines += [f"![Trade-off curves of {name}]({image})", sections.LOOK_FOR]
     return "\n\n".join(lines)
 
 

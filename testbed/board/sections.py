@@ -37,6 +37,11 @@ KINDS = {
     "both at λ = 1": (True, "both"),
 }
 
+LOOK_FOR = (
+    "*Look for* curves that run high and to the left: more answers as asked for less drift. "
+    "Each point is a strength, on validation prompts."
+)
+
 
 def curves(out: Path, trio: str, complete: Rows) -> list[str]:
     """The plot, and what it says in numbers."""
@@ -51,7 +56,7 @@ def curves(out: Path, trio: str, complete: Rows) -> list[str]:
     return [
         "### The trade-off",
         f"![Trade-off curves of {trio}]({'' if folder == out.parent else '../'}img/{image.name})",
-        "On validation prompts, at all strengths; higher and further left is better.",
+        LOOK_FOR,
         equal_gain(complete, anchor, task),
         dominance(complete),
     ]

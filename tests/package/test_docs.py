@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", text):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), f"{name(page)}: {target}"
+
+
+@each_page
+def test_every_picture_says_what_to_look_for(page: Path) -> None:
+    """In the paragraph below it, in italics."""
+    paragraphs = page.read_text(encoding="utf-8").split("\n\n")
+    for picture, caption in pairwise([*paragraphs, ""]):
+        if picture.strip().startswith("!["):
+            assert re.match(r"\*[^*]*look for", caption.strip(), re.IGNORECASE), picture
 
 
 def test_readme_names_every_page() -> None:
