@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
+from rain_mergekit.commands.starting import StartingNotice
 from rain_mergekit.errors import RainError
 from rain_mergekit.system import blas_mode, threads
 from rain_mergekit.system.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
@@ -60,6 +61,7 @@ _COMMANDS = {
     "demo": ("rain_mergekit.demo.command:demo", "Show it on a small trained trio, offline."),
     "examples": ("rain_mergekit.commands.examples:examples", "Copy the example files."),
 }
+_QUIET = {"-q", "--quiet"}
 _INTERRUPTED = 130
 _EXIT_CODES = {int(signal.SIGINT): _INTERRUPTED, int(signal.SIGTERM): 143}
 _received: list[int] = []
@@ -124,7 +126,8 @@ class RainGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's mistake ends as `Error: ...` and exit code 1."""
         try:
-            return super().invoke(ctx)
+            with StartingNotice(ctx, quiet=bool(_QUIET.intersection(ctx.args))):
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
             detail = f": {error}" if str(error) else ""
             click.echo(clean_lines(f"Interrupted{detail}"), err=True)

@@ -10,6 +10,7 @@ from typing import TextIO
 
 import click
 
+from rain_mergekit.commands.starting import end_notice
 from rain_mergekit.system.terminal_safe import clean_lines
 
 KIB = 1024
@@ -38,12 +39,14 @@ class Console:
 
     def print_styled(self, text: str) -> None:
         """Print a line with colours; the caller has escaped everything else."""
+        end_notice()
         if not self.quiet:
             click.echo(fitted(text, _width(sys.stdout)))
 
     def warn(self, text: str) -> None:
         """Print a warning; each one only once."""
         if text not in self._warned:
+            end_notice()
             self._warned.add(text)
             line = click.style("Warning:", fg="yellow") + f" {clean_lines(text)}"
             click.echo(fitted(line, _width(sys.stderr)), err=True)
@@ -52,6 +55,7 @@ class Console:
         """Set up logging, unless mergekit does; silence other libraries; imports transformers."""
         from transformers.utils import logging as chatter  # noqa: PLC0415 - heavy
 
+        end_notice()
         if logs:
             level = {0: logging.WARNING, 1: logging.INFO}.get(self.verbosity, logging.DEBUG)
             for name in ("rain_mergekit", "mergekit"):

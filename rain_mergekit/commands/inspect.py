@@ -12,6 +12,7 @@ import click
 
 from rain_mergekit.commands.json_output import print_json
 from rain_mergekit.commands.options import typed
+from rain_mergekit.commands.starting import end_notice
 from rain_mergekit.system.terminal_safe import clean
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def inspect(options: InspectOptions) -> None:
         return
     from rain_mergekit.commands.console import shows_blocks  # noqa: PLC0415 - keeps --help fast
 
+    end_notice()
     for line in _screen(summary, blocks=shows_blocks()):
         click.echo(line)
 

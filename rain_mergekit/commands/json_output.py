@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from rain_mergekit.commands.starting import end_notice
+
 F = TypeVar("F", bound=Callable[..., Any])
 VERSION = 1  # of all formats; fields may be added under it, none is removed or changes its meaning
 
@@ -22,6 +24,7 @@ def json_option(function: F) -> F:
 def print_json(command: str, content: Mapping[str, Any]) -> None:
     """Print one JSON object; null stands for NaN and infinity, which JSON does not have."""
     head = {"format": f"mergekit-rain {command}", "version": VERSION}
+    end_notice()
     click.echo(json.dumps({**head, **plain(content)}, indent=1, allow_nan=False))
 
 

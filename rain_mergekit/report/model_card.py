@@ -74,6 +74,8 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     Raises RainError if the folder is no merge, the calibration is missing, or the card has our
     comments or its front matter in a form that cannot be kept.
     """
+    if Path(folder).is_file():
+        raise RainError(f"{folder}: is a file, expected the folder of a model")
     config = read_any(Path(folder, "mergekit_config.yml"))
     measured = load(folder)
     if isinstance(config, PlainMerge):

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 from commands import run
+from tiny import Tiny
 
 from rain_mergekit.commands.console import fitted
 from rain_mergekit.system.wording import counted, did_you_mean
@@ -38,3 +47,39 @@ def test_lines_fit_the_terminal() -> None:
     assert fitted(prose, None) == prose  # a pipe
     command = "Next: mergekit-yaml config.yml ./a-folder-with-a-long-name/merged"
     assert fitted(command, 40) == command  # to be copied
+
+
+AT_ONCE = """
+import sys
+from rain_mergekit.commands import starting
+starting.PATIENCE = 0
+from rain_mergekit.cli import main
+sys.argv = ["mergekit-rain", *sys.argv[1:]]
+main()
+"""
+
+
+def on_terminal(*argv: object) -> str:
+    """All that a terminal is sent."""
+    main, side = pty.openpty()
+    command = [sys.executable, "-c", AT_ONCE, *map(str, argv)]
+    with subprocess.Popen(command, stdout=side, stderr=side, stdin=subprocess.DEVNULL):
+        os.close(side)
+        sent = b""
+        with suppress(OSError):  # Linux says that the other side is gone by an error
+            while part := os.read(main, 4096):
+                sent += part
+    os.close(main)
+    return sent.decode()
+
+
+def test_a_terminal_is_told_that_a_command_is_starting(tmp_path: Path) -> None:
+    """Until the first line of the result, or of the error, and not where quiet was asked for."""
+    tiny = Tiny.make(tmp_path, "llama")
+    tiny.config()
+    config = tiny.path.with_suffix(".yml")
+    told = on_terminal("check", config)
+    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[K[^\r\x1b]*\x1b\[1mmodels", told), told
+    told = on_terminal("check", tmp_path / "none.yml")
+    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[KError: ", told), told
+    assert "starting" not in on_terminal("merge", tmp_path / "none.yml", tmp_path, "--quiet")

@@ -195,7 +195,9 @@ def test_other_things_that_are_wrong(merged: Path) -> None:
     (merged / "README.md").write_bytes(b"\xff\xfe")
     assert "cannot read the model card" in refused(merged, "card", merged)
     assert "does not exist" in refused(merged, "card", merged, "--calibration", "nowhere")
-    (merged / "mergekit_config.yml").unlink()
+    file = merged / "mergekit_config.yml"
+    assert f"{file}: is a file, expected the folder" in refused(merged, "card", file)
+    file.unlink()
     assert "cannot read the configuration" in refused(merged, "card", merged)
     assert run("card").code == 2
 
