@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,32 +12,48 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from testbed.models.loading import render
-from testbed.puzzles.family import Family, Stage
+from testbed.puzzles.family import Family, Mixture, Stage
 from testbed.puzzles.samples import training_pair
 
 LOG = logging.getLogger(__name__)
 POOL = 32
 Sample = tuple[list[int], int]
 Batch = tuple[torch.Tensor, torch.Tensor]
+# Draws a prompt, what is given of the reply, and the completion that is learnt.
+Draw = Callable[[Family, Mixture, random.Random, int], tuple[str, str, str]]
+
+
+def from_the_start(
+    family: Family, mixture: Mixture, rng: random.Random, seed: int
+) -> tuple[str, str, str]:
+    """A training pair of the family; nothing of its reply is given."""
+    prompt, completion = training_pair(family, mixture, rng, seed)
+    return prompt, "", completion
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stage of one trio: what to train on and where the random numbers come from."""
+    """One stage of one trio: what to train on and where the random numbers come from.
+
+    pool: how many batches are drawn together and divided by length; 1 leaves each batch mixed,
+    where the length of a completion gives away its kind.
+    """
 
     family: Family
     stage: Stage
     tokenizer: PreTrainedTokenizerFast
     rng: random.Random
     seed: int
+    draw: Draw = from_the_start
+    pool: int = POOL
 
 
 def encode_pairs(run: Run, count: int) -> list[Sample]:
-    """Token ids of prompt and completion, with the length of the prompt."""
+    """Token ids of prompt, given text and completion, with the length of the first two."""
     family, mixture = run.family, run.stage.mixture
-    pairs = [training_pair(family, mixture, run.rng, run.seed) for _ in range(count)]
-    heads = [render(run.tokenizer, prompt) for prompt, _ in pairs]
-    tails = [tail + family.surface.end for _, tail in pairs]
+    drawn = [run.draw(family, mixture, run.rng, run.seed) for _ in range(count)]
+    heads = [render(run.tokenizer, prompt) + given for prompt, given, _ in drawn]
+    tails = [tail + family.surface.end for _, _, tail in drawn]
     texts = [_joined(head, tail) for head, tail in zip(heads, tails, strict=True)]
     starts = run.tokenizer(heads, add_special_tokens=False)["input_ids"]
     whole = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -64,7 +80,7 @@ def batches(run: Run) -> Iterator[Batch]:
     """Batches of like length, drawn from pools so that little is spent on padding."""
     left, size = run.stage.steps, run.stage.batch
     while left > 0:
-        taken = min(POOL, left)
+        taken = min(run.pool, left)
         samples = sorted(encode_pairs(run, taken * size), key=lambda sample: len(sample[0]))
         pool = [samples[i * size : (i + 1) * size] for i in range(taken)]
         run.rng.shuffle(pool)
