@@ -22,7 +22,7 @@ class FitRule:
     """How each site of a layer is fitted.
 
     Attributes:
-        epsilon: the ridge penalty ε; None: for each weight the one that fits held-out texts best.
+        epsilon: the ridge penalty ε; None: for each weight by held-out texts.
         share: of the fitted energy that the low-rank change of a weight keeps.
         max_rank: upper bound of its rank.
         token_weight: weight of one token of a text that is fitted, by group.

@@ -23,6 +23,8 @@ EPSILON = 0.01  # where no token is held out to choose by
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Rows wait until there are so many: one large product is faster than many small ones.
 BUFFERED_ROWS = 1024
+# Texts that were held aside are of the kinds that are fitted; others want a larger penalty.
+KEPT = 0.85
 # The root of G + g I, ε, and whether the change leaves less of the errors held aside than none.
 Chosen: TypeAlias = "tuple[Root, float, bool]"
 
@@ -125,7 +127,7 @@ class RidgeSums:
     ) -> dict[str, LowRankChange]:
         """The change of every weight; RainError where the system cannot be solved.
 
-        epsilon: None: for each weight the ε that leaves least of the errors held aside, or EPSILON
+        epsilon: None: for each weight the ε of `largest_of`, by the errors held aside, or EPSILON
         where none are. energy: what the penalty is relative to, where it is not the mean energy of
         a feature of these inputs. cautious: no change, of rank 0, where every ε would add to the
         errors held aside.
@@ -165,10 +167,22 @@ class RidgeSums:
                 inverse = spectrum.inverse(epsilon)
                 return float(inverse @ across @ inverse - 2 * along @ inverse)
 
-            epsilon = min(CANDIDATES, key=left)
+            epsilon = largest_of(left)
             return spectrum.root(epsilon), epsilon, left(epsilon) < 0
 
         return root_of
+
+
+def largest_of(left: Callable[[float], float]) -> float:
+    """The largest ε that removes KEPT of the error that the best one removes.
+
+    left: by ε, the error held aside with the change less the error without one. Where no ε removes
+    any, the one that adds least.
+    """
+    errors = {epsilon: left(epsilon) for epsilon in CANDIDATES}
+    best = min(errors.values())
+    allowed = KEPT * best if best < 0 else best
+    return max(epsilon for epsilon, error in errors.items() if error <= allowed)
 
 
 def exact(rows: Tensor) -> Tensor:

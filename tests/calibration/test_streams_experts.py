@@ -157,7 +157,7 @@ class MixtureReference(Reference):
     def best(
         self, x: Tensor, e: Tensor, weight: Tensor, fitted: Tensor, energy: float
     ) -> Tensor | None:
-        """The change that leaves least of the errors held out; None if that is none."""
+        """The change by the rule for ε; None if the best leaves more errors held out than none."""
         inside, outside = torch.diag(weight * fitted), weight[~fitted, None]
         gram, cross = x.mT @ inside @ x, e.mT @ inside @ x
         eye = torch.eye(len(gram), dtype=torch.float64)
@@ -172,8 +172,12 @@ class MixtureReference(Reference):
         def left(change: Tensor) -> float:
             return float((outside * (e - x @ change.mT)[~fitted].square()).sum())
 
-        change = min(solutions, key=left)
-        return change if left(change) < left(torch.zeros_like(change)) else None
+        without = left(torch.zeros_like(solutions[0]))
+        removed = [without - left(change) for change in solutions]
+        enough = 0.85 * max(removed)
+        # from the smallest penalty to the largest
+        change = [one for one, share in zip(solutions, removed, strict=True) if share >= enough][-1]
+        return change if max(removed) > 0 else None
 
     def add(self, changes: dict[str, Tensor]) -> None:
         for key, change in changes.items():
