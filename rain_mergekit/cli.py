@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from rain_mergekit import __version__
-from rain_mergekit.commands.starting import StartingNotice
+from rain_mergekit.commands.starting import starting
 from rain_mergekit.errors import RainError
 from rain_mergekit.system import blas_mode, threads
 from rain_mergekit.system.memory import CALIBRATION, MERGE, OutOfMemory, out_of_memory, shortage
@@ -126,7 +126,7 @@ class RainGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's mistake ends as `Error: ...` and exit code 1."""
         try:
-            with StartingNotice(ctx, quiet=bool(_QUIET.intersection(ctx.args))):
+            with starting(ctx, quiet=bool(_QUIET.intersection(ctx.args))):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             detail = f": {error}" if str(error) else ""

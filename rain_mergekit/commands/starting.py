@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -14,54 +15,46 @@ _STEP = 0.5
 _ERASE = "\r\x1b[K"
 
 
-class StartingNotice:
-    """Says that the command is starting, and for how long, until the command says something itself.
+@contextmanager
+def starting(context: click.Context, *, quiet: bool) -> Iterator[None]:
+    """Say that the command is starting, and for how long, until it says something itself.
 
-    Only on a terminal. A context manager; `end_notice` ends it earlier.
+    Only on a terminal. `end_notice` takes the line away before the end.
     """
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+    painter = threading.Thread(target=_paint, args=(done,), daemon=True)
 
-    def __init__(self, context: click.Context, *, quiet: bool) -> None:
-        self._context = context
-        self._shown = not quiet and sys.stderr.isatty()
-        self._done = threading.Event()
-        self._painter = threading.Thread(target=self._paint, daemon=True)
+    def end() -> None:
+        done.set()
+        painter.join()
 
-    def __enter__(self) -> None:
-        if self._shown:
-            self._context.meta[__name__] = self
-            self._painter.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Take the line away; a second time this does nothing."""
-        if self._shown and not self._done.is_set():
-            self._done.set()
-            self._painter.join()
-
-    def _paint(self) -> None:
-        begun = time.monotonic()
-        if self._done.wait(PATIENCE):
-            return
-        while True:
-            seconds = time.monotonic() - begun
-            sys.stderr.write(f"\r  starting: torch, transformers, mergekit, {seconds:.0f} s")
-            sys.stderr.flush()
-            if self._done.wait(_STEP):
-                break
-        sys.stderr.write(_ERASE)
-        sys.stderr.flush()
+    context.meta[__name__] = end
+    painter.start()
+    try:
+        yield
+    finally:
+        end()
 
 
 def end_notice() -> None:
-    """End the notice of the command that runs, if there is one."""
+    """End the notice of the command that runs, if there is one; a second time does nothing."""
     context = click.get_current_context(silent=True)
-    notice = context.meta.get(__name__) if context else None
-    if isinstance(notice, StartingNotice):
-        notice.end()
+    if context and (end := context.meta.get(__name__)):
+        end()
+
+
+def _paint(done: threading.Event) -> None:
+    begun = time.monotonic()
+    if done.wait(PATIENCE):
+        return
+    while True:
+        seconds = time.monotonic() - begun
+        sys.stderr.write(f"\r  starting: torch, transformers, mergekit, {seconds:.0f} s")
+        sys.stderr.flush()
+        if done.wait(_STEP):
+            break
+    sys.stderr.write(_ERASE)
+    sys.stderr.flush()
