@@ -26,7 +26,12 @@ class Console:
 
     @property
     def progress(self) -> bool:
-        """Whether to show progress bars: only on a terminal."""
+        """Whether to show progress bars: only on a terminal. A notice makes room for them."""
+        end_notice()
+        return self._watched
+
+    @property
+    def _watched(self) -> bool:
         return not self.quiet and sys.stderr.isatty()
 
     def print(self, text: str = "") -> None:
@@ -55,12 +60,11 @@ class Console:
         """Set up logging, unless mergekit does; silence other libraries; imports transformers."""
         from transformers.utils import logging as chatter  # noqa: PLC0415 - heavy
 
-        end_notice()
         if logs:
             level = {0: logging.WARNING, 1: logging.INFO}.get(self.verbosity, logging.DEBUG)
             for name in ("rain_mergekit", "mergekit"):
                 _log_to_terminal(logging.getLogger(name), level)
-        if not self.progress:
+        if not self._watched:
             chatter.disable_progress_bar()  # type: ignore[no-untyped-call]
         if not self.verbosity:
             chatter.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -71,6 +75,7 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
+        end_notice()
         click.echo(f"{record.levelname}: {clean_lines(record.getMessage())}", err=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from rain_mergekit.commands.console import Console
+from rain_mergekit.system.repainting import repainted
 
-_SECONDS = 0.5
 _FORMAT = "  {desc}{percentage:3.0f}%|{bar}| {elapsed}"
 
 
@@ -19,20 +18,8 @@ _FORMAT = "  {desc}{percentage:3.0f}%|{bar}| {elapsed}"
 def moving_bar(total: float, what: str, console: Console) -> Iterator[tqdm[Any]]:
     """A bar of this many steps, redrawn twice a second; nothing if output is not a terminal."""
     quiet = not console.progress
-    with tqdm(total=total, desc=what, bar_format=_FORMAT, leave=False, disable=quiet) as bar:
-        if quiet:
-            yield bar
-            return
-        done = threading.Event()
-        painter = threading.Thread(target=_paint, args=(bar, done), daemon=True)
-        painter.start()
-        try:
-            yield bar
-        finally:
-            done.set()
-            painter.join()
-
-
-def _paint(bar: tqdm[Any], done: threading.Event) -> None:
-    while not done.wait(_SECONDS):
-        bar.refresh()
+    with (
+        tqdm(total=total, desc=what, bar_format=_FORMAT, leave=False, disable=quiet) as bar,
+        repainted(bar),
+    ):
+        yield bar

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from rain_mergekit.data_building.journal import Journal
 from rain_mergekit.data_building.judge import DroppedError
 from rain_mergekit.data_building.tasks import Task, Writer, Written
+from rain_mergekit.system.repainting import repainted
 
 P = TypeVar("P")
 K = TypeVar("K")
@@ -70,7 +71,10 @@ def ask_all(
 ) -> None:
     """Ask what the journal has no answer to, and keep each answer at once; shows the time left."""
     done = sum(task in journal for task in tasks)
-    with tqdm(total=len(tasks), initial=done, desc=label, unit="", disable=quiet) as progress:
+    with (
+        tqdm(total=len(tasks), initial=done, desc=label, unit="", disable=quiet) as progress,
+        repainted(progress),
+    ):
         for answers in writer.write(tasks, journal.__contains__):
             journal.add(answers)
             progress.update(max(1, len(answers)))

@@ -1,0 +1,33 @@
+"""A progress bar whose elapsed time moves between steps, however long these take."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 0.5
+
+
+@contextmanager
+def repainted(bar: tqdm[Any]) -> Iterator[None]:
+    """Redraw the bar every `SECONDS` seconds inside; a disabled one is left alone."""
+    if bar.disable:
+        yield
+        return
+    done = threading.Event()
+    painter = threading.Thread(target=_paint, args=(bar, done), daemon=True)
+    painter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        painter.join()
+
+
+def _paint(bar: tqdm[Any], done: threading.Event) -> None:
+    while not done.wait(SECONDS):
+        bar.refresh()
