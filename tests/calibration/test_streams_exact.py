@@ -233,11 +233,15 @@ class Reference:
             return float((self.weight[self.aside, None] * missed.square()).sum())
 
         without = left(torch.zeros_like(found[EPSILON]))
-        removed = {epsilon: without - left(change) for epsilon, change in found.items()}
-        best = max(removed.values())
-        enough = 0.85 * best if best > 0 else best
-        self.chosen[name] = max(value for value in removed if removed[value] >= enough)
+        self.chosen[name] = by_rule({key: without - left(value) for key, value in found.items()})
         return found[self.chosen[name]]
+
+
+def by_rule(removed: Mapping[float, float]) -> float:
+    """The largest ε that removes 85 % of the error held out that the best one removes."""
+    best = max(removed.values())
+    enough = 0.85 * best if best > 0 else best
+    return max(epsilon for epsilon, share in removed.items() if share >= enough)
 
 
 def changes(tiny: Tiny) -> dict[str, Tensor]:
@@ -278,15 +282,15 @@ def test_a_very_wide_input_is_fitted_exactly_where_all_tokens_are_landmarks(
     assert f"down_proj: fitted within {count} of {width} directions" in caplog.text
 
 
-def write_many(folder: Path) -> None:
-    """Sets of 20 samples, so that some are held out."""
+def write_many(folder: Path, count: int = 20) -> None:
+    """Sets of `count` samples each, enough that some are held out."""
     own = [
         {"prompt": f"Is {n} odd?", "reasoning": f"Half of {n} is {n / 2}.", "response": f"So {n}."}
-        for n in range(20)
+        for n in range(count)
     ]
     asked = [
         {**INSTRUCTION[2], "prompt": f"Say hello {n} in brackets.", "reason": f"{n} it is, then."}
-        for n in range(20)
+        for n in range(count)
     ]
     for name, samples in (("reasoning", own), ("instruction", asked)):
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
@@ -297,13 +301,14 @@ def test_epsilon_is_chosen_by_the_texts_that_are_held_out(tmp_path: Path) -> Non
     """For each weight by trying all; dense, with the texts that the file's sizes show as held."""
     settings = {name: value for name, value in WHOLE.items() if name != "stream_epsilon"}
     tiny = Tiny.make(tmp_path, "llama").using(**settings)
-    write_many(tmp_path)
+    write_many(tmp_path, 40)
     reference = Reference(tiny, choosing=True)
     assert 1 <= sum(reference.held) < len(reference.held)
     agree(tiny, reference)
     file = CalibrationFile.open(tiny.path)
     found = {n: file.header["tensors"][f"{n}.weight"]["fit"]["epsilon"] for n in reference.chosen}
     assert found == reference.chosen
+    assert len(set(found.values())) > 1
     assert EPSILON not in found.values()  # what is taken where nothing is held out
 
 

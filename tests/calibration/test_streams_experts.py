@@ -19,7 +19,7 @@ from architectures import make
 from click.testing import CliRunner
 from merging import merge
 from safetensors import safe_open
-from test_streams_exact import EPSILON, WHOLE, Hooks, Reference, write_many
+from test_streams_exact import EPSILON, WHOLE, Hooks, Reference, by_rule, write_many
 from tiny import SITES, Tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -162,22 +162,19 @@ class MixtureReference(Reference):
         gram, cross = x.mT @ inside @ x, e.mT @ inside @ x
         eye = torch.eye(len(gram), dtype=torch.float64)
         choose = bool(len(outside)) and any(self.held)
-        solutions = [
-            cross @ torch.linalg.inv(gram + epsilon * energy * eye)
+        solutions = {
+            epsilon: cross @ torch.linalg.inv(gram + epsilon * energy * eye)
             for epsilon in (CANDIDATES if choose else (EPSILON,))
-        ]
+        }
         if not choose:
-            return solutions[0]
+            return solutions[EPSILON]
 
         def left(change: Tensor) -> float:
             return float((outside * (e - x @ change.mT)[~fitted].square()).sum())
 
-        without = left(torch.zeros_like(solutions[0]))
-        removed = [without - left(change) for change in solutions]
-        enough = 0.85 * max(removed)
-        # from the smallest penalty to the largest
-        change = [one for one, share in zip(solutions, removed, strict=True) if share >= enough][-1]
-        return change if max(removed) > 0 else None
+        without = left(torch.zeros_like(solutions[EPSILON]))
+        removed = {epsilon: without - left(change) for epsilon, change in solutions.items()}
+        return solutions[by_rule(removed)] if max(removed.values()) > 0 else None
 
     def add(self, changes: dict[str, Tensor]) -> None:
         for key, change in changes.items():
