@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import click
 
+from rain_mergekit.system.beside import beside
+
 PATIENCE = 1.5  # seconds in which nothing needs to be said
 _STEP = 0.5
 _ERASE = "\r\x1b[K"
@@ -24,19 +26,9 @@ def starting(context: click.Context, *, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    done = threading.Event()
-    painter = threading.Thread(target=_paint, args=(done,), daemon=True)
-
-    def end() -> None:
-        done.set()
-        painter.join()
-
-    context.meta[__name__] = end
-    painter.start()
-    try:
+    with beside(_paint) as end:
+        context.meta[__name__] = end
         yield
-    finally:
-        end()
 
 
 def end_notice() -> None:

@@ -167,19 +167,19 @@ class RidgeSums:
                 inverse = spectrum.inverse(epsilon)
                 return float(inverse @ across @ inverse - 2 * along @ inverse)
 
-            epsilon = largest_of(left)
-            return spectrum.root(epsilon), epsilon, left(epsilon) < 0
+            errors = {epsilon: left(epsilon) for epsilon in CANDIDATES}
+            epsilon = largest_of(errors)
+            return spectrum.root(epsilon), epsilon, errors[epsilon] < 0
 
         return root_of
 
 
-def largest_of(left: Callable[[float], float]) -> float:
+def largest_of(errors: Mapping[float, float]) -> float:
     """The largest ε that removes KEPT of the error that the best one removes.
 
-    left: by ε, the error held aside with the change less the error without one. Where no ε removes
-    any, the one that adds least.
+    errors: by ε, the error held aside with the change less the error without one. Where no ε
+    removes any, the one that adds least.
     """
-    errors = {epsilon: left(epsilon) for epsilon in CANDIDATES}
     best = min(errors.values())
     allowed = KEPT * best if best < 0 else best
     return max(epsilon for epsilon, error in errors.items() if error <= allowed)

@@ -29,8 +29,7 @@ def require_model_files(path: str, reference: ModelReference | str) -> None:
 
     Nothing is opened but small files: opening a named pipe or a device would block.
     """
-    if os.path.isfile(path):
-        raise RainError(f"{reference}: is a file, expected the folder of a model")
+    require_no_file(path, reference)
     here = list(Path(path).glob("*")) if os.path.isdir(path) else []
     _require_readable(here, reference)
     if any(os.path.exists(Path(path, name)) for name in _WEIGHTS):
@@ -39,6 +38,12 @@ def require_model_files(path: str, reference: ModelReference | str) -> None:
     if os.access(path, os.R_OK | os.X_OK):
         found = _instead_of_weights(here)
         raise RainError(f"{reference}: holds no weights that can be read: {found}")
+
+
+def require_no_file(path: str | os.PathLike[str], reference: ModelReference | str) -> None:
+    """RainError if a file is where the folder of a model should be."""
+    if os.path.isfile(path):
+        raise RainError(f"{reference}: is a file, expected the folder of a model")
 
 
 def require_no_adapter(path: str, reference: ModelReference | str) -> None:

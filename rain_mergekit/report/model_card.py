@@ -17,6 +17,7 @@ from rain_mergekit.config.plain_merge import PlainMerge, read_any
 from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.verification_record import VerificationRecord, load
+from rain_mergekit.models.folder_check import require_no_file
 from rain_mergekit.report.card_text import (
     USAGE,
     code,
@@ -74,8 +75,7 @@ def write_card(folder: str | os.PathLike[str], calibration: str | None = None) -
     Raises RainError if the folder is no merge, the calibration is missing, or the card has our
     comments or its front matter in a form that cannot be kept.
     """
-    if Path(folder).is_file():
-        raise RainError(f"{folder}: is a file, expected the folder of a model")
+    require_no_file(folder, str(folder))
     config = read_any(Path(folder, "mergekit_config.yml"))
     measured = load(folder)
     if isinstance(config, PlainMerge):

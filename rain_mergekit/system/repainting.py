@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
+
+from rain_mergekit.system.beside import beside
 
 SECONDS = 0.5
 
@@ -18,14 +21,8 @@ def repainted(bar: tqdm[Any]) -> Iterator[None]:
     if bar.disable:
         yield
         return
-    done = threading.Event()
-    painter = threading.Thread(target=_paint, args=(bar, done), daemon=True)
-    painter.start()
-    try:
+    with beside(partial(_paint, bar)):
         yield
-    finally:
-        done.set()
-        painter.join()
 
 
 def _paint(bar: tqdm[Any], done: threading.Event) -> None:
