@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from testbed.agent.board import RESULTS, fill, write
+from testbed.agent.board import RESULTS, fill
 from testbed.agent.making import train, write_prompts, write_sets
 from testbed.agent.page import write_page
 from testbed.agent.reading import reading
+from testbed.language.judging import write_json
 
 
 def make(options: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def board(options: argparse.Namespace) -> None:
 def head(options: argparse.Namespace) -> None:
     """How the agent's head reads the donor's states, beside the rows."""
     found = json.loads(options.results.read_text(encoding="utf-8"))
-    write(options.results, {**found, "reading": reading(options.trio)})
+    write_json(options.results, {**found, "reading": reading(options.trio)})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,28 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from rain_mergekit.calibration.options import RunOptions
-from rain_mergekit.calibration.pipeline import calibrate
-from rain_mergekit.config.merge_config import read_config
 from testbed.agent.making import TRIO, continued, prompts_of, said
 from testbed.agent.scoring import score
 from testbed.agent.tools import HELD, MARKERS
 from testbed.judging.intervals import Ratio, described
-from testbed.language.judging import model_digest
-from testbed.language.making import merged
+from testbed.language.judging import model_digest, write_json
+from testbed.language.making import merged, write_calibration
+from testbed.language.recipes import FLOAT, Config
 from testbed.puzzles.counting import THINGS
 from testbed.puzzles.records import Record
 
 LOG = logging.getLogger(__name__)
 RESULTS = Path("testbed/results/agent/board.json")
-FLOAT = {"dtype": "float32", "out_dtype": "bfloat16"}  # one rounding, at the end
 UNCALIBRATED = frozenset(tool.name for tool in HELD)
 FIELDS = ("thought", "thought_right", "form", "number", "both", "at_once")
 EXAMPLES = 1  # outputs that are kept, of the first test prompts
 Found = dict[str, Any]
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -186,12 +179,9 @@ class Board:
         if (out / "config.json").exists():
             return out
         if row.sets is not None:
-            config["parameters"]["calibration"] = f"{out}.rain.safetensors"
-            written = Path(f"{out}.yml")
-            written.write_text(yaml.safe_dump(config), encoding="utf-8")
-            start = time.process_time()
-            calibrate(read_config(written), RunOptions(quiet=True))
-            LOG.info("%s: calibrated in %.0f CPU s", row.name, time.process_time() - start)
+            calibration = Path(f"{out}.rain.safetensors")
+            config["parameters"]["calibration"] = str(calibration)
+            write_calibration(config, calibration)
         return merged(config, out)
 
 
@@ -216,13 +206,5 @@ def fill(folder: Path, work: Path, results: Path = RESULTS, names: Sequence[str]
         if place not in done:
             done[place] = makers[place]()
             ordered = [done[one] for one in makers if one in done]
-            write(results, {**kept, "key": key, "rows": ordered})
+            write_json(results, {**kept, "key": key, "rows": ordered})
     return results
-
-
-def write(path: Path, found: Found) -> None:
-    """The results, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.agent.board import RESULTS
-from testbed.board.tables import NONE, markdown, percent
+from testbed.board.tables import NONE, between, markdown, percent, with_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "other-direction.md"
@@ -38,9 +38,7 @@ def written(text: str, found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     parts = (table(rows), verdict(rows), head(found["reading"]), outputs(rows), strengths(rows))
     for name, made in zip(PARTS, parts, strict=True):
-        begin, end = f"<!-- agent {name}: begin", f"<!-- agent {name}: end -->"
-        start = text.index("-->\n", text.index(begin)) + 4
-        text = f"{text[:start]}\n{made}\n\n{text[text.index(end) :]}"
+        text = between(text, f"agent {name}", f"\n{made}\n\n")
     return text
 
 
@@ -97,11 +95,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if name not in row["numbers"]:
         return NONE
     found = row["numbers"][name]
-    text = percent(found["value"])
-    if name in WITH_INTERVAL:
-        low, high = (percent(value) for value in found["interval"])
-        text += f" [{low}, {high}]"
-    return text
+    return with_interval(found) if name in WITH_INTERVAL else percent(found["value"])
 
 
 def strengths(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ class Score:
     thought: a thinking block that is whole and not empty; thought_right: and says what is right.
     form: nothing but one call after it, in valid JSON, of the tool that was asked for, with its
     arguments' names and kinds. number: the count in the call, or in a plain answer without one, is
-    right. both: exactly the right call.
+    right. both: exactly the right call. at_once: and without a thinking block before it.
     """
 
     thought: bool

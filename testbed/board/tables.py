@@ -1,6 +1,6 @@
 """Markdown tables; nothing in here knows what the numbers mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Numbers = Mapping[str, Mapping[str, Any]]
@@ -26,6 +26,13 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
+def between(text: str, name: str, content: str) -> str:
+    """A page's text with this between the two comments that name the part."""
+    begin, end = f"<!-- {name}: begin", f"<!-- {name}: end -->"
+    start = text.index("-->\n", text.index(begin)) + 4
+    return text[:start] + content + text[text.index(end) :]
+
+
 def percent(share: float) -> str:
     """Without a trailing .0: 86.0 is said to be known better than it is."""
     return NONE if share != share else f"{100 * share:.0f}"  # noqa: PLR0124 - not a number
@@ -42,11 +49,13 @@ def cell(numbers: Numbers, name: str) -> str:
         return NONE
     found = numbers[name]
     say = percent if name in SHARES else small if name in PLACES else "{:.1f}".format
-    text = say(found["value"])
-    if name in WITH_INTERVAL:
-        low, high = (say(value) for value in found["interval"])
-        text += f" [{low}, {high}]"
-    return text
+    return with_interval(found, say) if name in WITH_INTERVAL else say(found["value"])
+
+
+def with_interval(found: Mapping[str, Any], say: Callable[[float], str] = percent) -> str:
+    """A number and its interval: 43 [34, 52]."""
+    low, high = (say(value) for value in found["interval"])
+    return f"{say(found['value'])} [{low}, {high}]"
 
 
 def header() -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,13 @@ def cached(path: Path, key: dict[str, Any], make: Any) -> dict[str, Any]:
         if found.get("key") == key:
             return found
     row = {"key": key, **make()}
+    write_json(path, row)
+    return row
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """The results, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
-    return row

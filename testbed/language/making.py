@@ -42,11 +42,12 @@ def configuration(row: Row, strength: float, trio: Path, work: Path) -> Config:
     path = work / f"calibration-{digest([described, made['rain'], models])}.safetensors"
     made["parameters"]["calibration"] = str(path)
     if not path.exists():
-        _calibrate(made, path)
+        write_calibration(made, path)
     return made
 
 
-def _calibrate(made: Config, path: Path) -> None:
+def write_calibration(made: Config, path: Path) -> None:
+    """Calibrate what a configuration describes; it is kept beside the calibration file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".yml")
     written.write_text(yaml.safe_dump(made), encoding="utf-8")

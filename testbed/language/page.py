@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.board.tables import markdown, percent, small
+from testbed.board.tables import between, markdown, percent, small
 from testbed.language.board import load_rows
 from testbed.language.frontier import draw
 from testbed.language.table import FIRST, table
@@ -48,16 +48,10 @@ def written(text: str, results: Path) -> str:
     """The page's text with the parts that are written from rows."""
     for trio, named in TRIOS.items():
         rows = load_rows(results / trio)
-        text = _between(text, f"verdict{named}", verdict(rows) + "\n")
-        text = _between(text, f"table{named}", "\n" + table(rows) + "\n")
-        text = _between(text, f"strengths{named}", "\n" + strengths(rows) + "\n")
-    return _between(text, "attempts", "\n" + attempts(results) + "\n")
-
-
-def _between(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- language {name}: begin", f"<!-- language {name}: end -->"
-    start = text.index("-->\n", text.index(begin)) + 4
-    return text[:start] + content + text[text.index(end) :]
+        text = between(text, f"language verdict{named}", verdict(rows) + "\n")
+        text = between(text, f"language table{named}", "\n" + table(rows) + "\n")
+        text = between(text, f"language strengths{named}", "\n" + strengths(rows) + "\n")
+    return between(text, "language attempts", "\n" + attempts(results) + "\n")
 
 
 def strengths(rows: Sequence[Mapping[str, Any]]) -> str:

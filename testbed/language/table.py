@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.board.tables import NONE, markdown, percent, small
+from testbed.board.tables import NONE, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
 
 COLUMNS = {
@@ -34,11 +34,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return f"{found['value']:.0f}"
     if name == "L_think":
         return small(found["value"])
-    text = percent(found["value"])
-    if name in WITH_INTERVAL:
-        low, high = (percent(value) for value in found["interval"])
-        text += f" [{low}, {high}]"
-    return text
+    return with_interval(found) if name in WITH_INTERVAL else percent(found["value"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
