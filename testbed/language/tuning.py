@@ -30,17 +30,23 @@ class Recipe:
     rate: float = 3e-4
     warmup: int = 10
     lessons: str = ""  # digest of the texts
+    embedding: bool = True  # whether it is trained, with the output head where they are one
+    products: str = "float32"  # type of the matrix products; weights and moments are float32
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        """Fields that came later count where they differ from what was done before."""
+        kept = {k: v for k, v in asdict(self).items() if _BEFORE.get(k) != v}
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
 
 
-def tune(pretrained: Path, out: Path, role: str, seed: int, steps: int) -> None:
+_BEFORE = {"embedding": True, "products": "float32"}
+
+
+def tune(pretrained: Path, out: Path, recipe: Recipe) -> None:
     """Train one of the two models; a finished one of the same recipe is left alone."""
-    recipe = Recipe(role, seed, steps)
-    rng = random.Random(f"language/{seed}/{role}")
-    lessons = [LESSONS[role](rng) for _ in range(recipe.steps * recipe.batch)]
+    rng = random.Random(f"language/{recipe.seed}/{recipe.role}")
+    lessons = [LESSONS[recipe.role](rng) for _ in range(recipe.steps * recipe.batch)]
     _teach(pretrained, out, recipe, lessons, rng)
 
 
@@ -83,18 +89,22 @@ def train(
     save_every: int = SAVE_EVERY,
 ) -> None:
     model.train()
+    model.get_input_embeddings().requires_grad_(recipe.embedding)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
+        trained, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
     )
+    products = getattr(torch, recipe.products)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / recipe.warmup, max(0.03, 1 - step / recipe.steps))
     )
     first = _resume(model, optimizer, schedule, recipe, checkpoint)
     started, seen = time.monotonic(), 0
     for step in range(first, recipe.steps):
-        loss = _loss(model, made[step])
+        with torch.autocast("cpu", products, enabled=products != torch.float32):
+            loss = _loss(model, made[step])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -138,4 +148,4 @@ def _loss(model: PreTrainedModel, batch: list[Encoded]) -> torch.Tensor:
         learnt[row, : len(tokens)] = torch.tensor(wanted, dtype=torch.bool)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][learnt[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][learnt[:, 1:]])
+    return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][learnt[:, 1:]])

@@ -17,12 +17,12 @@ from testbed.language.generating import generate
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.making import configuration, merged
-from testbed.language.origin import split_halves
 from testbed.language.page import PAGE, TRIOS, written
 from testbed.language.recipes import FLOAT, companions, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
 from testbed.language.sets import Samples, prompt_record, write_prompts
+from testbed.language.smollm2 import split_halves
 from testbed.language.table import FIRST, table
 from testbed.language.tasks import (
     draw_task,
