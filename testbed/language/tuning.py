@@ -1,5 +1,6 @@
 """A plain fine-tune on one CPU: AdamW, loss on what is learnt alone, resumable."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ class Recipe:
     warmup: int = 10
     lessons: str = ""  # digest of the texts
     embedding: bool = True  # whether it is trained, with the output head where they are one
-    products: str = "float32"  # type of the matrix products; weights and moments are float32
+    products: str = "float32"  # type that the model computes in; weights and moments are float32
 
     @property
     def digest(self) -> str:
@@ -94,16 +95,17 @@ def train(
     optimizer = torch.optim.AdamW(
         trained, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
     )
-    products = getattr(torch, recipe.products)
+    computing = _computing(model, getattr(torch, recipe.products))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / recipe.warmup, max(0.03, 1 - step / recipe.steps))
     )
     first = _resume(model, optimizer, schedule, recipe, checkpoint)
     started, seen = time.monotonic(), 0
     for step in range(first, recipe.steps):
-        with torch.autocast("cpu", products, enabled=products != torch.float32):
-            loss = _loss(model, made[step])
+        _copy_weights(model, computing)
+        loss = _loss(computing, made[step])
         loss.backward()
+        _move_gradients(computing, model)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -117,6 +119,30 @@ def train(
             parts = (model.state_dict(), optimizer.state_dict(), schedule.state_dict())
             torch.save((recipe.digest, step + 1, *parts), checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
+
+
+def _computing(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself, or a copy of it with weights of another type (buffers are kept)."""
+    if dtype == model.dtype:
+        return model
+    copied = copy.deepcopy(model)
+    for weight in copied.parameters():
+        weight.data = weight.data.to(dtype)
+    return copied
+
+
+def _copy_weights(model: PreTrainedModel, computing: PreTrainedModel) -> None:
+    if computing is not model:
+        for weight, rounded in zip(model.parameters(), computing.parameters(), strict=True):
+            if weight.requires_grad:
+                rounded.data.copy_(weight.data)
+
+
+def _move_gradients(computing: PreTrainedModel, model: PreTrainedModel) -> None:
+    if computing is not model:
+        for rounded, weight in zip(computing.parameters(), model.parameters(), strict=True):
+            if rounded.grad is not None:
+                weight.grad, rounded.grad = rounded.grad.to(weight.dtype), None
 
 
 def _resume(

@@ -137,6 +137,24 @@ def test_a_held_embedding_stays_and_the_rest_learns(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], rounded[name]) for name in held)
 
 
+def test_rounded_training_goes_on_with_exact_weights(tmp_path: Path) -> None:
+    tokenizer, rng = load_tokenizer(TRIO / "pretrained"), dice(8)
+    encoded = [encode(tokenizer, LESSONS["reasoning"](rng)) for _ in range(6)]
+    made = batches(encoded, 2, dice(9))
+    recipe = Recipe("reasoning", 0, 3, batch=2, warmup=1, embedding=False, products="bfloat16")
+    through = load_model(TRIO / "pretrained")
+    train(through, recipe, made, tmp_path / "none.checkpoint", save_every=9)
+    checkpoint = tmp_path / "stopped.checkpoint"
+    with pytest.raises(IndexError):  # the last batch is missing
+        train(load_model(TRIO / "pretrained"), recipe, made[:2], checkpoint, save_every=2)
+    resumed = load_model(TRIO / "pretrained")
+    train(resumed, recipe, made, checkpoint, save_every=2)
+    for name, weight in through.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name])
+    exact = through.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(exact, exact.bfloat16().float())
+
+
 def test_a_gemma_file_gives_the_model_that_it_was_written_from(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     model = tiny_gemma()
