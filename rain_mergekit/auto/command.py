@@ -46,6 +46,7 @@ class AutoOptions:
     max_new_tokens: int
     seed: int
     markers: MarkerPairs
+    blocks: str
     chat_template_kwargs: dict[str, Any]
     activation_budget: int
     deterministic: bool
@@ -88,6 +89,13 @@ class AutoOptions:
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @markers_option
+@click.option(
+    "--blocks",
+    type=click.Choice(["required", "optional"]),
+    default="required",
+    show_default=True,
+    help="optional: the first model need not think; what it writes in its set stays.",
+)
 @template_option
 @budget_option
 @deterministic_option
@@ -144,6 +152,12 @@ def _check_usage(options: AutoOptions) -> None:
         raise click.UsageError("--json needs -y: there is nobody to be asked")
     if options.prompts and options.reasoning_data:
         raise click.UsageError("--prompts and --reasoning-data exclude each other")
+    own = options.markers and options.reasoning_data and options.instruction_data
+    if options.blocks == "optional" and not own:
+        raise click.UsageError(
+            "--blocks optional needs --markers, --reasoning-data and --instruction-data: what "
+            "stays and what comes is in no set of the package"
+        )
 
 
 def _ask() -> bool:
@@ -166,6 +180,7 @@ def _request(options: AutoOptions) -> Any:
         prompts=options.prompts,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        blocks=options.blocks,
     )
 
 

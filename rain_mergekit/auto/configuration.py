@@ -61,6 +61,8 @@ def _section(places: Places, request: Request) -> dict[str, Any]:
     }
     if request.markers:
         section["markers"] = [{"open": one, "close": other} for one, other in request.markers]
+    if request.blocks != "required":
+        section["blocks"] = request.blocks
     if request.chat_template_kwargs:
         section["chat_template_kwargs"] = dict(request.chat_template_kwargs)
     return section

@@ -34,6 +34,7 @@ def texts_of(request: Request, path: str, count: int | None = None) -> Texts:
         count=count,
         markers=Markers.of(request.markers) if request.markers else None,
         chat_template_kwargs=request.chat_template_kwargs,
+        optional=request.blocks == "optional",
     )
 
 

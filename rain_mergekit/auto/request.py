@@ -17,8 +17,9 @@ from rain_mergekit.system.untrusted_input import read_regular
 class Request:
     """The models as they were named, and what decides the result besides them.
 
-    markers: pairs, empty where they are found out. The sets are paths, None for those that come
-    with the package; prompts: files to which the reasoning model shall write its own set.
+    markers: pairs, empty where they are found out; blocks: as in the settings. The sets are paths,
+    None for those that come with the package; prompts: files to which the reasoning model shall
+    write its own set.
     """
 
     models: tuple[str, ...]
@@ -31,6 +32,7 @@ class Request:
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = 4096
     seed: int = 0
+    blocks: str = "required"
 
 
 def continued(out: Path, request: Request) -> bool:

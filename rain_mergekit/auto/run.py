@@ -107,8 +107,10 @@ def _check(job: Job, roles: Mapping[str, Candidate], console: Console) -> tuple[
 
 
 def _tell(roles: Mapping[str, Candidate], request: Request, console: Console) -> None:
+    does = "keeps" if request.blocks == "optional" else "thinks in"
     for role, one in roles.items():
-        shown = f"  thinks in {one.shown[0]}" if role == "reasoning" and one.shown else ""
+        known = [Markers.of(request.markers)] if request.markers else one.shown
+        shown = f"  {does} {known[0]}" if role == "reasoning" and known else ""
         console.print(f"  {role:<10} {one.name}{shown}")
     how = "stream matching" if request.fit == "streams" else "the paper's projection"
     console.print(f"  {'method':<10} {how} (fit: {request.fit}), lambda {request.strength:g}")

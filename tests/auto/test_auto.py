@@ -11,7 +11,7 @@ import model_hub
 import pytest
 import torch
 import yaml
-from commands import Workplace, everything, make_models, make_workplace, refused, run, succeed
+from commands import TRIO, Workplace, everything, make_models, make_workplace, refused, run, succeed
 from safetensors.torch import load_file
 from tiny import shard
 
@@ -158,6 +158,29 @@ def test_usage(place: Workplace) -> None:
     outcome = run("auto", reasoning, place.model("instruct"), "--fit", "projection", "-o", "x")
     assert outcome.code == 2
     assert "name it third, or leave out --fit" in " ".join(outcome.output.split())
+    tags = ("--markers", "<tool_call>", "</tool_call>", "--blocks", "optional")
+    outcome = run(*arguments(place, out="x")[:-2], *tags)
+    assert outcome.code == 2
+    assert "is in no set of the package" in " ".join(outcome.output.split())
+
+
+def test_an_agent_may_be_named_first(tmp_path: Path) -> None:
+    trio = TRIO
+    stays = tmp_path / "stays.jsonl"
+    samples = [
+        {"prompt": f"{number} pears . a +3 . how many pears ? use brackets .", "output": output}
+        for number, output in (("two", "answer : [ five pears ]"), ("one", "answer : four pears"))
+    ]
+    stays.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    sets = ("--reasoning-data", stays, "--instruction-data", trio / "reasoning.jsonl")
+    models = (trio / "instruct", trio / "reasoning")
+    options = ("--markers", "[", "]", "--blocks", "optional", "-y")
+    output = succeed("auto", *models, "-o", tmp_path / "out", *sets, *options)
+    assert "keeps [ … ]" in output
+    assert "reasoning samples: 2 of 2 used" in output
+    config = read_config(tmp_path / "out" / "rain" / "rain.yml")
+    assert str(config.reasoning.model.path) == str((trio / "instruct").resolve())
+    assert config.settings.blocks == "optional"
 
 
 def test_own_set_is_written_by_the_reasoning_model(place: Workplace) -> None:
