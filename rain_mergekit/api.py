@@ -19,13 +19,14 @@ from rain_mergekit.calibration.pipeline import CalibrationSummary
 from rain_mergekit.calibration.shape_plan import plan_shape
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.config.merge_config import read_config
+from rain_mergekit.dequantize.plain_view import open_plain
 from rain_mergekit.errors import RainError
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.texts import Texts, read_texts
 from rain_mergekit.evaluation.verify import VerificationResult, measure_merge
 from rain_mergekit.linalg.factors import Factors
 from rain_mergekit.merge_method.method import register
-from rain_mergekit.models.loading import LoadOptions, open_checkpoint
+from rain_mergekit.models.loading import LoadOptions
 
 __all__ = [
     "CalibrationFile",
@@ -148,7 +149,7 @@ def verify(
         RainError: a model or the texts cannot be used.
     """
     options = load or LoadOptions()
-    reasoning, result = (open_checkpoint(str(one), options) for one in (against, merged))
+    reasoning, result = (open_plain(str(one), options) for one in (against, merged))
     chosen, _ = read_texts(reasoning, Texts(str(reasoning_data), samples))
     return measure_merge(reasoning, result, chosen, VerifyOptions(options, device, dtype))
 

@@ -46,8 +46,8 @@ def diff(options: DiffOptions) -> None:
     """
     from tqdm import tqdm  # noqa: PLC0415 - keeps --help fast
 
+    from rain_mergekit.dequantize.plain_view import open_plain  # noqa: PLC0415
     from rain_mergekit.evaluation.model_diff import diff_models  # noqa: PLC0415
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
     console = options.talk.console(quiet=options.as_json)
     console.setup()
@@ -56,7 +56,7 @@ def diff(options: DiffOptions) -> None:
 
         check_page(options.html)
     load = options.loading.options()
-    first, second = (open_checkpoint(name, load) for name in (options.first, options.second))
+    first, second = (open_plain(name, load) for name in (options.first, options.second))
     total, quiet = len(first.names & second.names), not console.progress
     with tqdm(total=total, desc="tensors", unit="", disable=quiet) as progress:
         found = diff_models(first, second, progress.update)

@@ -132,12 +132,12 @@ def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) ->
         return reason or "switched off by --no-task-vectors"
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
+    from rain_mergekit.dequantize.plain_view import open_plain  # noqa: PLC0415
 
     console.setup()
     load = options.loading.options()
     try:
-        models = {role: open_checkpoint(m.reference, load) for role, m in file.models.items()}
+        models = {role: open_plain(m.reference, load) for role, m in file.models.items()}
         if others := differing(file, models):
             raise RainError(
                 f"the models are not those of {file.path}: another {' and '.join(others)} model is "
@@ -154,17 +154,17 @@ def _vectors(file: CalibrationFile, options: ReportOptions, console: Console) ->
 
 
 def _merged(file: CalibrationFile, folder: str, options: ReportOptions, console: Console) -> Merged:
+    from rain_mergekit.dequantize.plain_view import open_plain  # noqa: PLC0415
     from rain_mergekit.evaluation.comparable import check_reasoning  # noqa: PLC0415 - loads transformers
     from rain_mergekit.evaluation.weight_change import relative_weight_change  # noqa: PLC0415 - loads transformers
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
     from rain_mergekit.report.merge_pictures import Merged  # noqa: PLC0415
 
     console.setup()
     load = options.loading.options()
     recorded = file.models["reasoning"].reference
-    reasoning = open_checkpoint(options.against or recorded, load)
+    reasoning = open_plain(options.against or recorded, load)
     check_reasoning(file, reasoning)
-    merged = open_checkpoint(folder, load)
+    merged = open_plain(folder, load)
     weights = relative_weight_change(file, reasoning, merged)
     texts = _texts(file, options)
     if isinstance(texts, str):

@@ -25,6 +25,7 @@ from rain_mergekit.commands.options import budget_option, dtype_option, pick_dty
 from rain_mergekit.commands.run_finish import finish_beside_weights
 from rain_mergekit.commands.thread_choice import threads_for_model
 from rain_mergekit.config.merge_config import RainConfig, read_config
+from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.evaluation.sweep import (
@@ -173,7 +174,7 @@ def _meter(
     if options.reasoning_data is None:
         console.print("Measuring on samples of the calibration itself: held-out ones tell more")
     data = options.reasoning_data or config.settings.reasoning_data
-    reasoning = open_model(config.reasoning, load)
+    reasoning = plain_view(open_model(config.reasoning, load))
     samples, _ = read_texts(reasoning, texts_from_settings(settings, data, options.samples))
     how = VerifyOptions(
         load,

@@ -128,9 +128,9 @@ def verify(options: VerifyCommandOptions) -> None:
     """
     from rain_mergekit.commands import verify_text  # noqa: PLC0415 - keeps --help fast
     from rain_mergekit.commands.run_verification import ask_both, measure_on  # noqa: PLC0415
+    from rain_mergekit.dequantize.plain_view import open_plain  # noqa: PLC0415
     from rain_mergekit.evaluation.layerwise_drift import VerifyOptions  # noqa: PLC0415
     from rain_mergekit.evaluation.verify import verdict  # noqa: PLC0415
-    from rain_mergekit.models.loading import open_checkpoint  # noqa: PLC0415
 
     if options.card and options.reasoning_data is None:
         raise click.UsageError("--card needs --reasoning-data: it records divergences")
@@ -142,7 +142,7 @@ def verify(options: VerifyCommandOptions) -> None:
         _check_folder(options.merged)
     how = VerifyOptions(load, device, dtype, options.activation_budget)
     against = options.against or _made_from(options.merged)
-    reasoning, merged = (open_checkpoint(name, load) for name in (against, options.merged))
+    reasoning, merged = (open_plain(name, load) for name in (against, options.merged))
     asked, texts = _asked(options), _texts(options)
     found = data = None
     if texts.path:

@@ -12,6 +12,7 @@ from rain_mergekit.calibration_file.container import NAMES
 from rain_mergekit.dequantize.recipes import Recipe, recipes
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.loading import LoadOptions, open_checkpoint
 from rain_mergekit.models.published_format import stored_format
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ class PlainView(Checkpoint):
         """Close the open shard and free the last tensor."""
         self._last = None
         super().release()
+
+
+def open_plain(name: str, options: LoadOptions) -> Checkpoint:
+    """The model of that reference or folder, read as if it were plain; RainError as below."""
+    return plain_view(open_checkpoint(name, options))
 
 
 def plain_view(checkpoint: Checkpoint) -> Checkpoint:
