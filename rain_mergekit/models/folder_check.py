@@ -21,6 +21,10 @@ _WEIGHTS = tuple(
     for name in ("model.safetensors", "pytorch_model.bin")
     for index in ("", ".index.json")
 )
+_NO_GGUF = (
+    "take the safetensors files that the model was published with, or let transformers read it "
+    "(`from_pretrained(FOLDER, gguf_file=NAME)`) and write it with `save_pretrained`"
+)
 _SHOWN = 3
 
 
@@ -42,8 +46,11 @@ def require_model_files(path: str, reference: ModelReference | str) -> None:
 
 def require_no_file(path: str | os.PathLike[str], reference: ModelReference | str) -> None:
     """RainError if a file is where the folder of a model should be."""
-    if os.path.isfile(path):
-        raise RainError(f"{reference}: is a file, expected the folder of a model")
+    if not os.path.isfile(path):
+        return
+    if str(path).endswith(".gguf"):
+        raise RainError(f"{reference}: is a GGUF file, which is not read here: {_NO_GGUF}")
+    raise RainError(f"{reference}: is a file, expected the folder of a model")
 
 
 def require_no_adapter(path: str, reference: ModelReference | str) -> None:
@@ -96,7 +103,7 @@ def _instead_of_weights(here: Iterable[Path]) -> str:
         more = ", ..." if len(below) > _SHOWN else ""
         return f"the models are in its folders {', '.join(below[:_SHOWN])}{more}: name one of them"
     if any(p.suffix == ".gguf" for p in paths):
-        return "GGUF files alone; take the safetensors files that the model was published with"
+        return f"GGUF files alone; {_NO_GGUF}"
     others = [p.name for p in paths if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
     return f"{expected}; found {', '.join(others[:_SHOWN]) or 'none'}"
 

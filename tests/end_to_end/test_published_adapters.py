@@ -228,6 +228,7 @@ def test_messages_about_models_name_the_cause(messages: Messages) -> None:
     says(pretrained / "model.safetensors", "is a file, expected the folder of a model")
     quantised = copied(pretrained, "gguf", model__safetensors=None, model__gguf="GGUF")
     says(quantised, "holds no weights that can be read: GGUF files alone")
+    says(quantised / "model.gguf", "is a GGUF file, which is not read here: take the safetensors")
     bare = copied(pretrained, "bare", model__safetensors=None, consolidated__safetensors="x")
     says(bare, "holds no weights that can be read: expected model.safetensors", "consolidated.")
     copied(pretrained, "bare/checkpoint-500")
