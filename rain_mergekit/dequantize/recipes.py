@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from rain_mergekit.calibration_file.container import DTYPES
-from rain_mergekit.dequantize.formulas import fp8, mxfp4, packed_integers
+from rain_mergekit.dequantize.formulas import (
+    eight_bits,
+    four_bits,
+    fp8,
+    mxfp4,
+    packed_integers,
+)
+from rain_mergekit.dequantize.quant_state import CODE_BYTES, STATES, read_state
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint, header_entries
-from rain_mergekit.models.published_format import FP8, MXFP4, PublishedFormat
+from rain_mergekit.models.published_format import BITSANDBYTES, FP8, MXFP4, PublishedFormat
 
 Read: TypeAlias = "Callable[[str], Tensor]"
 Shape: TypeAlias = "tuple[int, ...]"
@@ -30,6 +37,8 @@ _SCALE_TYPES = ("F32", "BF16", "F16")
 _PARTS = (
     *("weight_scale", "weight_scale_inv", "_proj_scale_inv", "_proj_scale", "weight_zero_point"),
     *("weight_shape", "weight_g_idx", _PACKED, "_proj_blocks", "_proj_scales"),
+    *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES),
+    *(".SCB", ".weight_format"),
 )
 _BYTES_OF_A_ROW, _SHOWN = 16, 5
 
@@ -111,7 +120,7 @@ class _Plan:
 
     def take(self, names: Iterable[str]) -> None:
         """The recipes of all these tensors."""
-        makers = {FP8: self._fp8, MXFP4: self._mxfp4}
+        makers = {FP8: self._fp8, MXFP4: self._mxfp4, BITSANDBYTES: self._bitsandbytes}
         make = makers.get(self._format.kind or "", self._packed)
         order = list(names)
         made: dict[str, Recipe] = {}
@@ -202,6 +211,45 @@ class _Plan:
             zero_points=known.zero_points,
         )
         return Recipe(stem, torch.bfloat16, shape, tuple(parts), formula)
+
+    def _bitsandbytes(self, name: str) -> Recipe | None:
+        state = next((name + end for end in STATES if name + end in self._entries), None)
+        if state is not None:
+            return self._four_bits(name, state)
+        stored, shape = self._entries[name]
+        if stored != "I8" or not name.endswith(".weight") or len(shape) != 2:
+            return None
+        stem = name.removesuffix("weight")
+        scale, order = f"{stem}SCB", f"{stem}weight_format"
+        self._used |= {scale, order}
+        self._require(scale, ("F32",), [shape[:1]])
+        if order in self._entries and self._checkpoint.get(order).any():
+            raise _MisfitError(f"{name} is in an order of old versions: {order} is not 0")
+        return Recipe(name, torch.bfloat16, shape, (name, scale), eight_bits)
+
+    def _four_bits(self, name: str, state: str) -> Recipe:
+        self._require(state, ("U8",), [self._entries[state][1][:1]])
+        try:
+            found = read_state(self._checkpoint.get(state))
+        except ValueError as error:
+            raise _MisfitError(f"{state} {error}") from None
+        stored, shape = self._entries[name]
+        halves = 2 * math.prod(shape) * CODE_BYTES.get(stored, 0)
+        if halves != found.count + found.count % 2:
+            what = f"{list(found.shape)} numbers of 4 bits"
+            raise _MisfitError(f"{name} is {stored} {list(shape)}, which does not hold {what}")
+        for part, (kind, size) in found.parts.items():
+            self._require(f"{name}.{part}", (kind,), [size])
+        self._used.add(state)
+        formula = partial(
+            four_bits,
+            shape=found.shape,
+            block=found.block,
+            nested_block=found.nested_block,
+            offset=found.offset,
+        )
+        parts = (name, *(f"{name}.{part}" for part in found.parts))
+        return Recipe(name, torch.bfloat16, found.shape, parts, formula)
 
     def _require(self, name: str, types: Iterable[str], shapes: list[Shape]) -> None:
         """_MisfitError unless there is such a tensor, of one of the types and shapes."""

@@ -15,15 +15,13 @@ from rain_mergekit.models.checkpoint import PLAIN_TYPES, header_entries, open_in
 from rain_mergekit.models.config_file import read_config_file, section_of
 from rain_mergekit.system.untrusted_input import shown
 
-FP8, MXFP4, PACKED = "fp8", "mxfp4", "packed"
+FP8, MXFP4, PACKED, BITSANDBYTES = "fp8", "mxfp4", "packed", "bitsandbytes"
 _BITS = (4, 8)  # of a packed integer: 8 or 4 of them fill 32 bits
 _PLAIN_COPY = "take the model as it was published in bfloat16"
 # What each format of others is called, and what would be needed to read it.
-_NAMES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "gguf": "GGUF"}
-_NEEDS = {
-    "bitsandbytes": "load it with transformers and the package bitsandbytes, call its "
-    "`dequantize()`, and save it with `save_pretrained`"
-}
+_NAMES = {"gptq": "GPTQ", "awq": "AWQ", "gguf": "GGUF"}
+# Whose plain weights are stored transposed, and those of bitsandbytes are not.
+_TRANSPOSED = ("gpt2", "openai-gpt")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class PublishedFormat:
 
     Attributes:
         words: the format's name in messages.
-        kind: the formula, FP8, MXFP4 or PACKED; None: it is not read here.
+        kind: the formula, FP8, MXFP4, PACKED or BITSANDBYTES; None: it is not read here.
         needs: what to do where it is not read.
         block: of FP8, rows and columns that share a scale; None: one for all, or one for each row.
         bits: of a packed integer.
@@ -57,14 +55,20 @@ def published_format(config: Mapping[str, Any]) -> PublishedFormat | None:
     section = section_of(config)
     if section is None:
         return None
-    method = str(section.get("quant_method", "unknown"))
+    by_bits = [name for name in ("load_in_8bit", "load_in_4bit") if section.get(name)]
+    # The first models of bitsandbytes name no method.
+    method = str(section.get("quant_method", BITSANDBYTES if by_bits else "unknown"))
     if method == "fp8":
         return _fp8(_block(section.get("weight_block_size"), "weight_block_size"))
     if method == "mxfp4":
         return PublishedFormat("MXFP4", MXFP4)
     if method == "compressed-tensors":
         return _compressed_tensors(section)
-    return PublishedFormat(_NAMES.get(method, method), needs=_NEEDS.get(method, _PLAIN_COPY))
+    if method == BITSANDBYTES:
+        known = None if config.get("model_type") in _TRANSPOSED else BITSANDBYTES
+        bits = 8 if "load_in_8bit" in by_bits else 4
+        return PublishedFormat(f"bitsandbytes with {bits} bits", known)
+    return PublishedFormat(_NAMES.get(method, method))
 
 
 def _fp8(block: tuple[int, int] | None, maker: str = "") -> PublishedFormat:

@@ -251,10 +251,10 @@ def test_broken_integers(
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, which is not read"),
         ({"quant_method": "gptq", "bits": 4}, "GPTQ, which is not read here: take the model as"),
         ({"quant_method": "awq"}, "AWQ, which"),
-        ({"load_in_8bit": True}, "unknown, which is not read here"),
+        ({"bits": 8}, "unknown, which is not read here"),
+        ({"quant_method": "hqq"}, "hqq, which is not read here"),
         (compressed("nvfp4-pack-quantized", num_bits=4), "compressed-tensors nvfp4-pack-quantized"),
         (compressed("pack-quantized", num_bits=3, type="int"), "pack-quantized of 3 bits"),
         ({"quant_method": "fp8", "weight_block_size": [0, "x"]}, "expected two whole numbers"),

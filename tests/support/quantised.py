@@ -102,6 +102,74 @@ def mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{name}_blocks": both, f"{name}_scales": (exponents + 127).to(torch.uint8)}
 
 
+# The sixteen numbers of NF4, from the paper (arXiv 2305.14314), and of FP4 as bitsandbytes has it.
+_LOW = [1.0, 0.6961928009986877, 0.5250730514526367, 0.39491748809814453, 0.28444138169288635]
+_LOW += [0.18477343022823334, 0.09105003625154495]
+_HIGH = [0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+_HIGH += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+_FP4 = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
+NUMBERS = {
+    "nf4": torch.tensor([*(-one for one in _LOW), *_HIGH]),
+    "fp4": torch.tensor([*_FP4, *(-one for one in _FP4)]) / 12,
+}
+
+
+def four_bits(
+    kind: str = "nf4", *, nested: bool = False, block: int = 64, stored: torch.dtype = torch.uint8
+) -> Maker:
+    """NF4 or FP4 as transformers saves it with bitsandbytes; `nested`: the scales in eight bits."""
+
+    def make(name: str, weight: Tensor) -> dict[str, Tensor]:
+        flat, numbers = weight.float().flatten(), NUMBERS[kind]
+        blocks = math.ceil(len(flat) / block)
+        padded = torch.nn.functional.pad(flat, (0, blocks * block - len(flat))).view(blocks, block)
+        absmax = padded.abs().amax(1)
+        codes = (padded / absmax[:, None])[..., None].sub(numbers).abs().argmin(-1).flatten()
+        codes = codes[: len(flat) + len(flat) % 2].to(torch.uint8)
+        both = (codes[0::2] << 4) | codes[1::2]
+        state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16"}
+        state |= {"shape": list(weight.shape)}
+        found = {name: both.view(stored)[:, None], f"{name}.quant_map": numbers.clone()}
+        if nested:
+            offset = absmax.mean()
+            found[f"{name}.nested_quant_map"] = of_scales = torch.linspace(-1, 1, 256)
+            rest = torch.nn.functional.pad(absmax - offset, (0, -blocks % 256)).view(-1, 256)
+            most = rest.abs().amax(1)
+            near = (rest / most[:, None])[..., None].sub(of_scales).abs().argmin(-1)
+            absmax = near.flatten()[:blocks].to(torch.uint8)
+            found[f"{name}.nested_absmax"] = most
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+            state |= {"nested_offset": offset.item()}
+        packed = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return found | {
+            f"{name}.absmax": absmax,
+            f"{name}.quant_state.bitsandbytes__{kind}": packed,
+        }
+
+    return make
+
+
+def eight_bits(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """INT8 as transformers saves it with bitsandbytes."""
+    most = weight.float().abs().amax(1)
+    stem = name.removesuffix("weight")
+    return {
+        name: (weight.float() * (127 / most[:, None])).round().to(torch.int8),
+        f"{stem}SCB": most,
+        f"{stem}weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def bitsandbytes(bits: int) -> dict[str, Any]:
+    """The section of transformers' `BitsAndBytesConfig` in config.json."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": bits == 4,
+        "load_in_8bit": bits == 8,
+        "llm_int8_skip_modules": None,
+    }
+
+
 FP8_SECTION: Mapping[str, Any] = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
 
 
