@@ -107,13 +107,18 @@ def regmean(trio: Path, strength: float) -> Config:
     return _merge("regmean", trio, "reasoning", models, **{"lambda": strength})
 
 
-def aim(trio: Path, strength: float) -> Config:
+def aim(**control: str) -> Recipe:
     """On task arithmetic, with the omega of the paper's tables."""
-    models = {
-        "reasoning": {"role": "reasoning", "weight": 1.0},
-        "instruct": {"role": "instruct", "weight": strength},
-    }
-    return _merge("aim", trio, "pretrained", models, omega=0.4, merge="task_arithmetic")
+
+    def recipe(trio: Path, strength: float) -> Config:
+        models = {
+            "reasoning": {"role": "reasoning", "weight": 1.0},
+            "instruct": {"role": "instruct", "weight": strength},
+        }
+        said = {"omega": 0.4, "merge": "task_arithmetic", **control}
+        return _merge("aim", trio, "pretrained", models, **said)
+
+    return recipe
 
 
 def companions() -> list[Row]:
@@ -123,7 +128,8 @@ def companions() -> list[Row]:
     return [
         Row("regmean", BETWEEN, regmean, rain=calibrated),
         Row("regmean, merged features", BETWEEN, regmean, rain=merged),
-        Row("aim", ADDED, aim, rain=calibrated),
+        Row("aim", ADDED, aim(), rain=calibrated),
+        Row("aim, shuffled channels", ADDED, aim(shuffle="channels"), rain=calibrated),
         Row("opcm", ADDED, _added("opcm", alpha=0.5)),
         Row("pcb", ADDED, _added("pcb", density=0.6)),
         Row("wudi", ADDED, _added("wudi")),
