@@ -4,6 +4,7 @@ python -m testbed.language make --seed 0 --out DIR [--family gemma3]
 python -m testbed.language score MODEL_DIR --trio DIR [--quick]
 python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
 python -m testbed.language attempt --trio DIR --work DIR --rain ROWS.yml
+python -m testbed.language vote --trio DIR --work DIR
 python -m testbed.language page
 """
 
@@ -17,15 +18,16 @@ from pathlib import Path
 
 import torch
 
-from testbed.language.board import Board
+from testbed.language.board import Board, load_rows
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.lessons import LESSONS
 from testbed.language.origin import FAMILIES, gguf_file
 from testbed.language.page import write_page
 from testbed.language.recipes import companions, rain_rows, rivals
 from testbed.language.sets import Samples, write_prompts, write_sets
-from testbed.language.table import write_table
+from testbed.language.table import table, write_table
 from testbed.language.tuning import tune
+from testbed.language.voting import fill
 from testbed.models.loading import load_model, load_tokenizer
 
 RESULTS = Path("testbed/results/language")
@@ -92,6 +94,14 @@ def attempt(options: argparse.Namespace) -> None:
         print(row.name, {name: round(value["value"], 3) for name, value in found.items()})
 
 
+def vote(options: argparse.Namespace) -> None:
+    """The rows of RCP-Merging's vote and of its controls, which are random masks."""
+    results = options.results / options.trio.name / "vote"
+    made = Board(options.trio, options.work, results, dtype=options.dtype)
+    print(json.dumps(fill(made, options.first), indent=1))
+    print(table(load_rows(results)))
+
+
 def page(options: argparse.Namespace) -> None:
     """The results page, from the rows of all trios."""
     print(write_page(options.results))
@@ -144,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     attempting.add_argument("--results", type=Path, default=RESULTS)
     attempting.add_argument("--rain", type=Path, action="append", required=True, help="rows, YAML")
     attempting.set_defaults(run=attempt)
+    voting = commands.add_parser("vote", help=vote.__doc__)
+    voting.add_argument("--trio", type=Path, required=True)
+    voting.add_argument("--work", type=Path, required=True, help="folder for what is made")
+    voting.add_argument("--results", type=Path, default=RESULTS)
+    voting.add_argument("--first", type=int, help="only so many rows (all unless given)")
+    voting.set_defaults(run=vote)
     writing = commands.add_parser("page", help=page.__doc__)
     writing.add_argument("--results", type=Path, default=RESULTS)
     writing.set_defaults(run=page)

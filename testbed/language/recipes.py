@@ -50,6 +50,16 @@ def task_arithmetic(trio: Path, strength: float) -> Config:
     return _merge("task_arithmetic", trio, "reasoning", models)
 
 
+def masked(folder: str) -> Recipe:
+    """Task arithmetic with a model, within the trio's folder, that has a part of θ_I alone."""
+
+    def recipe(trio: Path, strength: float) -> Config:
+        models = {folder: {"weight": strength}, "pretrained": {"weight": -strength}}
+        return _merge("task_arithmetic", trio, "reasoning", models)
+
+    return recipe
+
+
 def linear(trio: Path, share: float) -> Config:
     models = {"reasoning": {"weight": 1 - share}, "instruct": {"weight": share}}
     return _merge("linear", trio, None, models)

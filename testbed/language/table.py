@@ -37,8 +37,11 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return with_interval(found) if name in WITH_INTERVAL else percent(found["value"])
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row: the trio's models first, then the merges by what they reach in both."""
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
+    """One line a row: the trio's models first, then the merges by what they reach in both.
+
+    columns: the names of the numbers by what stands above them.
+    """
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
         place = FIRST.index(row["name"]) if row["name"] in FIRST else len(FIRST)
@@ -47,8 +50,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in sorted(rows, key=order):
         strength = f" at {row['strength']:g}" if "strength" in row else ""
-        lines.append([row["name"] + strength, *(_cell(row, name) for name in COLUMNS.values())])
-    return markdown(["", *COLUMNS], lines)
+        lines.append([row["name"] + strength, *(_cell(row, name) for name in columns.values())])
+    return markdown(["", *columns], lines)
 
 
 def write_table(results: Path) -> Path:

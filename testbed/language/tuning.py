@@ -103,7 +103,7 @@ def train(
     started, seen = time.monotonic(), 0
     for step in range(first, recipe.steps):
         _copy_weights(model, computing)
-        loss = _loss(computing, made[step])
+        loss = learnt_loss(computing, made[step])
         loss.backward()
         _move_gradients(computing, model)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -162,7 +162,7 @@ def _resume(
     return int(step)
 
 
-def _loss(model: PreTrainedModel, batch: list[Encoded]) -> torch.Tensor:
+def learnt_loss(model: PreTrainedModel, batch: list[Encoded]) -> torch.Tensor:
     """Mean cross entropy of the learnt tokens; the output head sees their positions alone."""
     width = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
