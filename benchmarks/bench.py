@@ -63,10 +63,17 @@ class Bench:
         return home
 
     def calibrate(
-        self, home: Path, budget: int = BUDGET, *, deterministic: bool = False, **settings: Any
+        self,
+        home: Path,
+        budget: int = BUDGET,
+        *,
+        deterministic: bool = False,
+        rates: bool = False,
+        **settings: Any,
     ) -> dict[str, Any]:
-        """One calibration in a child process."""
+        """One calibration in a child process; rates: whether it also plans its time."""
         options = {"device": self.device, "budget": budget, "deterministic": deterministic}
+        options |= {"rates": rates}
         return in_child("calibration", config=write_config(home, **settings), **options)
 
     @property

@@ -23,6 +23,7 @@ from rain_mergekit.calibration.samples import load_samples
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.models.loading import LoadOptions, open_trio
 from rain_mergekit.system import blas_mode
+from rain_mergekit.system.speed import measure_rates
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,7 +66,10 @@ def peak_memory(result: dict[str, Any]) -> Iterator[None]:
 
 
 def calibration(options: dict[str, Any]) -> dict[str, Any]:
-    """One calibration: seconds, peak memory above the imports, passes, and the plan's numbers."""
+    """One calibration: seconds, peak memory above the imports, passes, and the plan's numbers.
+
+    With `rates`, on a CPU, the plan's seconds too, by rates in processor time before and after.
+    """
     config = read_config(options["config"])
     device = options.get("device", "cpu")
     run = RunOptions(
@@ -76,6 +80,15 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
         quiet=True,
     )
     planned = plan(config, run)
+
+    def planned_seconds() -> list[float]:
+        if not options.get("rates", False):
+            return []
+        here = config.calibration.parent
+        rates = measure_rates(device, torch.float32, here, time.process_time)
+        return [planned.operations.computing(rates)]
+
+    before = planned_seconds()
     result: dict[str, Any] = {}
     start, used = time.perf_counter(), time.process_time()
     with peak_memory(result):
@@ -96,6 +109,7 @@ def calibration(options: dict[str, Any]) -> dict[str, Any]:
         },
         "layers": summary.layers,
         "bytes": summary.bytes,
+        "planned_processor_seconds": before + planned_seconds(),
         "planned_peak": planned.peak,
         "planned_layer": planned.memory.get("layer", 0),
         "planned_bytes": planned.file_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.bench import BUDGET, MIB, Bench, Row
-from benchmarks.shapes import Shape, TextSet
+from benchmarks.shapes import TextSet
 
 SHORT = TextSet(tokens=256, samples=4)
 LONG_BUDGET = 1024 * MIB
@@ -28,20 +28,6 @@ def memory_by_depth(bench: Bench) -> list[Row]:
         held = 2 * shape.layer_bytes  # one layer in float32
         name = f"peak memory, {layers} layers"
         rows.append(Row(name, peak / allowed, 1.0, detail, peak / held, found))
-    return rows
-
-
-def memory_as_planned(bench: Bench) -> list[Row]:
-    """Peak above the imports over the plan's, at two widths, of both ways to find a change."""
-    rows = []
-    for hidden in (512, 1024):
-        shape = Shape(hidden=hidden, ffn=4 * hidden, heads=8, kv_heads=2, layers=2)
-        for fit in ("streams", "projection"):
-            found = bench.calibrate(bench.trio(shape, SHORT), fit=fit)
-            peak, planned = found["peak_bytes"], found["planned_peak"]
-            detail = f"{peak / MIB:.0f} of {planned / MIB:.0f} MiB"
-            name = f"peak memory / planned, width {hidden}, {fit}"
-            rows.append(Row(name, peak / planned, 1.2, detail, numbers=found))
     return rows
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.bench import BUDGET, MIB, Bench, Row
-from benchmarks.memory import SHORT, memory_as_planned, memory_by_depth, memory_by_length
+from benchmarks.memory import SHORT, memory_by_depth, memory_by_length
 from benchmarks.merging import merging_alone, merging_cost
+from benchmarks.planning import as_planned
 from benchmarks.speed import deterministic_cost, few_samples, paper_sized
 
 
@@ -80,7 +81,7 @@ ROWS: Sequence[Callable[[Bench], list[Row]]] = (
     import_cost,
     file_size,
     memory_by_depth,
-    memory_as_planned,
+    as_planned,
     memory_by_length,
     paper_sized,
     few_samples,
@@ -89,4 +90,4 @@ ROWS: Sequence[Callable[[Bench], list[Row]]] = (
     merging_alone,
 )
 # Left out of a quick run.
-FULL = (few_samples, deterministic_cost)
+FULL = (as_planned, few_samples, deterministic_cost)

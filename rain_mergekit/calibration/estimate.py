@@ -222,14 +222,14 @@ def estimate(
         factors = file_bytes(shape, ranks, stores_v=stores_v)
         return factors + head_bytes(shape, head, stores_v=stores_v)
 
-    written = size(rank)
+    written, following = size(rank), ahead and shape.layers > 1
     forward = shape.layers * forward_flops(shape, work)
     statistics = shape.layers * statistics_flops(shape, sites)
     statistics += 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden)
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
-            "next layer, as stored": ahead * shape.layer_parameters * shape.stored_itemsize,
+            "next layer, as stored": following * shape.layer_parameters * shape.stored_itemsize,
             "features": feature_memory(sites),
             "hidden states": kept,
             "working space": _transient(shape, work, sites),

@@ -154,7 +154,7 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
     one = layer.held(work.itemsize, shape.stored_itemsize)
     targets = min(work.budget // 2, _targets(shape, work))
     fixed = {"hidden states": hidden, "libraries": LIBRARIES}
-    if work.ahead:
+    if work.ahead and shape.depth > 1:
         fixed["next layers, as stored"] = 2 * layer.parameters * shape.stored_itemsize
     taught = {
         "layers of both models": 2 * one,
@@ -194,8 +194,7 @@ def _rows_at_once(site: FittedSite, work: StreamWork) -> int:
 
 def _passing(layer: LayerShape, shape: StreamShape, work: StreamWork) -> int:
     """Texts on their way through a layer together, with what every map receives and gives."""
-    features = sum(site.width + site.rows for site in layer.sites)
-    return work.itemsize * work.at_once * (features + 2 * layer.widest + 8 * shape.hidden)
+    return work.itemsize * work.at_once * (layer.features + 2 * layer.widest + 8 * shape.hidden)
 
 
 def _forward_flops(shape: StreamShape, work: StreamWork) -> float:
@@ -216,12 +215,23 @@ def _squares(lengths: Sequence[int]) -> float:
     return float(sum(length**2 for length in lengths))
 
 
+def _copied_tokens(layer: LayerShape, work: StreamWork) -> float:
+    """Tokens of all passes; those that end early count as much as their features of a layer."""
+    early, reached = 0.0, 0
+    for site in layer.sites:
+        reached += site.width + site.rows
+        share = 1.0 if site.experts else reached / layer.features
+        early += share * work.passes_of(site)
+    return 2.0 * sum(work.own) + sum(work.others) + early * sum(work.fitted)
+
+
 def layer_work(layer: LayerShape, shape: StreamShape, work: StreamWork) -> Operations:
     """Everything that is done in one layer."""
-    samples, tokens = work.passes(layer)
+    samples, _ = work.passes(layer)
     calls = samples / work.texts_at_once
-    inner = sum(site.width + site.rows for site in layer.sites)
-    copied = tokens * (_HIDDEN_COPIES * shape.hidden + _INNER_COPIES * inner)
+    copied = _copied_tokens(layer, work) * (
+        _HIDDEN_COPIES * shape.hidden + _INNER_COPIES * layer.features
+    )
     filled = 2.0 * layer.parameters * (shape.stored_itemsize + 3 * work.itemsize)
     filled += (
         calls

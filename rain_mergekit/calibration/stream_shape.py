@@ -87,6 +87,11 @@ class LayerShape:
         return sum(count for count in self.experts if stays_stored(count, itemsize, stored))
 
     @property
+    def features(self) -> int:
+        """Of a token, all that the maps receive and give."""
+        return sum(site.width + site.rows for site in self.sites)
+
+    @property
     def widest(self) -> int:
         """The most features that a map gives, all maps of its site together."""
         return max((site.rows for site in self.sites), default=0)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.__main__ import machine
 from benchmarks.bench import Row
 from benchmarks.history import change, comparable
+from benchmarks.planning import WITHIN, compared
 from benchmarks.table import BEGIN, END, line, page, write
 
 
@@ -54,3 +55,16 @@ def test_a_page_holds_the_last_run_and_nothing_of_the_one_before(tmp_path: Path)
     path.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
         write(path, "x")
+
+
+@pytest.mark.parametrize(("took", "verdict"), [(9.0, "passed"), (7.0, "MISSED"), (13.0, "MISSED")])
+def test_a_plan_is_off_in_both_directions(took: float, verdict: str) -> None:
+    """Memory is 90 of 100 bytes; of time the mean of the plans before and after counts, 10 s."""
+    found = {"peak_bytes": 90 * 2**20, "planned_peak": 100 * 2**20, "processor_seconds": took}
+    memory, seconds = compared("small", {**found, "planned_processor_seconds": [9.0, 11.0]})
+    assert (memory.value, memory.verdict) == (pytest.approx(100 / 90), "passed")
+    assert memory.detail == "90 of 100 MiB, 0.90"
+    assert seconds.value == pytest.approx(max(took / 10, 10 / took))
+    assert seconds.target == WITHIN
+    assert seconds.verdict == verdict
+    assert seconds.detail.startswith(f"{took:.1f} of 9.0 and 11.0 s")

@@ -19,6 +19,7 @@ from rain_mergekit.calibration.fit_rule import MATRICES
 from rain_mergekit.calibration.operations import PASS_SECONDS, Operations
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
+from rain_mergekit.calibration.stream_estimate import StreamWork, estimate_streams, layer_work
 from rain_mergekit.calibration.stream_shape import FittedSite, LayerShape, StreamShape
 from rain_mergekit.calibration.stream_site_needs import FitNeeds
 from rain_mergekit.calibration_file.reader import CalibrationFile
@@ -199,3 +200,28 @@ def test_the_plan_of_models_that_are_there_counts_their_tokens(tmp_path: Path) -
     assert found.file is not None
     assert found.file.sizes[found.rank] == found.file_bytes
     assert found.operations.products > found.forward_flops > 0
+
+
+def by_hand(layers: int, parameters: int = 96, **changes: Any) -> tuple[StreamShape, StreamWork]:
+    """Two sites, of 8 and 24 features; no token is fitted within some directions."""
+    sites = (FittedSite(4, (4,), before=16), FittedSite(4, (20,), before=96))
+    layer = LayerShape(parameters=parameters, active=96, experts=(), sites=sites)
+    shape = StreamShape(((layer, layers),), 4, 10, 2, model_bytes=400)
+    work = StreamWork(own=[10], fitted=[10], others=[6], itemsize=4, rank=1, budget=10**6)
+    return shape, dataclasses.replace(work, **changes)
+
+
+def test_a_pass_that_ends_early_copies_what_it_reached() -> None:
+    """Of the layer's 32 features the first site's pass has a quarter, the second's all."""
+    (shape, work), (_, alone) = by_hand(1), by_hand(1, fitted=[0])
+    layer = shape.layers[0][0]
+    sites = [[one.fit(site).work.memory for site in layer.sites] for one in (work, alone)]
+    found, without = layer_work(layer, shape, work), layer_work(layer, shape, alone)
+    copied = found.memory - sum(sites[0]) - (without.memory - sum(sites[1]))
+    assert copied == 4 * 10 * (8 / 32 + 1) * (40 * 4 + 8 * 32)
+
+
+def test_the_only_layer_has_no_next_one() -> None:
+    plans = [estimate_streams(*by_hand(layers, parameters=10**8)) for layers in (1, 2)]
+    nexts = [{name: n for name, n in one.memory.items() if "next" in name} for one in plans]
+    assert nexts == [{}, {"next layers, as stored": 2 * 10**8 * 2}]
