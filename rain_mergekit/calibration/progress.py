@@ -14,14 +14,23 @@ class Progress:
     """A bar over all tokens of all layers; a context manager.
 
     layers: of the model; `first` of them are done already.
-    samples, tokens: those that pass each layer, every pass counted.
+    samples, tokens: those that pass each layer, every pass counted. label: stands before the
+    layer's number.
     """
 
     def __init__(
-        self, layers: int, samples: int, tokens: int, *, first: int = 0, quiet: bool = False
+        self,
+        layers: int,
+        samples: int,
+        tokens: int,
+        *,
+        first: int = 0,
+        label: str = "Layer",
+        quiet: bool = False,
     ) -> None:
         self._layers, self._samples, self._passed = layers, samples, 0
         self._tokens, self._first, self._quiet = tokens, first, quiet
+        self._label = label
 
     def __enter__(self) -> Progress:  # noqa: PYI034 - Self needs Python 3.11
         size = _size()
@@ -47,7 +56,7 @@ class Progress:
     def layer(self, index: int) -> None:
         """Layer `index` (from 0) begins."""
         self._passed = 0
-        self._bar.set_description(f"Layer {index + 1}/{self._layers}")
+        self._bar.set_description(f"{self._label} {index + 1}/{self._layers}")
 
     def sample(self, tokens: int) -> None:
         """A sample of that many tokens has passed the layer."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rain_mergekit.calibration.answer_emphasis import AnswerReader, comparable
 from rain_mergekit.calibration.estimate import Estimate
 from rain_mergekit.calibration.fit_rule import FitRule
 from rain_mergekit.calibration.job import CalibrationJob
@@ -18,6 +19,7 @@ from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
 )
+from rain_mergekit.calibration.layer_passes import embed
 from rain_mergekit.calibration.lm_head import find_head
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.result_writer import ResultWriter
@@ -121,8 +123,9 @@ class StreamEngine:
 
         Also returns how likely the markers are by the hidden states that left the last layer.
         """
-        texts = self.texts.part(self._world)
         folder = work.path / f"process-{self._world.rank}"
+        self.texts = self._emphasised(folder)  # before the rule is made of them
+        texts = self.texts.part(self._world)
         with ExitStack() as stack:
             streams = stack.enter_context(self._streams(texts, folder))
             stores = {name: states.store for name, states in streams.items()}
@@ -170,7 +173,20 @@ class StreamEngine:
 
     def _work(self, texts: StreamTexts) -> StreamWork:
         itemsize = self.layerwise.dtype.itemsize
-        return StreamWork.of(texts, self._rule, itemsize, self._options)
+        work = StreamWork.of(texts, self._rule, itemsize, self._options)
+        return work.emphasising(texts) if self._emphasises and comparable(texts) else work
+
+    @property
+    def _emphasises(self) -> bool:
+        return self._settings.stream_emphasis == "divergence"
+
+    def _emphasised(self, folder: Path) -> StreamTexts:
+        """All texts, with an emphasis for each answer token where that is wanted."""
+        if not self._emphasises:
+            return self.texts
+        reader = AnswerReader(self.layerwise, self.instruct, self._options, self._world, folder)
+        with naming_shortage("while both models read the answers", CALIBRATION):
+            return reader.emphasised(self.texts, quiet=self._job.quiet)
 
     def _layer(
         self,
@@ -242,10 +258,10 @@ class StreamEngine:
                     store = self._store(name, ids, budget, folder)
                     budget -= store.memory_bytes
                     streams[name] = HiddenStates(store, [()] * len(ids))
-            _embed(self.layerwise, own, [streams[REASONING], streams[MERGED]])
+            embed(self.layerwise, own, [streams[REASONING], streams[MERGED]])
             for name, readings in ((INSTRUCT, texts.readings), (BARE, texts.bare)):
                 if readings:
-                    _embed(self.instruct, [one.input_ids for one in readings], [streams[name]])
+                    embed(self.instruct, [one.input_ids for one in readings], [streams[name]])
             together = self._options.tokens_together
             for states in streams.values():
                 states.batches[:] = batches(states.calls, states.store.lengths, together)
@@ -276,16 +292,3 @@ class StreamEngine:
         self._passes[REASONING] += len(texts.all)
         self._passes[INSTRUCT] += len(texts.readings) + len(texts.bare)
         self._passes[MERGED] += (sites + 1) * len(texts.all)
-
-
-def _embed(
-    layerwise: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[HiddenStates]
-) -> None:
-    """Embed each text once, for all streams that carry it; they share its layer calls."""
-    # Longest first, so that shorter texts share the memory of its rotary tables.
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    recorded = layerwise.record([texts[index] for index in order])
-    for index, (hidden, calls) in zip(order, recorded, strict=True):
-        for stream in streams:
-            stream.store.put(index, hidden)
-            stream.calls[index] = calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from rain_mergekit.calibration.estimate import LIBRARIES, Estimate
@@ -38,6 +38,8 @@ class StreamWork:
         batch: tokens of texts that pass a layer together.
         ahead: whether the next layer of both models is read meanwhile.
         chooses: whether the ridge penalty is chosen by tokens held aside.
+        before: what both models read once before anything is fitted, to compare their answers.
+        compared: how many tokens of answers these are.
     """
 
     own: Sequence[int]
@@ -49,6 +51,8 @@ class StreamWork:
     batch: int = 0
     ahead: bool = True
     chooses: bool = True
+    before: Sequence[int] = ()
+    compared: int = 0
 
     @classmethod
     def of(
@@ -66,6 +70,11 @@ class StreamWork:
             ahead=options.read_ahead,
             chooses=rule.epsilon is None,
         )
+
+    def emphasising(self, texts: StreamTexts) -> StreamWork:
+        """The same where each answer token is weighed by how far the models are apart there."""
+        tokens = sum(one.answer for one in texts.readings)
+        return replace(self, before=texts.compared, compared=tokens)
 
     @property
     def at_once(self) -> int:
@@ -110,14 +119,16 @@ def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
     if shape.head:
         done += head_fit(shape, work).work
     spilled = hidden - kept + max(0, targets - work.budget // 2)
-    read = 2 * shape.model_bytes
+    read = 2 * shape.model_bytes * (2 if work.before else 1)
+    heads = 4.0 * work.compared * shape.vocabulary * shape.hidden  # both models' products
+    done += Operations(products=heads)
     return Estimate(
         memory=max(_phases(shape, work, kept), key=lambda parts: sum(parts.values())),
         work_disk=spilled + 2 * hidden + written,
         file_bytes=written,
         read_bytes=read,
-        forward_flops=_forward_flops(shape, work),
-        statistics_flops=done.products + done.double - _forward_flops(shape, work),
+        forward_flops=_forward_flops(shape, work) + heads,
+        statistics_flops=done.products + done.double - _forward_flops(shape, work) - heads,
         rank=work.rank,
         operations=done + Operations(read=read, write=2.0 * written),
         file=FileChoices.of(shape.bytes_at, shape.model_bytes, shape.sides or (1,), work.rank),
@@ -203,11 +214,12 @@ def _forward_flops(shape: StreamShape, work: StreamWork) -> float:
 
 
 def _layer_flops(layer: LayerShape, work: StreamWork) -> float:
-    whole = (2.0 * sum(work.own) + sum(work.others)) * layer.active
+    whole = (2.0 * sum(work.own) + sum(work.others) + sum(work.before)) * layer.active
     early = sum(work.fitted) * sum(1.0 * work.passes_of(s) * s.before for s in layer.sites)
     heads = next((site.width for site in layer.sites if not site.reads), 0)
     later = sum(work.passes_of(site) for site in layer.sites if not site.reads)
-    squares = 2 * _squares(work.own) + _squares(work.others) + later * _squares(work.fitted)
+    squares = 2 * _squares(work.own) + _squares(work.others) + _squares(work.before)
+    squares += later * _squares(work.fitted)
     return 2.0 * (whole + early) + 2.0 * heads * squares
 
 
@@ -222,12 +234,13 @@ def _copied_tokens(layer: LayerShape, work: StreamWork) -> float:
         reached += site.width + site.rows
         share = 1.0 if site.experts else reached / layer.features
         early += share * work.passes_of(site)
-    return 2.0 * sum(work.own) + sum(work.others) + early * sum(work.fitted)
+    whole = 2.0 * sum(work.own) + sum(work.others) + sum(work.before)
+    return whole + early * sum(work.fitted)
 
 
 def layer_work(layer: LayerShape, shape: StreamShape, work: StreamWork) -> Operations:
     """Everything that is done in one layer."""
-    samples, _ = work.passes(layer)
+    samples = work.passes(layer)[0] + len(work.before)
     calls = samples / work.texts_at_once
     copied = _copied_tokens(layer, work) * (
         _HIDDEN_COPIES * shape.hidden + _INNER_COPIES * layer.features

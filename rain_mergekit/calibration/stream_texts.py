@@ -43,6 +43,12 @@ class StreamTexts:
         """Both sets, in order."""
         return [*self.reasoning, *self.instruction]
 
+    @property
+    def compared(self) -> list[int]:
+        """Lengths of the instruction set's texts, as each of the two models reads them."""
+        own = [len(text.input_ids) for text in self.instruction]
+        return [*own, *(len(one.input_ids) for one in self.readings)]
+
     def part(self, world: World) -> StreamTexts:
         """The share of one process."""
         return StreamTexts(

@@ -7,7 +7,6 @@ predicts an answer's first token on.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -32,13 +31,15 @@ HELD_OUT_EVERY = 8
 class TaughtText:
     """One calibration text: its token ids and the group of each token, by index into GROUPS.
 
-    held_out: its tokens measure the fit and take no part in it.
+    held_out: its tokens measure the fit and take no part in it. emphasis: how much each of the
+    last tokens counts beside others of `answers`; all alike where there is none.
     """
 
     source: str
     input_ids: tuple[int, ...]
     groups: tuple[int, ...]
     held_out: bool
+    emphasis: tuple[float, ...] = ()
 
     @property
     def answer_start(self) -> int:
@@ -60,6 +61,16 @@ class TaughtText:
         """Tokens after the answer's start that the instruct model does not teach."""
         start, answers = self.answer_start, GROUPS.index(ANSWERS)
         return tuple(i for i in range(start, len(self.groups)) if self.groups[i] != answers)
+
+    @property
+    def shares(self) -> Tensor:
+        """How much each token counts beside others of its group, (n) float64; mostly 1."""
+        found = torch.ones(len(self.groups), dtype=torch.float64)
+        if self.emphasis:
+            last = torch.tensor(self.emphasis, dtype=torch.float64)
+            taught = torch.tensor(self.groups[-len(last) :]) == GROUPS.index(ANSWERS)
+            found[-len(last) :] = torch.where(taught, last, 1.0)
+        return found
 
     def without_response(self) -> TaughtText:
         """The text up to its last response; it stays in the same part of the fit."""
@@ -125,21 +136,21 @@ def _mark(groups: list[str], positions: Iterable[int], name: str) -> None:
 def token_weights(
     texts: Iterable[TaughtText], totals: Mapping[str, float], *, held_out: bool = False
 ) -> dict[str, float]:
-    """The weight of one token of each group: the group's total divided by its number of tokens.
+    """What a group's total weight is divided into: the weight of a token that counts once.
 
     Only tokens of texts that are fitted count, or only those of texts that are held out.
     """
-    counts = Counter[int]()
+    sums = torch.zeros(len(GROUPS), dtype=torch.float64)
     for text in texts:
         if text.held_out == held_out:
-            counts.update(text.groups)
+            sums.index_add_(0, torch.tensor(text.groups, dtype=torch.long), text.shares)
     return {
-        name: totals[name] / counts[number] if counts[number] else 0.0
-        for number, name in enumerate(GROUPS)
+        name: totals[name] / count if count else 0.0
+        for name, count in zip(GROUPS, sums.tolist(), strict=True)
     }
 
 
 def weights_of(text: TaughtText, by_group: Mapping[str, float]) -> Tensor:
     """The weight of each token, (n) float64."""
     values = torch.tensor([by_group[name] for name in GROUPS], dtype=torch.float64)
-    return values[torch.tensor(text.groups, dtype=torch.long)]
+    return values[torch.tensor(text.groups, dtype=torch.long)] * text.shares

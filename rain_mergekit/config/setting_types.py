@@ -138,6 +138,17 @@ Weights = Annotated[
         "markers, thinking, answers (of the instruction set), responses (of the reasoning set)."
     ),
 ]
+ReasoningData = Annotated[
+    str, Field(description="The reasoning set, JSON or JSONL: what must stay as it is.")
+]
+Emphasis = Annotated[
+    Literal["divergence", "even"],
+    Field(
+        description="For fit: streams, how the tokens of answers share their group's weight: by "
+        "how far the two models' next tokens are apart there, for which both models read the "
+        "instruction set once before; or all alike."
+    ),
+]
 _Positive = Annotated[float, Field(ge=1e-12, allow_inf_nan=False), Number]
 EpsilonOrAuto = Annotated[
     Annotated[Literal["auto"], Tag("auto")] | Annotated[_Positive, Tag("number")],
@@ -162,7 +173,7 @@ RegMean = Annotated[
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = (
     *("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share"),
-    "stream_experts",
+    *("stream_emphasis", "stream_experts"),
 )
 _PROJECTION = (
     *("preset", "gamma", "projection", "rank_tolerance", "rank_count", "epsilon", "ridge"),

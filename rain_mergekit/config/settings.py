@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rain_mergekit.config.presets import expanded
 from rain_mergekit.config.setting_types import (
     Accepted,
+    Emphasis,
     EpsilonOrAuto,
     Fit,
     FitExperts,
@@ -20,6 +21,7 @@ from rain_mergekit.config.setting_types import (
     Off,
     PositiveInt,
     PresetName,
+    ReasoningData,
     RegMean,
     RegMeanSettings,
     Share,
@@ -36,9 +38,7 @@ class RainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    reasoning_data: Annotated[
-        str, Field(description="The reasoning set, JSON or JSONL: what must stay as it is.")
-    ]
+    reasoning_data: ReasoningData
     instruction_data: Annotated[
         str | None,
         Field(
@@ -98,6 +98,7 @@ class RainSettings(BaseModel):
         ),
     ] = 1.0
     stream_weights: Weights = StreamWeights()
+    stream_emphasis: Emphasis = "divergence"
     stream_epsilon: EpsilonOrAuto = "auto"
     stream_rank_share: Annotated[
         Share,
@@ -107,7 +108,6 @@ class RainSettings(BaseModel):
         ),
     ] = 0.99
     stream_experts: FitExperts = True
-
     gamma: Gamma = 0.0
     projection: Annotated[
         Literal["oblique", "orthogonal"],

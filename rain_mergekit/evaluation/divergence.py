@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.text.token_positions import ReasoningTokens
 
-# One float32 copy of the logits of a chunk holds at most this many numbers (128 MiB).
-CHUNK_LOGITS = 2**25
 # L_think up to KEPT left the format of every merge measured so far alone; above DAMAGED, thinking
 # blocks went missing (5 % of them at 0.03, two thirds at 0.2).
 KEPT, DAMAGED = 0.01, 0.05
@@ -90,25 +86,7 @@ class Tally:
         return Drift(**places, samples=self._samples, worst_source=source, worst=worst)
 
 
-def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(p || q) over the last axis of two tensors of logits (..., vocabulary).
-
-    In float32, or wider where the logits are.
-    """
-    dtype = torch.promote_types(wanted.dtype, torch.float32)
-    log_p = wanted.to(dtype).log_softmax(-1)
-    log_q = found.to(log_p.device, dtype).log_softmax(-1)
-    p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
-    return terms.sum(-1)
-
-
 def _places(sample: ReasoningTokens) -> dict[str, Sequence[int]]:
     inside = {*sample.think_positions, *sample.content_positions}
     rest = [i for i in range(len(sample.input_ids)) if i not in inside]
     return {"think": sample.think_positions, "content": sample.content_positions, "rest": rest}
-
-
-def common_tokens(*models: Any) -> int:
-    """How many tokens all of the models have logits for, counted from the first."""
-    return min(int(m.get_output_embeddings().weight.shape[0]) for m in models)

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from rain_mergekit.capture.input_sites import SiteMap, capture_inputs
 from rain_mergekit.capture.layer_calls import run_layer
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.capture.output_head import finishing
+from rain_mergekit.capture.next_tokens import diverging
 from rain_mergekit.capture.streams import REASONING, StreamPlan, build_streams
-from rain_mergekit.evaluation.divergence import (
-    CHUNK_LOGITS,
-    Drift,
-    Tally,
-    common_tokens,
-    kl_divergence,
-)
+from rain_mergekit.evaluation.divergence import Drift, Tally
 from rain_mergekit.evaluation.marker_distance import MarkerDistanceProfile, MarkerDistanceTally
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, default_dtype, read_model_config
@@ -177,16 +171,9 @@ def divergences(reference: StreamedModel, model: StreamedModel, samples: int) ->
     The distribution at position t is that of token t + 1, over the tokens that both models have.
     Logits of a whole text never exist. Both models must have run all layers.
     """
-    tokens = common_tokens(reference.layerwise.model, model.layerwise.model)
-    chunk = max(16, CHUNK_LOGITS // tokens)
-    with finishing(reference.layerwise) as wanted, finishing(model.layerwise) as found:
+    with diverging(reference.layerwise, model.layerwise) as divergence:
         for number in range(samples):
-            blocks = (torch.split(side.final(number), chunk) for side in (reference, model))
-            parts = [
-                kl_divergence(wanted(left)[:, :tokens], found(right)[:, :tokens])
-                for left, right in zip(*blocks, strict=True)
-            ]
-            yield torch.cat(parts).double().cpu()
+            yield divergence(reference.final(number), model.final(number))
 
 
 def _energy(rows: Tensor) -> float:

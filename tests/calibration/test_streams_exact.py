@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,10 +148,12 @@ class Reference:
         self.own = Hooks(self.merged)
         self.base = self.run(self.reasoning, Hooks(self.reasoning), own)
         hooks = Hooks(self.instruct)
+        given = readings or [(own, 0.0, 1.0)]
         self.taught = [
-            (self.run(self.instruct, hooks, ids), keeps, share)
-            for ids, keeps, share in (readings or [(own, 0.0, 1.0)])
+            (self.run(self.instruct, hooks, ids), keeps, share) for ids, keeps, share in given
         ]
+        self.read = given[0][0]  # by the instruct model as it is asked
+        self.even = tiny.config().settings.stream_emphasis == "even"
 
     def run(
         self, model: Any, hooks: Hooks, texts: Sequence[tuple[int, ...]]
@@ -172,9 +173,30 @@ class Reference:
             for text, held in zip(self.texts, self.held, strict=True)
             for group in text.groups
         ]
-        counts = Counter(kinds)
-        weights = {**WEIGHTS, UNTAUGHT: 0.0}
-        return torch.tensor([weights[k[0]] / counts[k] for k in kinds], dtype=torch.float64)
+        weights, emphasis = {**WEIGHTS, UNTAUGHT: 0.0}, self.emphasis.tolist()
+        sums: dict[tuple[str, bool], float] = {}
+        for kind, factor in zip(kinds, emphasis, strict=True):
+            sums[kind] = sums.get(kind, 0.0) + factor
+        shares = zip(kinds, emphasis, strict=True)
+        return torch.tensor([weights[k[0]] * f / sums[k] for k, f in shares], dtype=torch.float64)
+
+    @cached_property
+    def emphasis(self) -> Tensor:
+        """At answers √(KL(instruct ‖ reasoning) + 0.1) of the next token, elsewhere 1."""
+        parts = []
+        for text, reading in zip(self.texts, self.read, strict=True):
+            part = torch.ones(len(text.ids), dtype=torch.float64)
+            count = int(text.answers.sum())
+            if count and not self.even:
+                with torch.no_grad():
+                    own, other = (
+                        model(input_ids=torch.tensor([ids])).logits[0, -count:].log_softmax(-1)
+                        for model, ids in ((self.reasoning, text.ids), (self.instruct, reading))
+                    )
+                apart = nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
+                part[-count:] = (apart + 0.1).sqrt()
+            parts.append(part)
+        return torch.cat(parts)
 
     @cached_property
     def aside(self) -> Tensor:

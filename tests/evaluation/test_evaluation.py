@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from scipy.special import rel_entr, softmax
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from rain_mergekit.capture import next_tokens
+from rain_mergekit.capture.next_tokens import kl_divergence
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import layerwise_drift
-from rain_mergekit.evaluation.divergence import Drift, Place, kl_divergence
+from rain_mergekit.evaluation.divergence import Drift, Place
 from rain_mergekit.evaluation.divergence_meter import DivergenceMeter
 from rain_mergekit.evaluation.layerwise_drift import VerifyOptions
 from rain_mergekit.models.checkpoint import Checkpoint
@@ -93,7 +94,7 @@ def test_kl_divergence_is_not_negative_and_zero_for_equals(seed: int) -> None:
 def test_chunks_equal_one_dense_forward_pass(
     samples: tuple[ReasoningTokens, ...], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise_drift, "CHUNK_LOGITS", numbers)
+    monkeypatch.setattr(next_tokens, "CHUNK_LOGITS", numbers)
     ids = samples[0].input_ids
     assert len(ids) > 48  # at the smallest size several chunks
     with meter(samples[:1], dtype=torch.float64) as measuring:

@@ -21,11 +21,11 @@ from tiny import Tiny, linear_inputs
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rain_mergekit.capture import next_tokens
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.output_head import finishing
 from rain_mergekit.data_building.tasks import Written
 from rain_mergekit.errors import RainError
-from rain_mergekit.evaluation import layerwise_drift
 from rain_mergekit.evaluation.answer_measures import Measured, Reading, measure
 from rain_mergekit.evaluation.answers import Behaviour, behaviour, worse
 from rain_mergekit.evaluation.divergence import Drift, Place
@@ -106,7 +106,7 @@ def test_layer_by_layer_equals_whole_forward_passes(tiny: Tiny) -> None:
 def test_next_tokens_equal_those_of_whole_models(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise_drift, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
+    monkeypatch.setattr(next_tokens, "CHUNK_LOGITS", 16 * 400)  # several chunks of 16 positions
     samples, folder = samples_of(tiny), tiny.folder
     places = [folder / "reasoning", folder / "bfloat16/merged", folder / "float32/merged"]
     found = measure_merge(checkpoint(places[0]), checkpoint(places[1]), samples, HOW)

@@ -1,0 +1,132 @@
+"""Which answer tokens count most in stream matching: those where the two teachers differ.
+
+At most tokens of an answer both models say the same, whatever was asked. What makes it follow the
+instruction is decided at few of them, so each answer token weighs by how far the instruct model's
+distribution of the next token is from the reasoning model's, before anything is fitted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.calibration.layer_passes import LayerPasses, embed
+from rain_mergekit.calibration.options import RunOptions
+from rain_mergekit.calibration.progress import Progress
+from rain_mergekit.calibration.stream_texts import StreamTexts
+from rain_mergekit.calibration.stream_types import HiddenStates
+from rain_mergekit.capture.activation_store import ActivationStore
+from rain_mergekit.capture.layers_ahead import ReaderThread
+from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.capture.next_tokens import diverging
+from rain_mergekit.capture.text_batches import batches
+from rain_mergekit.system.distributed import World
+
+LOG = logging.getLogger(__name__)
+# Nats: what a token weighs for where both teachers agree, a third of the mean token's in the
+# testbed, as these are most of the tokens and the answer has to stay right there.
+FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """Both models, and how their hidden states are kept: as RunOptions say, spilled to `folder`."""
+
+    own: LayerwiseModel
+    other: LayerwiseModel
+    options: RunOptions
+    world: World
+    folder: Path
+
+    def emphasised(self, texts: StreamTexts, *, quiet: bool) -> StreamTexts:
+        """The texts with an emphasis for each answer token: √(KL(instruct || reasoning) + FLOOR).
+
+        Every process reads its share of the texts; quiet: without a progress bar. Where the two
+        tokenizers number the answers' tokens in two ways, no distributions can be compared, and
+        the texts come back as they are.
+        """
+        if not comparable(texts):
+            LOG.warning(
+                "the two models number the tokens of the answers in two ways, so their next tokens "
+                "cannot be compared, and all answer tokens weigh alike (stream_emphasis: even)"
+            )
+            return texts
+        lengths = [one.answer for one in texts.readings]
+        found = torch.zeros(sum(lengths), dtype=torch.float64)
+        places = self.world.part(torch.split(found, lengths))
+        part = texts.part(self.world)
+        lengths_read = part.compared
+        samples, tokens, layers = len(lengths_read), sum(lengths_read), len(self.own.layers)
+        label = "Answers, layer"
+        with Progress(layers, samples, tokens, label=label, quiet=quiet) as progress:
+            apart = self._divergences(part, progress)
+            for place, values in zip(places, apart, strict=True):
+                place.copy_(values)
+        factors = (self.world.sum(found).clamp(min=0.0) + FLOOR).sqrt()
+        taught = [
+            replace(text, emphasis=tuple(part.tolist()))
+            for text, part in zip(texts.instruction, torch.split(factors, lengths), strict=True)
+        ]
+        return replace(texts, instruction=taught)
+
+    def _divergences(self, texts: StreamTexts, progress: Progress) -> Iterator[Tensor]:
+        """KL(instruct || reasoning) at the answer tokens (n) of each text, float64."""
+        own = [text.input_ids for text in texts.instruction]
+        with ExitStack() as stack:
+            pairs = ((self.own, own), (self.other, [one.input_ids for one in texts.readings]))
+            stores = []
+            for number, (model, ids) in enumerate(pairs):
+                place = self.folder / f"answers-{number}.activations"
+                stores.append(stack.enter_context(self._ran(model, ids, place, progress)))
+            divergence = stack.enter_context(diverging(self.other, self.own))
+            for index, reading in enumerate(texts.readings):
+                mine, theirs = (
+                    store.get(index)[-reading.answer :].to(self.world.device) for store in stores
+                )
+                yield divergence(theirs, mine)
+
+    @contextmanager
+    def _ran(
+        self,
+        model: LayerwiseModel,
+        texts: Sequence[Sequence[int]],
+        place: Path,
+        progress: Progress,
+    ) -> Iterator[ActivationStore]:
+        """The hidden states with which each text leaves the model's last layer."""
+        budget, device = self.options.activation_budget // 4, self.world.device
+        lengths = [len(one) for one in texts]
+        store = ActivationStore(lengths, model.hidden_size, model.dtype, budget, place)
+        try:
+            states = HiddenStates(store, [()] * len(texts))
+            embed(model, texts, [states])
+            states.batches[:] = batches(states.calls, lengths, self.options.tokens_together)
+            several: dict[int, bool] = {}
+            with ExitStack() as stack:
+                indices = range(len(model.layers))
+                if self.options.read_ahead:
+                    thread = stack.enter_context(ReaderThread())
+                    stack.enter_context(model.reading_ahead(indices, thread))
+                for index in indices:
+                    progress.layer(index)
+                    with model.layer(index) as layer:
+                        passes = LayerPasses(layer, index, states, device, progress.sample, several)
+                        for batch in passes.batches:
+                            passes.advance(batch)
+            yield store
+        finally:
+            store.close()
+
+
+def comparable(texts: StreamTexts) -> bool:
+    """Whether the instruct model reads every answer as the same token numbers."""
+    return all(
+        text.input_ids[1 - reading.answer :] == reading.input_ids[1 - reading.answer :]
+        for text, reading in zip(texts.instruction, texts.readings, strict=True)
+    )
