@@ -29,8 +29,8 @@ from rain_mergekit.capture.text_batches import batches
 from rain_mergekit.system.distributed import World
 
 LOG = logging.getLogger(__name__)
-# Nats: what a token weighs for where both teachers agree, a third of the mean token's in the
-# testbed, as these are most of the tokens and the answer has to stay right there.
+# Nats: what a token counts for where both teachers agree, a tenth of the mean token's in the
+# testbed. These are most of the tokens, and the answer has to stay right there.
 FLOOR = 0.1
 
 
@@ -45,7 +45,7 @@ class AnswerReader:
     folder: Path
 
     def emphasised(self, texts: StreamTexts, *, quiet: bool) -> StreamTexts:
-        """The texts with an emphasis for each answer token: √(KL(instruct || reasoning) + FLOOR).
+        """The texts with an emphasis for each answer token: KL(instruct || reasoning) + FLOOR.
 
         Every process reads its share of the texts; quiet: without a progress bar. Where the two
         tokenizers number the answers' tokens in two ways, no distributions can be compared, and
@@ -68,7 +68,7 @@ class AnswerReader:
             apart = self._divergences(part, progress)
             for place, values in zip(places, apart, strict=True):
                 place.copy_(values)
-        factors = (self.world.sum(found).clamp(min=0.0) + FLOOR).sqrt()
+        factors = self.world.sum(found).clamp(min=0.0) + FLOOR
         taught = [
             replace(text, emphasis=tuple(part.tolist()))
             for text, part in zip(texts.instruction, torch.split(factors, lengths), strict=True)

@@ -182,7 +182,7 @@ class Reference:
 
     @cached_property
     def emphasis(self) -> Tensor:
-        """At answers √(KL(instruct ‖ reasoning) + 0.1) of the next token, elsewhere 1."""
+        """At answers KL(instruct ‖ reasoning) + 0.1 of the next token, elsewhere 1."""
         parts = []
         for text, reading in zip(self.texts, self.read, strict=True):
             part = torch.ones(len(text.ids), dtype=torch.float64)
@@ -194,7 +194,7 @@ class Reference:
                         for model, ids in ((self.reasoning, text.ids), (self.instruct, reading))
                     )
                 apart = nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
-                part[-count:] = (apart + 0.1).sqrt()
+                part[-count:] = apart + 0.1
             parts.append(part)
         return torch.cat(parts)
 
