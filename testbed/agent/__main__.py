@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from testbed.agent.board import RESULTS, fill
-from testbed.agent.making import train, write_prompts, write_sets
+from testbed.agent.making import write_prompts, write_sets
 from testbed.agent.page import write_page
 from testbed.agent.reading import reading
+from testbed.agent.training import train
 from testbed.language.judging import write_json
 
 
 def make(options: argparse.Namespace) -> None:
-    """The agent, unless it is there, and its files."""
+    """The models that are not there yet, and their files."""
     train(options.out, options.scale)
     write_prompts(options.out)
     write_sets(options.out)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    making = commands.add_parser("make", help="train the agent, write prompts and sets")
+    making = commands.add_parser("make", help="train the models, write prompts and sets")
     making.add_argument("--out", type=Path, required=True)
     making.add_argument(
         "--scale", type=float, default=1.0, help="share of the steps, to try things out"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from testbed.agent.making import TRIO, continued, prompts_of, said
+from testbed.agent.making import continued, prompts_of, said
 from testbed.agent.scoring import score
 from testbed.agent.tools import HELD, MARKERS
 from testbed.judging.intervals import Ratio, described
@@ -43,26 +43,26 @@ class Row:
     rain: Mapping[str, Any] = field(default_factory=dict)
 
 
-def linear(agent: Path, share: float) -> Config:
+def linear(folder: Path, share: float) -> Config:
     """The donor's share of every weight."""
-    models = [(agent, 1 - share), (TRIO / "reasoning", share)]
+    models = [(folder / "agent", 1 - share), (folder / "donor", share)]
     weights = [{"model": str(path), "parameters": {"weight": w}} for path, w in models]
     return {"merge_method": "linear", "models": weights, **FLOAT}
 
 
-def task_arithmetic(agent: Path, strength: float) -> Config:
+def task_arithmetic(folder: Path, strength: float) -> Config:
     """The agent and the donor's task vector."""
-    models = [(TRIO / "reasoning", strength), (TRIO / "pretrained", -strength)]
+    models = [(folder / "donor", strength), (folder / "parent", -strength)]
     weights = [{"model": str(path), "parameters": {"weight": w}} for path, w in models]
-    base = {"merge_method": "task_arithmetic", "base_model": str(agent)}
+    base = {"merge_method": "task_arithmetic", "base_model": str(folder / "agent")}
     return {**base, "models": weights, **FLOAT}
 
 
-def rain(agent: Path, strength: float) -> Config:
+def rain(folder: Path, strength: float) -> Config:
     """The agent stays; the donor's thinking comes."""
-    donor = {"model": str(TRIO / "reasoning"), "parameters": {"role": "instruct"}}
-    base = {"merge_method": "rain", "base_model": str(agent), "models": [donor], **FLOAT}
-    return {**base, "parameters": {"lambda": strength}}
+    donor = {"model": str(folder / "donor"), "parameters": {"role": "instruct"}}
+    base = {"merge_method": "rain", "base_model": str(folder / "agent"), **FLOAT}
+    return {**base, "models": [donor], "parameters": {"lambda": strength}}
 
 
 TAGS = {"markers": MARKERS, "blocks": "optional"}
@@ -104,7 +104,7 @@ class Board:
 
     def __init__(self, folder: Path, work: Path) -> None:
         self._folder, self._work = folder, work
-        self._agent = folder / "agent"
+        self._agent, self._donor = folder / "agent", folder / "donor"
         self._prompts = {split: prompts_of(folder, split) for split in ("validation", "test")}
 
     def makers(self) -> dict[tuple[str, str], Callable[[], Found]]:
@@ -115,15 +115,13 @@ class Board:
             return self._row(name, begins, self._said(path, self._asked(begins), begins))
 
         def ceiling(name: str, path: Path) -> Found:
-            heads, calls = continued(path, test)
+            heads, calls = continued(self._donor, path, test)
             return self._row(name, "", [h + c for h, c in zip(heads, calls, strict=True)])
 
-        first = "ceiling, first stage alone"
         found: dict[tuple[str, str], Callable[[], Found]] = {
             ("agent", ""): partial(model, "agent", agent, ""),
-            ("donor", ""): partial(model, "donor", TRIO / "reasoning", ""),
+            ("donor", ""): partial(model, "donor", self._donor, ""),
             ("ceiling", ""): partial(ceiling, "ceiling", agent),
-            (first, ""): partial(ceiling, first, self._folder / "stage-0"),
             ("agent", "opened"): partial(model, "agent", agent, "opened"),
         }
         for begins in BEGINNINGS:
@@ -171,7 +169,7 @@ class Board:
     def _merged(self, row: Row, strength: float) -> Path:
         """The folder of a merge; made once for each agent and pair of sets."""
         slug = "".join(c if c.isalnum() else "-" for c in row.name)
-        config = row.recipe(self._agent, strength)
+        config = row.recipe(self._folder, strength)
         if row.sets is not None:
             stays, comes = (str(self._folder / f"{name}.jsonl") for name in row.sets)
             config["rain"] = {"reasoning_data": stays, "instruction_data": comes, **row.rain}
@@ -190,7 +188,7 @@ def fill(folder: Path, work: Path, results: Path = RESULTS, names: Sequence[str]
     work.mkdir(parents=True, exist_ok=True)
     key = {
         "agent": model_digest(folder / "agent"),
-        "donor": model_digest(TRIO / "reasoning"),
+        "donor": model_digest(folder / "donor"),
         "files": {
             path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in sorted(folder.glob("*.jsonl"))

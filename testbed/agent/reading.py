@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from testbed.agent.making import TRIO
 from testbed.agent.tools import OPEN
 from testbed.models.loading import load_model, load_tokenizer, render
 from testbed.puzzles.records import read_lines
@@ -23,7 +22,7 @@ def reading(folder: Path) -> dict[str, float]:
 
     `tokens` are all of the thinking, `first` those that open it.
     """
-    agent, donor = load_model(folder / "agent"), load_model(TRIO / "reasoning")
+    agent, donor = load_model(folder / "agent"), load_model(folder / "donor")
     tokenizer = load_tokenizer(folder / "agent")
     right: list[list[bool]] = []
     for record in read_lines(folder / "comes.jsonl")[:TEXTS]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from testbed.models.training import from_the_start
 from testbed.puzzles.counting import NUMBERS
 from testbed.puzzles.family import Family, Mixture, Problem
 from testbed.puzzles.records import Record
@@ -96,6 +97,21 @@ def agent_draw(
         reply = call_text(tool.name, arguments_of(tool, problem))
     given = mixture.thinks > 0 and rng.random() < mixture.thinks
     return prompt, thinking_text(problem.thinking) if given else "", reply
+
+
+def parent_draw(
+    family: Family, mixture: Mixture, rng: random.Random, seed: int
+) -> tuple[str, str, str]:
+    """One text of the parent's training: half are those that the trio's pretrained model was made
+    of, half calls at once, of any tool whatever is asked for. None calls after thinking.
+    """
+    if rng.random() < 0.5:
+        return from_the_start(family, mixture, rng, seed)
+    steps = rng.choice((1, 2, *family.steps)) if rng.random() < mixture.chains else 0
+    problem = draw_problem(family, rng, seed, "train", steps)
+    made = rng.choice((*TOOLS, *HELD))
+    prompt = asked(problem, rng.choice((*TOOLS, *HELD)), rng)
+    return prompt, "", call_text(made.name, arguments_of(made, problem))
 
 
 def thinking_text(thinking: str) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from doc_blocks import ROOT
 from mergekit.config import MergeConfiguration
 
-from testbed.agent import board, making, page, tools
+from testbed.agent import board, making, page, tools, training
 from testbed.agent.scoring import score
-from testbed.models.loading import load_tokenizer
+from testbed.models.loading import load_model, load_tokenizer
 from testbed.models.training import Run, encode_pairs
 from testbed.puzzles.counting import FAMILY, NUMBERS, THINGS
 from testbed.puzzles.family import Mixture, Stage
@@ -155,6 +158,59 @@ def test_thinking_that_stands_in_the_reply_is_not_learnt() -> None:
         assert str(number) in learnt
 
 
+def test_what_calls_are_made_of_are_tokens_of_their_own() -> None:
+    tokenizer = training.agent_tokenizer()
+    words = {*THINGS, *(tool.name for tool in ALL)}
+    for tool in ALL:
+        words |= set(re.findall("[a-z]+", json.dumps(tool.arguments(1, "keys"))))
+    for word in sorted(words | {"name", "arguments", "assistant", "user", "answer"}):
+        assert tokenizer.tokenize(f'"{word}"') == ['"', word, '"']
+    assert tokenizer.tokenize(CALL)[0] == "<tool_call>"
+    assert tokenizer.tokenize(CALL)[-1] == "</tool_call>"
+    assert tokenizer.decode(tokenizer.encode(THOUGHT + CALL)) == THOUGHT + CALL
+
+
+def test_the_longer_vocabulary_changes_nothing_that_was_said() -> None:
+    tokenizer = training.agent_tokenizer()
+    old, before = load_model(training.ORIGIN), load_tokenizer(training.ORIGIN)
+    made = training.extended(tokenizer)
+    text = "<|im_start|>user\n two keys . a +2 .<|im_end|>\n<|im_start|>assistant\n<think>\na two"
+    names = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    assert names == before.convert_ids_to_tokens(before.encode(text))
+    here, there = tokenizer.get_vocab(), before.get_vocab()
+    shared = sorted(set(here) & set(there))
+    assert len(shared) == len(there) < len(here)
+    with torch.inference_mode():
+        now = made(torch.tensor([tokenizer.encode(text)])).logits[..., [here[s] for s in shared]]
+        then = old(torch.tensor([before.encode(text)])).logits[..., [there[s] for s in shared]]
+    torch.testing.assert_close(now, then)
+
+
+def test_the_parent_sees_thinking_and_calls_but_never_both() -> None:
+    mixture, rng = FAMILY.stages["pretrained"].mixture, dice(7)
+    kinds, tools_of = set(), dict[str, set[str]]()
+    for _ in range(600):
+        prompt, given, reply = tools.parent_draw(FAMILY, mixture, rng, 0)
+        assert not given
+        kinds.add(("<think>" in reply, "<tool_call>" in reply))
+        for tool in ALL if "<tool_call>" in reply else ():
+            if prompt.endswith(tool.phrases[0]):
+                tools_of.setdefault(tool.name, set()).add(json.loads(reply[11:-12])["name"])
+    assert kinds == {(True, False), (False, True), (False, False)}
+    assert all(len(names) > 1 for names in tools_of.values())
+
+
+def test_tuning_leaves_what_the_head_reads_as_the_parent_has_it(tmp_path: Path) -> None:
+    training.train(tmp_path, scale=0.001)
+    parent = load_model(tmp_path / "parent").state_dict()
+    for name in ("donor", "agent"):
+        made = load_model(tmp_path / name).state_dict()
+        same = {key for key, value in made.items() if torch.equal(value, parent[key])}
+        outside = {key for key in made if ".layers." not in key}
+        assert outside <= same
+        assert "model.layers.0.mlp.up_proj.weight" not in same
+
+
 def test_look_ups_to_judge_on_are_not_those_that_stay() -> None:
     rng = dice(4)
     used = frozenset(record["prompt"] for record in making.look_ups_that_stay())
@@ -166,7 +222,7 @@ def test_look_ups_to_judge_on_are_not_those_that_stay() -> None:
 
 def test_what_comes_begins_with_the_donors_thinking() -> None:
     made = tools.chains(FAMILY, dice(5), 0, "calibration", tools.TOOLS, 3)
-    heads, calls = making.continued(TRIO / "instruct", made)
+    heads, calls = making.continued(TRIO / "reasoning", TRIO / "instruct", made)
     right = [
         head == f"<think>\n{one['thinking']}</think>\n\n"
         for one, head in zip(made, heads, strict=True)
@@ -194,8 +250,8 @@ def test_kinds_of_prompts_are_judged_apart() -> None:
 def test_every_recipe_is_one_that_mergekit_knows() -> None:
     for row in board.ROWS:
         for strength in row.strengths:
-            config = MergeConfiguration.model_validate(row.recipe(TRIO / "instruct", strength))
-            assert str(TRIO / "instruct") in {str(m.model) for m in config.referenced_models()}
+            config = MergeConfiguration.model_validate(row.recipe(TRIO, strength))
+            assert str(TRIO / "agent") in {str(m.model) for m in config.referenced_models()}
 
 
 def test_the_page_says_what_the_results_say(found: dict[str, Any]) -> None:
