@@ -133,7 +133,7 @@ def _plot() -> list[str]:
     )
     y = place(0, ceiling())[1]
     shown.append(f'<path class="rule" d="M{left} {y:.0f}H{left + width}"/>')
-    shown.append(_text(left + 4, y + 16, "about the most that a merge can reach", "small soft"))
+    shown.append(_text(left + 4, y - 7, "about the most that a merge can reach", "small soft"))
     points = {name: place(*values) for name, values in table().items()}
     crowd = sorted((at for at in points.values() if at[0] < left + width / 2), key=_from_right)
     for name, at in points.items():
