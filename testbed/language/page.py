@@ -18,6 +18,7 @@ TRIOS = {
     "trio-s1-quick": " of seed 1",
     "trio-s2": " of seed 2",
     "trio-s2-again": " of seed 2 again",
+    "trio-s2-third": " of seed 2 now",
 }
 TRIED = {
     "plain_right": "plain right",
