@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from testbed.language import vote_page
 from testbed.language.board import Board, load_rows
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.lessons import LESSONS
@@ -103,8 +104,9 @@ def vote(options: argparse.Namespace) -> None:
 
 
 def page(options: argparse.Namespace) -> None:
-    """The results page, from the rows of all trios."""
+    """The results page, from the rows of all trios, and what the companions' page has of them."""
     print(write_page(options.results))
+    print(vote_page.write_page(options.results))
 
 
 def _parser() -> argparse.ArgumentParser:

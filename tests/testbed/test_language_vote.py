@@ -1,5 +1,6 @@
-"""RCP-Merging's vote against its formulas, and its controls."""
+"""RCP-Merging's vote against its formulas, its controls, and what the page says of it."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -8,17 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from doc_blocks import ROOT
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from rain_mergekit.system.shipped_files import TRIO
 from testbed.judging.intervals import packed
-from testbed.language import vote
+from testbed.language import vote, vote_page
 from testbed.language.making import merged
 from testbed.language.sets import prompt_record
 from testbed.language.tasks import draw_task
 from testbed.language.voting import (
     EVEN,
+    FACTS,
     RANDOM,
     REST,
     VOTE,
@@ -202,3 +205,22 @@ def test_differences_are_of_the_same_prompts() -> None:
         assert value == 0.5
         assert 0.3 < low < 0.45
         assert 0.55 < high < 0.7
+
+
+@pytest.mark.parametrize(
+    ("lows", "begins"), [((0.1, 0.2), "**To be built"), ((0.1, -0.1), "**Not built")]
+)
+def test_the_decision_is_that_of_the_intervals(lows: tuple[float, float], begins: str) -> None:
+    against = [
+        {"first": VOTE, "second": f"{RANDOM} {n}", "difference": {"both": [low + 0.1, low, 0.5]}}
+        for n, low in enumerate(lows)
+    ]
+    assert vote_page.verdict({"comparisons": against}).startswith(begins)
+
+
+def test_the_page_says_what_its_rows_say() -> None:
+    results = ROOT / "testbed" / "results" / "language"
+    text = vote_page.PAGE.read_text(encoding="utf-8")
+    assert vote_page.written(text, results) == text
+    facts = json.loads((results / vote_page.ROWS / FACTS).read_text(encoding="utf-8"))
+    assert f"{facts['texts']['instruction']} instruction" in text
