@@ -32,6 +32,8 @@ LOG = logging.getLogger(__name__)
 # Nats: what a token counts for where both teachers agree, a tenth of the mean token's in the
 # testbed. These are most of the tokens, and the answer has to stay right there.
 FLOOR = 0.1
+# For a token that the reasoning model excludes altogether, whose divergence has no bound.
+MOST = 20.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class AnswerReader:
             apart = self._divergences(part, progress)
             for place, values in zip(places, apart, strict=True):
                 place.copy_(values)
-        factors = self.world.sum(found).clamp(min=0.0) + FLOOR
+        # Where a model overflows, the text is named when it is fitted.
+        found = self.world.sum(found).nan_to_num(nan=0.0, posinf=MOST)
+        factors = found.clamp(min=0.0) + FLOOR
         taught = [
             replace(text, emphasis=tuple(part.tolist()))
             for text, part in zip(texts.instruction, torch.split(factors, lengths), strict=True)
@@ -78,6 +82,8 @@ class AnswerReader:
     def _divergences(self, texts: StreamTexts, progress: Progress) -> Iterator[Tensor]:
         """KL(instruct || reasoning) at the answer tokens (n) of each text, float64."""
         own = [text.input_ids for text in texts.instruction]
+        if not own:  # more processes than texts
+            return
         with ExitStack() as stack:
             pairs = ((self.own, own), (self.other, [one.input_ids for one in texts.readings]))
             stores = []

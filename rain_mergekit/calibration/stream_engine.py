@@ -230,6 +230,8 @@ class StreamEngine:
                 zip(texts.readings, texts.instruction, strict=True)
             )
         ]
+        if not lessons:  # more processes than texts
+            return []
         strength = self._settings.teacher_strength
         if self._settings.teacher == "contrast":
             return [

@@ -78,13 +78,19 @@ def test_two_processes_give_the_same_file_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wide", [False, True])
-def test_two_processes_fit_what_one_fits(tmp_path: Path, wide: bool) -> None:
-    """wide: within the directions of all tokens, because sums of d x d just exceed the budget."""
+@pytest.mark.parametrize("kind", ["sums", "directions", "one answer"])
+def test_two_processes_fit_what_one_fits(tmp_path: Path, kind: str) -> None:
+    """directions: those of all tokens, because sums of d x d just exceed the budget.
+
+    one answer: a process has none to read.
+    """
     settings = {"fit": "streams", "stream_rank_share": 1.0, "stream_epsilon": 0.1}
     one = Tiny.make(tmp_path, "llama", intermediate_size=640).using(**settings)
     two = one.using(calibration="two.rain.safetensors", **settings)
-    budget = 2 * sums_bytes(640) - wide
+    budget = 2 * sums_bytes(640) - (kind == "directions")
+    if kind == "one answer":
+        data = tmp_path / "instruction.jsonl"
+        data.write_text(data.read_text().splitlines()[0] + "\n")
     one.calibrate(activation_budget=budget)
     done = torchrun(two, "--activation-budget", str(budget))
     assert done.returncode == 0, done.stderr
