@@ -95,7 +95,7 @@ def test_a_calibration_says_where_its_time_went(tmp_path: Path) -> None:
         (tiny.folder / role / "model.safetensors").stat().st_size
         for role in ("reasoning", "instruct")
     )
-    assert 0 < found["bytes"]["load"] <= stored
+    assert 0 < found["bytes"]["load"] <= 2 * stored  # once to compare the answers, once to fit
     assert "load" in found["reader"]
     for words in ("waiting for weights", "forward passes", "solving", "GB/s"):
         assert words in done.output
