@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rain_mergekit.calibration.layer_passes import LayerPasses, embed
+from rain_mergekit.calibration.layer_passes import LayerPasses
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.stream_texts import StreamTexts
@@ -25,6 +25,7 @@ from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.next_tokens import diverging
+from rain_mergekit.capture.streams import embed
 from rain_mergekit.capture.text_batches import batches
 from rain_mergekit.system.distributed import World
 

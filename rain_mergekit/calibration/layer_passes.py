@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rain_mergekit.calibration.stream_types import HiddenStates
 from rain_mergekit.capture.layer_calls import LayerCall, run_layer
-from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.capture.linear_outputs import (
     LayerCutShort,
     LinearOutput,
@@ -121,16 +120,3 @@ class LayerPasses:
 
     def _call(self, text: int) -> LayerCall:
         return self._states.calls[text][self._index]
-
-
-def embed(
-    layerwise: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[HiddenStates]
-) -> None:
-    """Embed each text once, for all streams that carry it; they share its layer calls."""
-    # Longest first, so that shorter texts share the memory of its rotary tables.
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    recorded = layerwise.record([texts[index] for index in order])
-    for index, (hidden, calls) in zip(order, recorded, strict=True):
-        for stream in streams:
-            stream.store.put(index, hidden)
-            stream.calls[index] = calls

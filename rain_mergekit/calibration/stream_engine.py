@@ -19,7 +19,6 @@ from rain_mergekit.calibration.layer_names import (
     layer_shapes,
     matrix_names,
 )
-from rain_mergekit.calibration.layer_passes import embed
 from rain_mergekit.calibration.lm_head import find_head
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.result_writer import ResultWriter
@@ -37,6 +36,7 @@ from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.capture.streams import embed
 from rain_mergekit.capture.text_batches import batches
 from rain_mergekit.checks.thinking_likelihood import Likelihood, likelihood, shortest
 from rain_mergekit.models.loading import read_model_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -74,10 +74,14 @@ def build_streams(
             layerwise.device if keep_on_device else torch.device("cpu"),
         )
         budget -= store.memory_bytes
-        streams[plan.name] = Stream(plan.name, store, [], plan.positions, plan.samples, plan.merged)
+        calls: list[Sequence[LayerCall]] = [()] * len(plan.samples)
+        streams[plan.name] = Stream(
+            plan.name, store, calls, plan.positions, plan.samples, plan.merged
+        )
     try:
         for members in _by_samples(plans):
-            _embed(layerwise, members[0].samples, [streams[plan.name] for plan in members])
+            texts = [sample.input_ids for sample in members[0].samples]
+            embed(layerwise, texts, [streams[plan.name] for plan in members])
     except BaseException:  # no caller can close them yet
         for stream in streams.values():
             stream.store.close()
@@ -93,14 +97,31 @@ def _by_samples(plans: Sequence[StreamPlan]) -> list[list[StreamPlan]]:
     return list(found.values())
 
 
-def _embed(layerwise: LayerwiseModel, samples: TokenSamples, streams: Sequence[Stream]) -> None:
-    """Embed each sample once, for all streams that carry it; they share its layer calls."""
-    # Longest first, so that shorter samples share the memory of its rotary tables.
-    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
-    calls: list[Sequence[LayerCall]] = [()] * len(samples)
-    recorded = layerwise.record([samples[index].input_ids for index in order])
-    for index, (hidden, calls[index]) in zip(order, recorded, strict=True):
+class Carried(Protocol):
+    """What is embedded: a place for the hidden states of texts, and for their layer calls."""
+
+    @property
+    def store(self) -> ActivationStore:
+        """The hidden states, by text."""
+        ...
+
+    @property
+    def calls(self) -> list[Sequence[LayerCall]]:
+        """Of each text, a call for each layer."""
+        ...
+
+
+def embed(
+    layerwise: LayerwiseModel, texts: Sequence[Sequence[int]], streams: Sequence[Carried]
+) -> None:
+    """Embed each text once, for all streams that carry it; they share its layer calls.
+
+    Every stream has a place for each text, in the same order.
+    """
+    # Longest first, so that shorter texts share the memory of its rotary tables.
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    recorded = layerwise.record([texts[index] for index in order])
+    for index, (hidden, calls) in zip(order, recorded, strict=True):
         for stream in streams:
             stream.store.put(index, hidden)
-    for stream in streams:
-        stream.calls.extend(calls)
+            stream.calls[index] = calls
