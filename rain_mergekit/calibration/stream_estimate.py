@@ -122,13 +122,14 @@ def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
     read = 2 * shape.model_bytes * (2 if work.before else 1)
     heads = 4.0 * work.compared * shape.vocabulary * shape.hidden  # both models' products
     done += Operations(products=heads)
+    forward = _forward_flops(shape, work) + heads
     return Estimate(
         memory=max(_phases(shape, work, kept), key=lambda parts: sum(parts.values())),
         work_disk=spilled + 2 * hidden + written,
         file_bytes=written,
         read_bytes=read,
-        forward_flops=_forward_flops(shape, work) + heads,
-        statistics_flops=done.products + done.double - _forward_flops(shape, work) - heads,
+        forward_flops=forward,
+        statistics_flops=done.products + done.double - forward,
         rank=work.rank,
         operations=done + Operations(read=read, write=2.0 * written),
         file=FileChoices.of(shape.bytes_at, shape.model_bytes, shape.sides or (1,), work.rank),

@@ -17,6 +17,11 @@ ADDED = (0.3, 0.5, 0.7)  # its task vector's factor
 FLOAT = {"dtype": "float32", "out_dtype": "bfloat16"}  # one rounding, at the end
 
 
+def slug(name: str) -> str:
+    """A row's name as that of a file."""
+    return "".join(c if c.isalnum() or c == "." else "-" for c in name.lower())
+
+
 @dataclass(frozen=True)
 class Row:
     """A row: its strengths are tried on validation prompts, the best one is judged."""
@@ -30,7 +35,7 @@ class Row:
 
     @property
     def slug(self) -> str:
-        return "".join(c if c.isalnum() or c == "." else "-" for c in self.name.lower())
+        return slug(self.name)
 
 
 def _models(trio: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Config]:

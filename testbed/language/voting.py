@@ -16,7 +16,7 @@ from testbed.language import vote
 from testbed.language.board import ROLES, Board
 from testbed.language.judging import model_digest, write_json
 from testbed.language.making import digest, digest_of_sets
-from testbed.language.recipes import Config, Row, masked, task_arithmetic
+from testbed.language.recipes import Config, Row, masked, slug, task_arithmetic
 from testbed.models.loading import load_model, load_tokenizer
 from testbed.puzzles.records import Record, read_lines
 
@@ -122,10 +122,6 @@ def _masks(published: vote.Weights, even: vote.Weights) -> Iterator[tuple[str, v
     for seed in SEEDS:
         yield f"{RANDOM} {seed}", vote.at_random(published, seed)
     yield f"{RANDOM}, even penalty", vote.at_random(even, SEEDS[0])
-
-
-def slug(name: str) -> str:
-    return Row(name, (), task_arithmetic).slug
 
 
 def fill(board: Board, first: int | None = None) -> Found:

@@ -17,6 +17,7 @@ from rain_mergekit.system.shipped_files import TRIO
 from testbed.judging.intervals import packed
 from testbed.language import vote, vote_page
 from testbed.language.making import merged
+from testbed.language.recipes import slug
 from testbed.language.sets import prompt_record
 from testbed.language.tasks import draw_task
 from testbed.language.voting import (
@@ -28,7 +29,6 @@ from testbed.language.voting import (
     Texts,
     Voting,
     comparisons,
-    slug,
 )
 from testbed.models.loading import load_model, load_tokenizer, render
 from testbed.puzzles.records import Record, read_lines
