@@ -8,24 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored_changes import products
 from tiny import INSTRUCTION, Tiny
 from torch import Tensor
 
 from rain_mergekit.calibration import answer_emphasis
 from rain_mergekit.calibration.token_teachers import GROUPS, TaughtText, token_weights, weights_of
-from rain_mergekit.calibration_file.reader import CalibrationFile
 
 TOTALS = {"prompts": 0.5, "markers": 1.0, "thinking": 1.0, "answers": 1.0, "responses": 0.5}
-
-
-def factors(tiny: Tiny) -> dict[str, Tensor]:
-    file = CalibrationFile.open(tiny.path)
-    found = {}
-    for name, plan in file.tensors.items():
-        pair = file.change(plan)
-        assert pair is not None
-        found[name] = pair[0].double() @ pair[1].double().mT
-    return found
 
 
 def differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -48,10 +38,10 @@ def swap_numbers(tiny: Tiny) -> None:
 def test_even_weighs_all_answer_tokens_alike(tmp_path: Path) -> None:
     tiny = Tiny.make(tmp_path, "llama").using(fit="streams")
     tiny.calibrate()
-    weighed = factors(tiny)
+    weighed = products(tiny.path)
     even = tiny.using("even.rain.safetensors", fit="streams", stream_emphasis="even")
     even.calibrate()
-    assert differ(weighed, factors(even))
+    assert differ(weighed, products(even.path))
 
 
 def test_tokens_with_two_numbers_cannot_be_compared(
@@ -70,7 +60,7 @@ def test_tokens_with_two_numbers_cannot_be_compared(
         accept=["no_thinking"],
     )
     even.calibrate()
-    assert not differ(factors(tiny), factors(even))
+    assert not differ(products(tiny.path), products(even.path))
 
 
 def test_a_group_weighs_what_it_should_however_its_tokens_share_that() -> None:

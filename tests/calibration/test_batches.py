@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from stored_changes import products
 from tiny import FAMILIES, Tiny
 from torch import Tensor, nn
 
 from rain_mergekit.calibration import layer_passes
 from rain_mergekit.calibration.fit_rule import sums_bytes
-from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.capture.layer_calls import LayerCall, run_layer
 from rain_mergekit.capture.text_batches import TextBatch, agree, batches
 from rain_mergekit.models.attention import BlockMask
@@ -23,16 +22,6 @@ from rain_mergekit.models.attention import BlockMask
 # One penalty for both, as the choice between two that are as good may fall either way.
 FIXED = {"fit": "streams", "stream_rank_share": 1.0, "max_rank": 1000, "stream_epsilon": 0.01}
 TOGETHER = 4096  # tokens: all texts of a set
-
-
-def products(path: Path) -> Mapping[str, Tensor]:
-    """A Bᵀ of every weight."""
-    file, found = CalibrationFile.open(path), {}
-    for name, plan in file.tensors.items():
-        factors = file.change(plan)
-        assert factors is not None
-        found[name] = factors[0].double() @ factors[1].double().mT
-    return found
 
 
 def counted(tiny: Tiny, **options: Any) -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import make
 from hangs import HANGS
+from stored_changes import products
 from tiny import Tiny
 from torch import Tensor
 
@@ -117,16 +118,6 @@ def test_two_processes_fit_the_same_experts_and_the_same_head(tmp_path: Path) ->
     assert expected.keys() == found.keys()
     for name, change in expected.items():
         torch.testing.assert_close(found[name], change, rtol=1e-3, atol=1e-5)
-
-
-def products(path: Path) -> Mapping[str, Tensor]:
-    """A Bᵀ of every weight."""
-    file, found = CalibrationFile.open(path), {}
-    for name, plan in file.tensors.items():
-        factors = file.change(plan)
-        assert factors is not None
-        found[name] = factors[0].double() @ factors[1].double().mT
-    return found
 
 
 def test_more_processes_than_samples_are_refused(tmp_path: Path) -> None:

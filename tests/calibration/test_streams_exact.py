@@ -17,6 +17,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from stored_changes import products
 from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
 from torch import Tensor, nn
 
@@ -267,13 +268,8 @@ def by_rule(removed: Mapping[float, float]) -> float:
 
 
 def changes(tiny: Tiny) -> dict[str, Tensor]:
-    file = CalibrationFile.open(tiny.path)
-    found = {}
-    for name, plan in file.tensors.items():
-        factors = file.change(plan)
-        assert factors is not None
-        found[name.removesuffix(".weight")] = factors[0].double() @ factors[1].double().mT
-    return found
+    found = products(tiny.path)
+    return {name.removesuffix(".weight"): change for name, change in found.items()}
 
 
 def agree(tiny: Tiny, reference: Reference, **options: Any) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from commands import Workplace, make_models, make_workplace, refused, run, succeed
+from commands import Workplace, refused, run, succeed
 from quantised import Maker, bitsandbytes, eight_bits, four_bits, quantise
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,16 +18,6 @@ from rain_mergekit.dequantize.quant_state import read_state
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def place(tmp_path: Path, models: Path) -> Workplace:
-    return make_workplace(tmp_path, models, samples=3)
 
 
 def random(*shape: int) -> Tensor:

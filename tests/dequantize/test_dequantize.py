@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import ROLES, Workplace, make_models, make_workplace, refused, run, succeed
+from commands import ROLES, Workplace, refused, run, succeed
 from mergekit.common import ModelReference
 from merging import merge as stock_merge
 from quantised import (
@@ -46,16 +46,6 @@ FORMATS: Mapping[str, tuple[Mapping[str, Any], Maker]] = {
     "pretrained": (ROWS, fp8_rows),
 }
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def place(tmp_path: Path, models: Path) -> Workplace:
-    return make_workplace(tmp_path, models, samples=3)
 
 
 def test_quantised_trio_is_dequantised_and_merged(place: Workplace) -> None:

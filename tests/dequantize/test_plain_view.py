@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROLES, Workplace, make_models, make_workplace, refused, run, succeed
+from commands import ROLES, Workplace, refused, run, succeed
 from merging import merge as stock_merge
 from quantised import FP8_SECTION, fp8_blocks, mxfp4, quantise
 from safetensors.torch import load_file, save_file
@@ -19,16 +19,6 @@ from torch import Tensor
 
 from rain_mergekit.dequantize.plain_view import PlainView, plain_view
 from rain_mergekit.models.loading import LoadOptions, open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def place(tmp_path: Path, models: Path) -> Workplace:
-    return make_workplace(tmp_path, models, samples=3)
 
 
 def with_copies(place: Workplace, roles: tuple[str, ...]) -> Path:
