@@ -14,6 +14,7 @@ from rain_mergekit.calibration.file_choices import FileChoices
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.commands.console import Console, duration, size
+from rain_mergekit.commands.moving_bar import moving_bar
 from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import default_dtype, open_model, read_model_config
@@ -24,12 +25,16 @@ _TERA = 1e12
 
 def show_plan(config: RainConfig, options: RunOptions, console: Console) -> Estimate:
     """Memory by part, disk, operations, minutes on this machine, and the sizes of the file."""
-    found = plan(config, options)
-    model_config = read_model_config(open_model(config.reasoning, options.load))
-    dtype = options.dtype or default_dtype(model_config, options.device)
-    folder = next(p for p in config.calibration.absolute().parents if p.is_dir())
-    if not console.quiet:
-        show_estimate(found, rates_here(options.device, dtype, folder), console)
+    with moving_bar(2, "planning", console) as bar:
+        found = plan(config, options)
+        if console.quiet:
+            return found
+        bar.update()
+        model_config = read_model_config(open_model(config.reasoning, options.load))
+        dtype = options.dtype or default_dtype(model_config, options.device)
+        folder = next(p for p in config.calibration.absolute().parents if p.is_dir())
+        rates = rates_here(options.device, dtype, folder)
+    show_estimate(found, rates, console)
     return found
 
 

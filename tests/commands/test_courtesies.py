@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,6 +65,7 @@ main()
 def on_terminal(*argv: object) -> str:
     """All that a terminal is sent."""
     main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-c", AT_ONCE, *map(str, argv)]
     with subprocess.Popen(command, stdout=side, stderr=side, stdin=subprocess.DEVNULL):
         os.close(side)
@@ -79,7 +83,18 @@ def test_a_terminal_is_told_that_a_command_is_starting(tmp_path: Path) -> None:
     tiny.config()
     config = tiny.path.with_suffix(".yml")
     told = on_terminal("check", config)
-    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[K[^\r\x1b]*\x1b\[1mmodels", told), told
+    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[K[^\x1b]*\x1b\[1mmodels", told), told
     told = on_terminal("check", tmp_path / "none.yml")
     assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[KError: ", told), told
     assert "starting" not in on_terminal("merge", tmp_path / "none.yml", tmp_path, "--quiet")
+
+
+def test_a_bar_moves_while_a_plan_measures_the_machine(tmp_path: Path) -> None:
+    """And is gone before the first line of the result."""
+    tiny = Tiny.make(tmp_path, "llama")
+    tiny.config()
+    told = on_terminal("calibrate", tiny.path.with_suffix(".yml"), "--plan")
+    before, _, after = told.partition("This calibration needs")
+    assert after, told
+    assert "planning" in before, told
+    assert "planning" not in after
