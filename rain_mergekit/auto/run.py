@@ -101,7 +101,8 @@ def _check(job: Job, roles: Mapping[str, Candidate], console: Console) -> tuple[
         console.warn(text)
     places = Places(Path("auto.rain.safetensors"), Path(sets.reasoning), Path(sets.instruction))
     config = parse_config(configuration(roles, folders, places, request), "mergekit-rain auto")
-    needs = needs_of(config, roles, job.run)
+    with moving_bar(1, "planning", console):
+        needs = needs_of(config, roles, job.run)
     require_found({role: one.checkpoint for role, one in roles.items()})
     return sets, needs
 
