@@ -78,6 +78,14 @@ class FileSummary:
     preset: PresetUse | None = None
     gamma: float = 0.0
 
+    @property
+    def listed(self) -> dict[str, str]:
+        """The models by role, without a reasoning model that stands for the pretrained one too."""
+        found = dict(self.models)
+        if found.get("pretrained") == found.get("reasoning"):
+            found.pop("pretrained", None)
+        return found
+
 
 def summarise(file: CalibrationFile) -> FileSummary:
     """Read header and head statistics; bases stay on disk. RainError if a statistic is damaged."""

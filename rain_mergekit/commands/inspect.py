@@ -70,7 +70,7 @@ def _screen(summary: FileSummary, *, blocks: bool) -> list[str]:
     about = f"{size(summary.bytes)}, {counted(summary.tensors, 'weight')} to merge"
     lines = [_head(summary.path), f"  for merge_method: {summary.kind}"]
     lines += [f"  {about}; written by {clean(summary.created_by)}"]
-    lines += [_head("Models"), *_table(list(summary.models.items()))]
+    lines += [_head("Models"), *_table(list(summary.listed.items()))]
     if summary.data:
         lines += [
             _head("Data"),

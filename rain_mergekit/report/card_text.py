@@ -31,7 +31,7 @@ def two_columns(rows: Iterable[tuple[str, str]]) -> str:
 
 def opening_rows(strength: Any, summary: FileSummary) -> Iterator[tuple[str, str]]:
     """The models by role and the strength, as rows of the table."""
-    for role, reference in summary.models.items():
+    for role, reference in summary.listed.items():
         yield f"{role} model", model_link(reference)
     yield "strength λ", code(strength if isinstance(strength, str) else json.dumps(strength))
 

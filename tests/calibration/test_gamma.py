@@ -170,7 +170,15 @@ def test_what_is_shown_of_it(tiny: Tiny) -> None:
     alone = tiny.using("alone.rain.safetensors", gamma=1.0)
     calibrate(alone.config(models=tiny.content()["models"][:1]), RunOptions(quiet=True))
     two = CalibrationFile.open(alone.path)
-    assert "Δ = W_instruct − W_reasoning" in section(tiny.config(), summarise(two))  # noqa: RUF001
+    card = section(tiny.config(), summarise(two))
+    assert "Δ = W_instruct − W_reasoning" in card  # noqa: RUF001
+    page = tiny.folder / "alone.html"
+    succeed("report", alone.path, "-o", page)
+    for said in (card, succeed("inspect", alone.path)):
+        assert "pretrained" not in said
+    listed = page.read_text()
+    assert ">instruct model</th>" in listed
+    assert ">pretrained model</th>" not in listed
 
 
 def strangers(tiny: Tiny, folder: Path, role: str) -> Tiny:
