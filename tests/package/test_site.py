@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, and loads nothing from elsewhere."""
+"""The documentation as a site: it builds without a warning, loads nothing from elsewhere, fits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,37 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from browser import WIDTHS, browse, find, serving
 from doc_blocks import PAGES, ROOT
 from hangs import HANGS
 
 import rain_mergekit
+
+# Shows each page in a frame as wide as a phone, a tablet and a desk. The title says what does
+# not fit: a page that scrolls sideways, a table on a desk that does, a name in a table's first
+# column that is broken; and pages without the theme that was asked for.
+MEASURE = """<!DOCTYPE html><title>waiting</title>%s
+<script>onload = () => {
+  const found = [];
+  for (const frame of document.querySelectorAll("iframe")) {
+    const page = frame.contentDocument, root = page.documentElement;
+    const say = text => found.push(`${frame.getAttribute("src")} at ${frame.width}: ${text}`);
+    for (const width of %s) {
+      frame.width = width;
+      frame.getBoundingClientRect();
+      if (root.scrollWidth > root.clientWidth) say("scrolls sideways");
+      for (const table of page.querySelectorAll(".md-typeset table")) {
+        const box = table.closest(".md-typeset__scrollwrap") ?? table.parentElement;
+        if (width >= 1280 && box.scrollWidth > box.clientWidth)
+          say(`a table scrolls: ${box.innerText.slice(0, 40)}`);
+        for (const code of table.querySelectorAll("td:first-child code"))
+          if (code.getClientRects().length > 1) say(`${code.textContent} is broken`);
+      }
+    }
+    if (page.body.dataset.mdColorScheme !== "%s") say(page.body.dataset.mdColorScheme);
+  }
+  document.title = `measured: ${found.join("; ")}`;
+}</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +117,25 @@ def test_links_and_pictures_are_on_the_site(site: Path) -> None:
             assert (site / place.split("?")[0]).exists(), f"{name}: {link}"
             if anchor and place in pages and not anchor.startswith("__"):
                 assert anchor in pages[place].ids, f"{name}: {link}"
+
+
+@pytest.mark.parametrize(("scheme", "named"), [("light", "default"), ("dark", "slate")])
+def test_pages_fit_a_phone_a_tablet_and_a_desk(
+    site: Path, scheme: str, named: str, tmp_path: Path
+) -> None:
+    program = find()
+    names = sorted(str(page.relative_to(site)) for page in site.rglob("*.html"))
+    measure = site / "measure.html"
+    wide = sorted(WIDTHS, reverse=True)  # so that nothing slides in while it is measured
+    frames = "".join(
+        f'<iframe src="{name}" width="{wide[0]}" height="800"></iframe>' for name in names
+    )
+    measure.write_text(MEASURE % (frames, wide, named), encoding="utf-8")
+    try:
+        with serving(site) as address:
+            said = browse(program, f"{address}/measure.html", tmp_path / scheme, scheme).stdout
+    finally:
+        measure.unlink()
+    title = re.search(r"<title>(.*?)</title>", said)
+    assert title is not None
+    assert unescape(title[1]) == "measured: "
