@@ -152,10 +152,7 @@ class StreamLayer:
         goals = dict(
             zip(site.outputs, torch.split(rows, list(site.outputs.values()), dim=1), strict=True)
         )
-        errors = {
-            one: goals[one] - batch.part(found[one].rows, number) / found[one].factor
-            for one in wanted
-        }
+        errors = {one: _lack(goals[one], found[one], batch, number) for one in wanted}
         inputs = batch.part(found[wanted[0]].inputs, number)
         self._require_finite(name, text, inputs, *errors.values())
         return inputs, errors
@@ -259,9 +256,7 @@ class StreamLayer:
                 continue
             count = there[0].inputs.shape[0]
             rows = [
-                found[one].rows / found[one].factor
-                if one in found
-                else there[0].rows.new_zeros(count, size)
+                _goal(found[one]) if one in found else there[0].rows.new_zeros(count, size)
                 for one, size in site.outputs.items()
             ]
             yield name, torch.cat(rows, 1)
@@ -272,3 +267,17 @@ class StreamLayer:
                 f"{self.name}.{name}: the hidden states of sample {text.source} contain NaN or Inf "
                 "there: a model overflows; try --dtype float32, or remove the sample"
             )
+
+
+def _goal(found: LinearOutput) -> Tensor:
+    """What a teacher's map gives; of one that passes a norm, the residual stream after it."""
+    return found.rows if found.normed else found.rows / found.factor
+
+
+def _lack(goal: Tensor, found: LinearOutput, batch: TextBatch, number: int) -> Tensor:
+    """What the map's own output lacks of its target at the tokens of one text."""
+    rows = batch.part(found.rows, number)
+    if found.normed is None:
+        return goal - rows / found.factor
+    size = batch.part(found.normed.size, number)
+    return found.normed.undone(goal - rows, size) / found.factor

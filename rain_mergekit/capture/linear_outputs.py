@@ -2,8 +2,9 @@
 
 The output of a linear map is followed through scalings by a number, views, casts, dropout and sums
 until anything else uses it. For a map that writes to the residual stream the end of that chain is
-the residual stream after the map; for other maps it is their own output. What the routed experts
-of a layer give together is followed in the same way.
+the residual stream after the map; for other maps it is their own output. A norm between the map and
+the residual stream is followed too. What the routed experts of a layer give together is followed in
+the same way, but through no norm.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rain_mergekit.capture.passed_norms import NormHooks, PassedNorm
 from rain_mergekit.capture.product_hook import WeightProductHook
 from rain_mergekit.models.experts import ExpertsCall, ExpertsObserver, observe_experts
 
@@ -48,7 +50,8 @@ class LinearOutput:
     """One linear map in one pass.
 
     inputs: what it received, (n, d_in) for a text of n tokens. value: the end of its chain, with
-    one row a token. factor: by how much its output was multiplied on the way there.
+    one row a token. factor: by how much its output was multiplied on the way there. normed: the
+    norm that it passed.
     """
 
     name: str
@@ -57,12 +60,19 @@ class LinearOutput:
     value: Tensor
     factor: float = 1.0
     summed: bool = False
+    normed: PassedNorm | None = None
     _version: int = field(default=0, repr=False)
 
     @property
     def rows(self) -> Tensor:
         """The end of the chain, (n, width)."""
         return self.value.reshape(self.inputs.shape[0], -1)
+
+    def settle(self) -> None:
+        """What follows a norm is the end of the chain only where it came to a sum."""
+        if self.normed is not None and not self.summed:
+            self.follow(self.normed.inputs)
+            self.normed = None
 
     @property
     def altered(self) -> bool:
@@ -112,6 +122,7 @@ class LinearOutputs(WeightProductHook):
         self.unfit: set[str] = set()
 
     def __enter__(self) -> LinearOutputs:  # noqa: PYI034 - Self needs Python 3.11
+        self._stack.enter_context(NormHooks(self._layer, self._enter_norm, self._leave_norm))
         super().__enter__()  # type: ignore[no-untyped-call]
         if self._wanted is None:
             observer = ExpertsObserver(lambda _: None, lambda *_: None, self._routed)
@@ -163,6 +174,8 @@ class LinearOutputs(WeightProductHook):
 
     def outputs(self) -> dict[str, LinearOutput]:
         """The recorded outputs in the order of the products, without unfit ones."""
+        for one in self.found.values():
+            one.settle()
         return {n: one for n, one in self.found.items() if n not in self.unfit and not one.altered}
 
     def experts(self) -> dict[str, RoutedOutput]:
@@ -228,6 +241,19 @@ class LinearOutputs(WeightProductHook):
             output.follow(result, factor, summed=summed)
         for tensor in used:
             self._open.pop(id(tensor), None)
+        self._keep(result, outputs)
+
+    def _enter_norm(self, inputs: Tensor) -> list[LinearOutput]:
+        """The chains that go on after the norm: those of one map that has met no sum."""
+        outputs = self._open.get(id(inputs), [])
+        if any(one.summed or one.name not in self.found for one in outputs):
+            return []
+        return self._open.pop(id(inputs), [])
+
+    def _leave_norm(self, outputs: list[LinearOutput], passed: PassedNorm, result: Tensor) -> None:
+        for output in outputs:
+            output.follow(result)
+            output.normed = passed
         self._keep(result, outputs)
 
     def _stop_when_done(self) -> None:

@@ -30,6 +30,12 @@ from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 WEIGHTS = {"prompts": 0.5, "markers": 1.0, "thinking": 1.0, "answers": 1.0, "responses": 0.5}
 EPSILON = 0.01
 UNTAUGHT = "untaught"
+# The module whose input is the residual stream after attention, where it is another one.
+AFTER_ATTENTION = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "olmo2": "mlp",
+}
 WHOLE = {"fit": "streams", "stream_rank_share": 1.0, "max_rank": 1000, "stream_epsilon": EPSILON}
 
 
@@ -97,7 +103,10 @@ class Hooks:
                 module.register_forward_pre_hook(self._experts(name))
         for index, layer in enumerate(model.model.layers):
             prefix = f"model.layers.{index}."
-            layer.post_attention_layernorm.register_forward_pre_hook(
+            after_attention = AFTER_ATTENTION.get(
+                model.config.model_type, "post_attention_layernorm"
+            )
+            layer.get_submodule(after_attention).register_forward_pre_hook(
                 lambda _, args, p=prefix: self.outputs.update({f"{p}after attention": args[0][0]})
             )
             layer.register_forward_hook(
