@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from testbed.language import vote_page
+from testbed.language import questions, vote_page
 from testbed.language.board import Board, load_rows
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.lessons import LESSONS
 from testbed.language.origin import FAMILIES, gguf_file
-from testbed.language.page import write_page
+from testbed.language.page import write_pages
 from testbed.language.recipes import companions, rain_rows, rivals
 from testbed.language.sets import Samples, write_prompts, write_sets
 from testbed.language.table import table, write_table
@@ -104,9 +104,11 @@ def vote(options: argparse.Namespace) -> None:
 
 
 def page(options: argparse.Namespace) -> None:
-    """The results page, from the rows of all trios, and what the companions' page has of them."""
-    print(write_page(options.results))
+    """The results pages, from the rows of all trios, and what other pages have of them."""
+    for path in write_pages(options.results):
+        print(path)
     print(vote_page.write_page(options.results))
+    print(questions.write_page(options.results))
 
 
 def _parser() -> argparse.ArgumentParser:

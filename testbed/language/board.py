@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.judging.strengths import beyond_edge
+from testbed.language.fits import fit_of
 from testbed.language.generating import Output
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
@@ -142,11 +143,13 @@ class Board:
             start = time.monotonic()
             config = configuration(row, strength, self.trio, self.work)
             out = merged(config, self.work / f"merged-{os.getpid()}")
-            made = time.monotonic() - start
+            making = time.monotonic() - start
             found = judge.measure(out)
-            seconds = {"making": round(made), "judging": round(time.monotonic() - start - made)}
+            seconds = {"making": round(making), "judging": round(time.monotonic() - start - making)}
             LOG.info("%s at %g, %s: %s, %s", row.name, strength, split, _brief(found), seconds)
-            return {**found, "seconds": seconds, "model": model_digest(out)}
+            made = {**found, "seconds": seconds, "model": model_digest(out)}
+            fit = fit_of(Path(config["parameters"]["calibration"])) if row.rain else None
+            return {**made, "fit": fit} if fit else made
 
         return cached(self.work / "rows" / f"{row.slug}@{strength:g}.{split}.json", key, make)
 

@@ -1,24 +1,33 @@
-"""The board's part of docs/results-language.md: the table, and the first paragraph."""
+"""What docs/results-language.md and the page of earlier boards say of the rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.board.tables import between, markdown, percent, small
+from testbed.board.tables import between, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
 from testbed.language.frontier import draw
 from testbed.language.table import FIRST, table
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results-language.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "results-language.md"
+EARLIER = DOCS / "results-language-earlier.md"
 OURS = "rain"
-# What the parts of the page are named after, by the folder of the rows they are written from.
+DEFAULTS = "rain, streams"
+# What the parts of a page are named after, by the folder of the rows they are written from.
 TRIOS = {
-    "trio-s0-third": "",
-    "trio-s0": " of seed 0 before",
-    "trio-s1-quick": " of seed 1",
-    "trio-s2": " of seed 2",
-    "trio-s2-again": " of seed 2 again",
-    "trio-s2-third": " of seed 2 now",
+    PAGE: {
+        "trio-s0-third": "",
+        "trio-s1-third": " of seed 1",
+        "trio-s2-third": " of seed 2",
+        "trio-gemma-s0": " of a second family",
+    },
+    EARLIER: {
+        "trio-s0": " of seed 0",
+        "trio-s1-quick": " of seed 1",
+        "trio-s2": " of seed 2",
+        "trio-s2-again": " of seed 2 again",
+    },
 }
 TRIED = {
     "plain_right": "plain right",
@@ -37,23 +46,55 @@ SWEPT = {
 }
 
 
-def write_page(results: Path) -> Path:
-    """Put what is written from rows into the page. results: the folder of all trios' rows."""
-    text = written(PAGE.read_text(encoding="utf-8"), results)
-    for trio, named in TRIOS.items():
-        draw(load_rows(results / trio), trio, f"the trio{named}")
-    PAGE.write_text(text, encoding="utf-8")
-    return PAGE
+def write_pages(results: Path) -> list[Path]:
+    """Put what is written from rows into both pages. results: the folder of all trios' rows."""
+    for page, trios in TRIOS.items():
+        text = written(page, results)
+        for trio, named in trios.items():
+            draw(load_rows(results / trio), trio, f"the trio{named}")
+        page.write_text(text, encoding="utf-8")
+    return list(TRIOS)
 
 
-def written(text: str, results: Path) -> str:
+def written(page: Path, results: Path) -> str:
     """The page's text with the parts that are written from rows."""
-    for trio, named in TRIOS.items():
+    text = page.read_text(encoding="utf-8")
+    for trio, named in TRIOS[page].items():
         rows = load_rows(results / trio)
         text = between(text, f"language verdict{named}", verdict(rows) + "\n")
         text = between(text, f"language table{named}", "\n" + table(rows) + "\n")
         text = between(text, f"language strengths{named}", "\n" + strengths(rows) + "\n")
-    return between(text, "language attempts", "\n" + attempts(results) + "\n")
+    if page == PAGE:
+        text = between(text, "language overview", "\n" + overview(results) + "\n")
+        text = between(text, "language attempts", "\n" + attempts(results) + "\n")
+    return text
+
+
+def overview(results: Path) -> str:
+    """A line a trio: what the defaults reach, beside the ceiling and the best merge of others."""
+    lines = []
+    for trio in TRIOS[PAGE]:
+        rows = {row["name"]: row for row in load_rows(results / trio)}
+        ours, ceiling = rows[DEFAULTS], _value(rows["ceiling"], "both")
+        rival = max(
+            (row for name, row in rows.items() if name not in FIRST and not name.startswith(OURS)),
+            key=_merit,
+        )
+        plain, kept = (_value(row, "plain_right") for row in (ours, rows["reasoning"]))
+        lines.append(
+            [
+                trio.removeprefix("trio-"),
+                with_interval(ours["numbers"]["both"]),
+                percent(ceiling),
+                percent(_value(ours, "both") / ceiling),
+                f"{percent(_value(rival, 'both'))} ({rival['name']})",
+                f"{percent(plain)} ({percent(kept)})",
+                percent(_value(ours, "whole_constrained")),
+                small(_value(ours, "L_think")),
+            ]
+        )
+    header = ["both", "ceiling", "% of it", "best of others", "plain right (reasoning model)"]
+    return markdown(["trio", *header, "whole", "L_think"], lines)
 
 
 def strengths(rows: Sequence[Mapping[str, Any]]) -> str:

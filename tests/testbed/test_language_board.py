@@ -11,13 +11,14 @@ import torch
 from doc_blocks import ROOT
 
 from rain_mergekit.system.shipped_files import TRIO
+from testbed.language import questions
 from testbed.language.board import Board, further, load_rows
 from testbed.language.frontier import IMAGES
 from testbed.language.generating import generate
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.making import configuration, merged
-from testbed.language.page import PAGE, TRIOS, written
+from testbed.language.page import TRIOS, written
 from testbed.language.recipes import FLOAT, companions, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
@@ -228,15 +229,24 @@ def test_the_table_puts_models_first_and_merges_by_both() -> None:
     ]
 
 
-def test_the_page_says_what_its_rows_say() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert written(text, ROOT / "testbed" / "results" / "language") == text
+@pytest.mark.parametrize("page", TRIOS)
+def test_the_pages_say_what_their_rows_say(page: Path) -> None:
+    assert written(page, ROOT / "testbed" / "results" / "language") == page.read_text("utf-8")
 
 
-@pytest.mark.parametrize("trio", TRIOS)
-def test_each_trio_has_a_picture_of_its_rows(trio: str) -> None:
+def test_the_page_of_questions_says_what_its_rows_say() -> None:
+    results = ROOT / "testbed" / "results" / "language"
+    assert questions.written(results) == questions.PAGE.read_text("utf-8")
+    names = {row["name"] for row in load_rows(results / questions.ANSWERED)}
+    assert names == set(questions.asked())
+
+
+@pytest.mark.parametrize(
+    ("page", "trio"), [(page, trio) for page, trios in TRIOS.items() for trio in trios]
+)
+def test_each_trio_has_a_picture_of_its_rows(page: Path, trio: str) -> None:
     text = (IMAGES / f"language-{trio}.svg").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text
     for row in load_rows(ROOT / "testbed" / "results" / "language" / trio):
         assert row["name"] in FIRST or row["name"] in text
-    assert f"img/language-{trio}.svg" in PAGE.read_text(encoding="utf-8")
+    assert f"img/language-{trio}.svg" in page.read_text(encoding="utf-8")

@@ -1,0 +1,89 @@
+"""docs/language-questions.md: what decides a merge, from rows that differ in one thing each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rain_mergekit.report.svg import FAINT, STYLE, inline
+from testbed.board.tables import between, markdown, percent
+from testbed.language.board import load_rows
+from testbed.language.frontier import COLOURS, IMAGES, THEMES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
+ROWS = Path(__file__).with_name("questions.yml")
+ANSWERED = Path("questions") / "trio-s1-third" / "choosing"
+PICTURE = "language-depth"
+SHOWN = {
+    "plain_right": "plain right",
+    "constrained_right": "right",
+    "whole_constrained": "whole",
+    "followed": "followed",
+    "both": "both",
+    "both_held_out": "both, held-out wording",
+}
+GROUPS = {"answers": "answers", "thinking": "thinking", "markers": "markers", "prompts": "prompts"}
+Found = Mapping[str, Any]
+
+
+def asked() -> list[str]:
+    """The rows' names, in the order of the page; the first is the one that others differ from."""
+    return [str(entry["name"]) for entry in yaml.safe_load(ROWS.read_text(encoding="utf-8"))]
+
+
+def write_page(results: Path) -> Path:
+    """Put the table into the page and draw its picture. results: the folder of all trios' rows."""
+    PAGE.write_text(written(results), encoding="utf-8")
+    draw(_ordered(results)[0]["fit"])
+    return PAGE
+
+
+def written(results: Path) -> str:
+    """The page's text with its table."""
+    text = PAGE.read_text(encoding="utf-8")
+    return between(text, "language questions", "\n" + table(_ordered(results)) + "\n")
+
+
+def table(rows: Sequence[Found]) -> str:
+    """A line a row: percent of prompts, and what its calibration file takes."""
+    lines = []
+    for row in rows:
+        shares = (percent(float(row["numbers"][name]["value"])) for name in SHOWN)
+        fit = row["fit"]
+        held_out = fit["held_out"]["answers"][-1]
+        file = f"{fit['bytes'] / 1e6:.1f}"
+        lines.append([row["name"], *shares, f"{fit['mean_rank']:.0f}", file, f"{held_out:.2f}"])
+    return markdown(["", *SHOWN.values(), "mean rank", "file, MB", "distance at answers"], lines)
+
+
+def _ordered(results: Path) -> list[Found]:
+    named = {row["name"]: row for row in load_rows(results / ANSWERED)}
+    return [named[name] for name in asked() if name in named]
+
+
+def draw(fit: Found) -> Path:
+    """Distance from the teacher after each layer, a line a group; returns the file."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.5, 4.0), layout="constrained")
+        _fill(figure.subplots(), fit)
+        text = inline(figure, PICTURE, "Distance of the merged hidden states from their teacher")
+    path = IMAGES / f"{PICTURE}.svg"
+    start = text.index(">") + 1
+    path.write_text(text[:start] + THEMES + text[start:] + "\n", encoding="utf-8")
+    return path
+
+
+def _fill(axes: Axes, fit: Found) -> None:
+    for colour, (group, name) in zip(COLOURS, GROUPS.items(), strict=False):
+        layers = range(1, len(fit["held_out"][group]) + 1)
+        axes.plot(layers, fit["held_out"][group], color=colour, label=f"{name}, held out")
+        axes.plot(
+            layers, fit["fitted"][group], color=colour, linestyle=":", label=f"{name}, fitted"
+        )
+    axes.set(xlabel="layer", ylabel="distance from the teacher, relative", ylim=(0, None))
+    axes.grid(color=FAINT, alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
