@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rain_mergekit.capture.passed_norms import NormHooks, PassedNorm
+from rain_mergekit.capture.passed_norms import PassedNorm, scale_of, watched_norms
 from rain_mergekit.capture.product_hook import WeightProductHook
 from rain_mergekit.models.experts import ExpertsCall, ExpertsObserver, observe_experts
 
@@ -122,7 +122,7 @@ class LinearOutputs(WeightProductHook):
         self.unfit: set[str] = set()
 
     def __enter__(self) -> LinearOutputs:  # noqa: PYI034 - Self needs Python 3.11
-        self._stack.enter_context(NormHooks(self._layer, self._enter_norm, self._leave_norm))
+        self._stack.enter_context(watched_norms(self._layer, self._enter_norm, self._leave_norm))
         super().__enter__()  # type: ignore[no-untyped-call]
         if self._wanted is None:
             observer = ExpertsObserver(lambda _: None, lambda *_: None, self._routed)
@@ -243,17 +243,21 @@ class LinearOutputs(WeightProductHook):
             self._open.pop(id(tensor), None)
         self._keep(result, outputs)
 
-    def _enter_norm(self, inputs: Tensor) -> list[LinearOutput]:
+    def _enter_norm(self, norm: nn.Module, inputs: Tensor) -> list[LinearOutput] | None:
         """The chains that go on after the norm: those of one map that has met no sum."""
         outputs = self._open.get(id(inputs), [])
-        if any(one.summed or one.name not in self.found for one in outputs):
-            return []
-        return self._open.pop(id(inputs), [])
+        if not outputs or any(one.summed or one.name not in self.found for one in outputs):
+            return None
+        scale = scale_of(norm)
+        if scale is None:
+            return None
+        for output in outputs:
+            output.normed = PassedNorm(inputs, scale)
+        return self._open.pop(id(inputs))
 
-    def _leave_norm(self, outputs: list[LinearOutput], passed: PassedNorm, result: Tensor) -> None:
+    def _leave_norm(self, outputs: list[LinearOutput], result: Tensor) -> None:
         for output in outputs:
             output.follow(result)
-            output.normed = passed
         self._keep(result, outputs)
 
     def _stop_when_done(self) -> None:

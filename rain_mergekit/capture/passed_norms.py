@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import TracebackType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,73 +48,53 @@ class PassedNorm:
         return lack * (scale / (scale.square() + floor)) * size.to(lack)
 
 
-class NormHooks:
-    """A context: tells of each norm of a layer that scales by its root mean square.
+@contextmanager
+def watched_norms(
+    layer: nn.Module,
+    enter: Callable[[nn.Module, Tensor], _Kept | None],
+    leave: Callable[[_Kept, Tensor], None],
+) -> Iterator[None]:
+    """Inside the block, tell of what the norms of a layer receive and give.
 
-    enter: told of what a norm receives; what it gives back, if anything, is given to leave, with
-    the norm and its result.
+    enter: told of a norm and its input; what it gives back, if anything, is given to leave, with
+    the norm's result. Norms are known by their names; those that take a gate beside their input are
+    left out.
     """
+    with ExitStack() as stack:
+        for module in layer.modules():
+            if "norm" in type(module).__name__.lower() and _takes_one(module):
+                kept: list[Any] = []
+                before, after = partial(_before, enter, kept), partial(_after, leave, kept)
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+        yield
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        enter: Callable[[Tensor], _Kept],
-        leave: Callable[[_Kept, PassedNorm, Tensor], None],
-    ) -> None:
-        self._layer, self._enter, self._leave = layer, enter, leave
 
-    @cached_property
-    def _hooks(self) -> ExitStack:
-        """What ends with the context."""
-        return ExitStack()
+def _before(enter: Callable[..., Any], kept: list[Any], norm: nn.Module, inputs: Any) -> None:
+    kept[:] = [enter(norm, inputs[0])] if inputs and isinstance(inputs[0], Tensor) else []
 
-    def __enter__(self) -> NormHooks:  # noqa: PYI034 - Self needs Python 3.11
-        for norm, scale in _norms(self._layer):
-            kept: list[Any] = []
-            before = partial(self._before, kept)
-            after = partial(self._after, kept, scale)
-            self._hooks.callback(norm.register_forward_pre_hook(before).remove)
-            self._hooks.callback(norm.register_forward_hook(after).remove)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._hooks.close()
+def _after(leave: Callable[..., None], kept: list[Any], _norm: Any, _in: Any, result: Any) -> None:
+    if kept and kept[0]:
+        leave(kept.pop(), result)
 
-    def _before(self, kept: list[Any], _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        kept[:] = [self._enter(inputs[0])] if inputs and isinstance(inputs[0], Tensor) else []
 
-    def _after(
-        self, kept: list[Any], scale: Tensor, _norm: nn.Module, inputs: tuple[Any, ...], result: Any
-    ) -> None:
-        if kept and kept[0]:
-            self._leave(kept.pop(), PassedNorm(inputs[0], scale), result)
+def _takes_one(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1 and not any(module.children())
 
 
 @torch.no_grad()
-def _norms(layer: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Norms without bias and mean, by what they make of equal numbers, and their scales."""
-    for module in layer.modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not _named_norm(module) or set(own) != {"weight"} or own["weight"].dim() != 1:
-            continue
-        ones = torch.ones_like(own["weight"])[None]
-        scale, doubled, turned = (_exact(module(values)[0]) for values in (ones, 2 * ones, -ones))
-        same = torch.allclose(doubled, scale, rtol=_PROBE, atol=_PROBE * float(scale.abs().max()))
-        if same and torch.equal(turned, -scale) and scale.any():
-            yield module, scale
+def scale_of(norm: nn.Module) -> Tensor | None:
+    """The scale g, (d), by what the norm makes of equal numbers; None with a bias or a mean."""
+    own = dict(norm.named_parameters(recurse=False))
+    if set(own) != {"weight"} or own["weight"].dim() != 1:
+        return None
+    ones = torch.ones_like(own["weight"])[None]
+    # Not by calling the norm, which would tell of it.
+    scale, doubled, turned = (_exact(norm.forward(one)[0]) for one in (ones, 2 * ones, -ones))
+    same = torch.allclose(doubled, scale, rtol=_PROBE, atol=_PROBE * float(scale.abs().max()))
+    return scale if same and torch.equal(turned, -scale) and scale.any() else None
 
 
 def _exact(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _named_norm(module: nn.Module) -> bool:
-    """By its name; those that take a gate beside their input are left out."""
-    takes = inspect.signature(module.forward).parameters
-    alone = len(takes) == 1 and not any(module.children())
-    return alone and "norm" in type(module).__name__.lower()
