@@ -16,6 +16,7 @@ from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import Kind, Site, kinds, locate, place, site_modules
 from rain_mergekit.calibration_file.stream_summary import Matching, matching
 from rain_mergekit.config.presets import beside, preset_of
+from rain_mergekit.config.roles import is_proxy
 from rain_mergekit.config.settings import RainSettings
 
 _DATA = ("reasoning", "instruction")
@@ -81,10 +82,8 @@ class FileSummary:
     @property
     def listed(self) -> dict[str, str]:
         """The models by role, without a reasoning model that stands for the pretrained one too."""
-        found = dict(self.models)
-        if found.get("pretrained") == found.get("reasoning"):
-            found.pop("pretrained", None)
-        return found
+        proxy = is_proxy(self.models)
+        return {k: v for k, v in self.models.items() if not (proxy and k == "pretrained")}
 
 
 def summarise(file: CalibrationFile) -> FileSummary:

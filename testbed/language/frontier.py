@@ -31,7 +31,13 @@ def draw(rows: Sequence[Found], slug: str, title: str) -> Path:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.6), layout="constrained")
         _fill(figure.subplots(), rows)
-        text = inline(figure, slug, f"Merges of {title} by plain problems right and by both")
+        label = f"Merges of {title} by plain problems right and by both"
+        return write_picture(figure, slug, label)
+
+
+def write_picture(figure: Figure, slug: str, label: str) -> Path:
+    """Write a figure with colours for both themes; returns the file. label: for who cannot see."""
+    text = inline(figure, slug, label)
     path = IMAGES / f"language-{slug}.svg"
     start = text.index(">") + 1
     path.write_text(text[:start] + THEMES + text[start:] + "\n", encoding="utf-8")

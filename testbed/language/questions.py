@@ -9,15 +9,15 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rain_mergekit.report.svg import FAINT, STYLE, inline
+from rain_mergekit.report.svg import FAINT, STYLE
 from testbed.board.tables import between, markdown, percent
 from testbed.language.board import load_rows
-from testbed.language.frontier import COLOURS, IMAGES, THEMES
+from testbed.language.frontier import COLOURS, write_picture
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
 ROWS = Path(__file__).with_name("questions.yml")
 ANSWERED = Path("questions") / "trio-s1-third" / "choosing"
-PICTURE = "language-depth"
+PICTURE = "depth"
 SHOWN = {
     "plain_right": "plain right",
     "constrained_right": "right",
@@ -70,11 +70,8 @@ def draw(fit: Found) -> Path:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.0), layout="constrained")
         _fill(figure.subplots(), fit)
-        text = inline(figure, PICTURE, "Distance of the merged hidden states from their teacher")
-    path = IMAGES / f"{PICTURE}.svg"
-    start = text.index(">") + 1
-    path.write_text(text[:start] + THEMES + text[start:] + "\n", encoding="utf-8")
-    return path
+        label = "Distance of the merged hidden states from their teacher"
+        return write_picture(figure, PICTURE, label)
 
 
 def _fill(axes: Axes, fit: Found) -> None:

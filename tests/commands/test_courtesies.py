@@ -83,7 +83,7 @@ def test_a_terminal_is_told_that_a_command_is_starting(tmp_path: Path) -> None:
     tiny.config()
     config = tiny.path.with_suffix(".yml")
     told = on_terminal("check", config)
-    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[K[^\x1b]*\x1b\[1mmodels", told), told
+    assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[K[^\r\x1b]*\x1b\[1mmodels", told), told
     told = on_terminal("check", tmp_path / "none.yml")
     assert re.match(r"(\r  starting: [^\r]* \d+ s)+\r\x1b\[KError: ", told), told
     assert "starting" not in on_terminal("merge", tmp_path / "none.yml", tmp_path, "--quiet")
