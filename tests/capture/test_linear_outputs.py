@@ -8,7 +8,9 @@ from contextlib import suppress
 
 import pytest
 import torch
+from tiny import model_config
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutputs
 
@@ -42,3 +44,28 @@ def test_nothing_of_a_pass_lives_on(wanted: list[str] | None) -> None:
         assert all(one() is None for one in seen)
     finally:
         gc.enable()
+
+
+WRITERS = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("family", "normed"),
+    [
+        ("gemma3_text", WRITERS),
+        ("glm4", WRITERS),
+        ("olmo2", WRITERS),
+        ("qwen3", set()),  # queries and keys pass norms, and are added to nothing
+        ("llama", set()),
+    ],
+)
+def test_norms_are_followed_to_the_residual_stream(family: str, normed: set[str]) -> None:
+    config = model_config("qwen2", model_type=family, head_dim=12, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.arange(1, 6)[None]
+    trace = LinearOutputs(model.model.layers[0], tokens.numel())
+    with torch.no_grad(), trace:
+        model(input_ids=tokens)
+    found = trace.outputs()
+    assert found.keys() >= WRITERS
+    assert {name for name, one in found.items() if one.normed} == normed

@@ -28,7 +28,6 @@ MEASURE = """<!DOCTYPE html><title>waiting</title>%s
     const say = text => found.push(`${frame.getAttribute("src")} at ${frame.width}: ${text}`);
     for (const width of %s) {
       frame.width = width;
-      frame.getBoundingClientRect();
       if (root.scrollWidth > root.clientWidth) say("scrolls sideways");
       for (const table of page.querySelectorAll(".md-typeset table")) {
         const box = table.closest(".md-typeset__scrollwrap") ?? table.parentElement;
