@@ -104,7 +104,7 @@ class CalibrationEngine:
         positions = {plan.name: plan.positions for plan in self.plans}
         vocabulary = 0 if self._head is None else self._head.shape[0]
         return model_shape(self.layerwise.outline, vocabulary), workload(
-            self._samples, positions, len(self.plans) - 1, self.layerwise.dtype
+            self._samples, positions, len(self.plans) - 1, self.layerwise.dtype, self._job.compared
         )
 
     @property

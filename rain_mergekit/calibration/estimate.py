@@ -17,6 +17,10 @@ from rain_mergekit.models.experts import stays_stored
 
 # Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
 LIBRARIES = 40 * 1024**2
+# Operations of a symmetric eigenvalue decomposition of n x n with all eigenvectors, over n³.
+EIGEN_FLOPS = 9.0
+# Models of which every layer is read once, and those of them that are compared in the end.
+MODELS, OTHERS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Token counts of both sets, as they are used."""
+    """Token counts of both sets, as they are used.
+
+    compared_lengths: of the texts that the instruct and the pretrained model read in the end.
+    """
 
     reasoning_lengths: Sequence[int]
     instruction_lengths: Sequence[int]
@@ -73,6 +80,7 @@ class Workload:
     instruction_passes: int
     itemsize: int
     reading_rows: int = 0
+    compared_lengths: Sequence[int] = ()
 
     @property
     def longest(self) -> int:
@@ -223,9 +231,12 @@ def estimate(
         return factors + head_bytes(shape, head, stores_v=stores_v)
 
     written, following = size(rank), ahead and shape.layers > 1
-    forward = shape.layers * forward_flops(shape, work)
+    models = MODELS + OTHERS * bool(work.compared_lengths)
+    compared = tuple(work.compared_lengths) * OTHERS
+    forward = shape.layers * forward_flops(shape, (*work.lengths, *compared))
     statistics = shape.layers * statistics_flops(shape, sites)
     statistics += 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden)
+    cubes = shape.layers * sum(needs.decomposed for needs in sites)
     return Estimate(
         memory={
             "layer": layer_memory(shape, work.itemsize),
@@ -237,17 +248,18 @@ def estimate(
         },
         work_disk=hidden - kept + 2 * hidden + written,
         file_bytes=written,
-        read_bytes=3 * shape.model_bytes,
+        read_bytes=models * shape.model_bytes,
         forward_flops=forward,
         statistics_flops=statistics,
         rank=min(rank, work.protected_rows + work.reading_rows),
         operations=Operations(
             products=forward,
-            double=statistics,
+            double=statistics - EIGEN_FLOPS * cubes,
+            eigen=cubes,
             memory=float(shape.layers * _moved(shape, work)),
-            read=3.0 * shape.model_bytes,
+            read=float(models * shape.model_bytes),
             write=2.0 * written,
-            passes=float(shape.layers * len(work.lengths)),
+            passes=float(shape.layers * len((*work.lengths, *compared))),
         ),
         file=FileChoices.of(size, shape.model_bytes, shape.widths, rank),
     )
@@ -260,10 +272,10 @@ def _moved(shape: ModelShape, work: Workload) -> int:
     return features + task_vectors + shape.layer_parameters * 3 * work.itemsize
 
 
-def forward_flops(shape: ModelShape, work: Workload) -> float:
-    """All passes through one layer: matrices, and causal attention."""
-    matrices = 2.0 * shape.passed * sum(work.lengths)
-    return matrices + 2.0 * shape.heads_width * sum(length**2 for length in work.lengths)
+def forward_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
+    """Passes of texts of these lengths through one layer: matrices, and causal attention."""
+    matrices = 2.0 * shape.passed * sum(lengths)
+    return matrices + 2.0 * shape.heads_width * sum(length**2 for length in lengths)
 
 
 def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
@@ -272,11 +284,11 @@ def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
     for needs in sites:
         width, outputs, rows = needs.site.width, needs.site.outputs, needs.protected
         small = min(rows, width)
-        total += 1.2 * small * rows * width + 9.0 * small**3 + 2.0 * outputs * width * small
+        total += 1.2 * small * rows * width + 2.0 * outputs * width * small
         if needs.oblique:
             side = min(needs.instruction, width)
             total += 1.2 * side * needs.instruction * width + side**3 / 3
-        total += 2 * reading_flops(shape, needs.reading // 2)
+        total += 2 * reading_flops(shape, needs.reading // 2) + EIGEN_FLOPS * needs.decomposed
     return total
 
 
@@ -284,4 +296,4 @@ def reading_flops(shape: ModelShape, rows: int) -> float:
     """What attention reads of the prompts, or of the responses, in one layer."""
     small = min(rows, shape.hidden)
     answers = 2.0 * 3 * shape.heads_width * shape.hidden * (rows + small)
-    return 1.2 * small * rows * shape.hidden + 9.0 * small**3 + answers
+    return 1.2 * small * rows * shape.hidden + answers

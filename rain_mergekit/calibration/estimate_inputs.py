@@ -20,6 +20,7 @@ from rain_mergekit.capture.left_alone import left_alone
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.head_layout import feeds_attention
 from rain_mergekit.models.outline import ModelOutline
+from rain_mergekit.text.token_positions import InstructionTokens
 
 # What families call the number of experts, and how many of them a token goes through.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -132,8 +133,12 @@ def workload(
     positions: Mapping[str, Sequence[Mapping[str, Sequence[int]]]],
     passes: int,
     dtype: torch.dtype,
+    compared: Sequence[InstructionTokens],
 ) -> Workload:
-    """Positions: by stream, for each sample its positions of use by group."""
+    """Positions: by stream, for each sample its positions of use by group.
+
+    compared: the texts that two of the models read in the end.
+    """
     counts = Counter[str]()
     for stream, members in positions.items():
         for name, rows in chain.from_iterable(groups.items() for groups in members):
@@ -147,4 +152,5 @@ def workload(
         instruction_passes=passes,
         itemsize=dtype.itemsize,
         reading_rows=counts["reading"],
+        compared_lengths=[len(sample.input_ids) for sample in compared],
     )

@@ -66,6 +66,14 @@ class SiteNeeds:
         return max(steps)
 
     @property
+    def decomposed(self) -> float:
+        """n³ of each eigenvalue decomposition, n x n, which are far slower than as many products.
+
+        One is of what is protected, one each of the prompts and of the responses that are read.
+        """
+        return float(self._side(self.protected) ** 3 + 2 * self._side(self.reading // 2) ** 3)
+
+    @property
     def _rank(self) -> int:
         return min(self.rank, self.protected + self.reading, self.site.width)
 

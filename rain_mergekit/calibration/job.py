@@ -11,14 +11,16 @@ import torch
 import rain_mergekit
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.samples import Samples, load_samples, record
+from rain_mergekit.checks.answer_likelihood import compared_texts
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.method_names import AIM
+from rain_mergekit.config.method_names import AIM, RAIN
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.dequantize.plain_view import plain_view
 from rain_mergekit.models.loading import Trio, default_dtype, open_trio, read_model_config
 from rain_mergekit.models.tokenizer import tokenizer_digest
 from rain_mergekit.system import blas_mode
 from rain_mergekit.system.distributed import World
+from rain_mergekit.text.token_positions import InstructionTokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,17 @@ class CalibrationJob:
         found = self.trio
         config = read_model_config(found.pretrained)
         return replace(found, reasoning=found.pretrained, pretrained=found.reasoning, config=config)
+
+    @property
+    def compared(self) -> list[InstructionTokens]:
+        """The texts on which the instruct and the pretrained model are compared in the end.
+
+        None where the method does not subtract the pretrained model.
+        """
+        instruction = self.samples.instruction
+        if self.method != RAIN or self.settings.fit != "projection" or instruction is None:
+            return []
+        return compared_texts(self.trio, instruction.samples)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -29,7 +29,7 @@ from rain_mergekit.checks.host_plan import require_found, require_shared
 from rain_mergekit.checks.trio import check_thinking, check_trio
 from rain_mergekit.checks.vocabulary_sizes import warnings_of
 from rain_mergekit.config.merge_config import RainConfig
-from rain_mergekit.config.method_names import AIM, RAIN
+from rain_mergekit.config.method_names import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
 from rain_mergekit.models.fingerprint import fingerprint
@@ -110,9 +110,8 @@ def _calibrate(
         world.wait()
         if config.method != AIM:  # it is the reasoning model that ran
             noted += check_thinking(likely, run.layerwise, trio, samples.reasoning.samples, accept)
-        subtracts = config.method == RAIN and config.settings.fit == "projection"
-        if subtracts and world.rank == 0 and samples.instruction is not None:
-            hint = swapped_answers_hint(trio, run.layerwise, samples.instruction.samples)
+        if world.rank == 0:
+            hint = swapped_answers_hint(trio, run.layerwise, job.compared)
             advice += [hint] if hint else []
         parts = [read_part(work.part(index)) for index in range(run.parts)]
         record = RunRecord(

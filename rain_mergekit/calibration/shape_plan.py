@@ -15,6 +15,7 @@ from rain_mergekit.calibration.options import RunOptions, max_rank
 from rain_mergekit.calibration.stream_estimate import GIB, StreamWork, estimate_streams
 from rain_mergekit.calibration.stream_shape import StreamShape
 from rain_mergekit.calibration.token_teachers import HELD_OUT_EVERY
+from rain_mergekit.checks.thinking_likelihood import COMPARED
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import default_dtype
@@ -153,4 +154,5 @@ def _workload(sizes: SetSizes, settings: RainSettings, itemsize: int) -> Workloa
         instruction_passes=(settings.projection == "oblique") + (settings.coefficients != "off"),
         itemsize=itemsize,
         reading_rows=read,
+        compared_lengths=sorted(sizes.instruction)[:COMPARED],
     )

@@ -26,16 +26,22 @@ _WRITES = -1.5
 _TOKENS = 64
 
 
+def compared_texts(trio: Trio, samples: Sequence[InstructionTokens]) -> list[InstructionTokens]:
+    """A few short samples with answers; none where the pretrained model is the reasoning model."""
+    if trio.pretrained.path == trio.reasoning.path:
+        return []
+    return shortest(s for s in samples if s.answer_start < len(s.input_ids) - 1)
+
+
 def swapped_answers_hint(
-    trio: Trio, layerwise: LayerwiseModel, samples: Sequence[InstructionTokens]
+    trio: Trio, layerwise: LayerwiseModel, few: Sequence[InstructionTokens]
 ) -> str | None:
     """A warning where the pretrained model is likelier to write the answers than the instruct one.
 
-    Of a few short samples, each model reads all before an answer as the calibration does. None
-    where the pretrained model is the reasoning model, or a vocabulary ends before the tokens do.
+    few: of `compared_texts`; each model reads all before an answer as the calibration does. None
+    where there are no texts, or a vocabulary ends before the tokens do.
     """
-    few = shortest(s for s in samples if s.answer_start < len(s.input_ids) - 1)
-    if not few or trio.pretrained.path == trio.reasoning.path:
+    if not few:
         return None
     found = {
         role: _likelihood(role, trio.items()[role], layerwise, few)

@@ -32,7 +32,7 @@ OPEN_LIMIT, CLOSE_LIMIT = 0.7, 0.01
 # testbed's reasoning models are 0.07 or more above their instruct models, on a few samples; real
 # ones that both think may be level.
 LEVEL = 0.02
-_FEW, _TOKENS = 4, 64
+COMPARED, _TOKENS = 4, 64
 Tokens = TypeVar("Tokens", ReasoningTokens, InstructionTokens)
 _KINDS = ("close", "open", "thinking")
 _CLOSE, _OPEN, _THINKING = range(3)
@@ -144,7 +144,7 @@ def vocabulary(layerwise: LayerwiseModel) -> int:
 
 def shortest(samples: Iterable[Tokens]) -> list[Tokens]:
     """The few shortest samples, on which the other two models are compared."""
-    return sorted(samples, key=lambda sample: len(sample.input_ids))[:_FEW]
+    return sorted(samples, key=lambda sample: len(sample.input_ids))[:COMPARED]
 
 
 def likelihood_of(

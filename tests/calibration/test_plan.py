@@ -55,7 +55,7 @@ def test_the_parts_by_hand() -> None:
     assert formulas.hidden_bytes(SEVEN, WORK) == 45_000 * 3584 * 4
     assert formulas.layer_memory(SEVEN, 4) == 233_057_792 * 4 + 2 * 18944 * 3584 * 2
     attention = 2 * 3584 * 30 * (1000**2 + 500**2)
-    assert formulas.forward_flops(SEVEN, WORK) == 2 * 233_057_792 * 45_000 + attention
+    assert formulas.forward_flops(SEVEN, WORK.lengths) == 2 * 233_057_792 * 45_000 + attention
 
 
 def test_a_7b_model_fits_a_laptop_and_does_not_depend_on_depth() -> None:
@@ -122,6 +122,25 @@ def test_the_file_and_the_passes_are_as_planned(tmp_path: Path) -> None:
     assert not tiny.path.with_name(tiny.path.name + ".work").exists()
     # headers, spectra and digests weigh more than the factors of so small a model
     assert planned.file_bytes <= written <= planned.file_bytes + 64 * 1024
+
+
+def test_every_eigenvalue_decomposition_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are many times slower than as many products, so they have a rate of their own."""
+    tiny = Tiny.make(tmp_path, "qwen2").using(fit="projection")
+    planned = plan(tiny.config(), RunOptions()).operations.eigen
+    sides: list[int] = []
+    decompose = torch.linalg.eigh
+
+    def counted(matrix: torch.Tensor) -> object:
+        sides.append(matrix.shape[-1])
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    tiny.calibrate()
+    # Planned are as many tokens read in prompts as in responses.
+    assert planned == pytest.approx(sum(side**3 for side in sides), rel=0.1)
 
 
 def test_the_command_prints_it_and_runs_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rain_mergekit.calibration.samples import load_samples
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.checks.answer_likelihood import swapped_answers_hint
+from rain_mergekit.checks.answer_likelihood import compared_texts, swapped_answers_hint
 from rain_mergekit.config.merge_config import parse_config
 from rain_mergekit.models.loading import LoadOptions, Trio, open_trio
 from rain_mergekit.text.token_positions import InstructionTokens
@@ -59,18 +59,18 @@ def test_swapped_roles(tmp_path: Path) -> None:
     """A warning with both numbers, as whole models give them; silence where the roles are right."""
     trio, samples = trio_of(tmp_path, "pretrained", "instruct")
     layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
-    hint = swapped_answers_hint(trio, layerwise, samples)
+    hint = swapped_answers_hint(trio, layerwise, compared_texts(trio, samples))
     assert hint is not None
     assert "are the two roles swapped? A hint alone" in hint
     for name in ("instruct", "pretrained"):
         assert f"({dense(name, samples):.3g}" in hint
     right, _ = trio_of(tmp_path, "instruct", "pretrained")
-    assert swapped_answers_hint(right, layerwise, samples) is None
+    assert swapped_answers_hint(right, layerwise, compared_texts(right, samples)) is None
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
     """The reasoning model stands for the pretrained one, or there are no answers."""
     trio, samples = trio_of(tmp_path, "instruct", "reasoning")
     layerwise = LayerwiseModel.open(trio.reasoning, trio.config, torch.float32, "cpu")
-    assert swapped_answers_hint(trio, layerwise, samples) is None
+    assert compared_texts(trio, samples) == []
     assert swapped_answers_hint(trio, layerwise, []) is None
