@@ -44,6 +44,8 @@ def make(options: argparse.Namespace) -> None:
         family.make(gguf_file(family, out / "source", options.wheel), out / "pretrained")
     for role in options.roles:
         recipe = replace(family.recipes[role], seed=options.seed)
+        if options.dtype == "float32":  # a recipe says what is fast where bfloat16 is
+            recipe = replace(recipe, products=options.dtype)
         tune(out / "pretrained", out / role, recipe)
     write_prompts(options.seed, out)
     made = all((out / f"{name}.jsonl").exists() for name in asdict(Samples()))
@@ -122,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["bfloat16", "float32"],
         default=DTYPE,
-        help="of the products while models speak; on a CPU without bfloat16, float32 is faster",
+        help="of the products while models speak, and, where it is float32, while they learn; on a "
+        "CPU without bfloat16, float32 is faster",
     )
     commands = parser.add_subparsers(required=True)
     making = commands.add_parser("make", help=make.__doc__)
