@@ -1,9 +1,9 @@
 """Norms that the output of a linear map passes on its way to the residual stream.
 
 Some families (Gemma, OLMo 2) normalise what attention and MLP give before it is added: the stream
-after a map is h + g * z / rms(z), with z the map's output and g the norm's scale. The norm is
-undone at the scale of the merged model's own z, so that a lack r of the stream is a lack
-rms(z) r / g of z.
+after a map is h + g * z / rms(z), with z the map's output and g the norm's scale. A change d of z
+changes the stream by g * (d - z (z . d) / |z|²) / rms(z), to first order in d. So a lack r of the
+stream is a lack r / g of d / rms(z), without what lies along z, which the norm takes away again.
 """
 
 from __future__ import annotations
@@ -36,16 +36,25 @@ class PassedNorm:
     scale: Tensor
 
     @property
-    def size(self) -> Tensor:
-        """The root mean square of each token's input, (n, 1)."""
-        rows = self.inputs.reshape(-1, len(self.scale))
-        return _exact(rows).square().mean(1, keepdim=True).sqrt()
+    def rows(self) -> Tensor:
+        """What it received, (n, d), float32 at least."""
+        return _exact(self.inputs.reshape(-1, len(self.scale)))
 
-    def undone(self, lack: Tensor, size: Tensor) -> Tensor:
-        """By how much the inputs of some tokens must change for a change `lack` (n, d) after it."""
+    def undone(self, lack: Tensor, rows: Tensor) -> Tensor:
+        """The change of some of its rows (n, d) that makes a change `lack` (n, d) after it.
+
+        Relative to each row's root mean square, and at right angles to the row.
+        """
         scale = self.scale.to(lack)
         floor = FLOOR**2 * scale.square().mean()
-        return lack * (scale / (scale.square() + floor)) * size.to(lack)
+        change = lack * (scale / (scale.square() + floor))
+        along = rows.to(lack) * _inverse(rows.to(lack).norm(dim=1, keepdim=True))
+        return change - along * (along * change).sum(1, keepdim=True)
+
+    @staticmethod
+    def relative(values: Tensor, rows: Tensor) -> Tensor:
+        """Values (n, any) over the root mean square of each row (n, d); 0 where that is 0."""
+        return values * _inverse(rows.square().mean(1, keepdim=True).sqrt()).to(values)
 
 
 @contextmanager
@@ -94,6 +103,10 @@ def scale_of(norm: nn.Module) -> Tensor | None:
     scale, doubled, turned = (_exact(norm.forward(one)[0]) for one in (ones, 2 * ones, -ones))
     same = torch.allclose(doubled, scale, rtol=_PROBE, atol=_PROBE * float(scale.abs().max()))
     return scale if same and torch.equal(turned, -scale) and scale.any() else None
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values, 0.0)
 
 
 def _exact(values: Tensor) -> Tensor:

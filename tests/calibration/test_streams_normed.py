@@ -1,7 +1,8 @@
 """Stream matching through a norm between a map and the residual stream, against a dense fit.
 
-Written from the formula: the stream after the map is h + g * z / rms(z), so a lack r of it is a
-lack rms(z) r g / (g² + 0.01 mean(g²)) of z.
+Written from the formula: the stream after the map is h + g * z / rms(z). The errors of the
+regression are r g / (g² + 0.01 mean(g²)), with r what the stream lacks, less their part along z,
+and its inputs are those of the map over rms(z).
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ class Normed(Reference):
         lack = self.targets(key) - torch.cat([outputs[key] for _, outputs in now])
         g = self.scale(self.merged.get_submodule(f"model.layers.{index}.{norm}").weight.detach())
         rms = z.square().mean(1, keepdim=True).sqrt()
-        change = self._ridge(name, x, rms * lack * g / (g.square() + 0.01 * g.square().mean()))
+        error = lack * g / (g.square() + 0.01 * g.square().mean())
+        across = torch.eye(z.shape[1], dtype=z.dtype) - torch.stack(
+            [torch.outer(row, row) / row.dot(row) for row in z]
+        )
+        error = torch.stack([one @ row for one, row in zip(across, error, strict=True)])
+        change = self._ridge(name, x / rms, error)
         with torch.no_grad():
             self.merged.get_submodule(name).weight += change
         return {name: change}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rain_mergekit.capture.linear_outputs import LayerCutShort, LinearOutputs
+from rain_mergekit.capture.passed_norms import PassedNorm
 
 
 class Small(nn.Module):
@@ -69,3 +70,23 @@ def test_norms_are_followed_to_the_residual_stream(family: str, normed: set[str]
     found = trace.outputs()
     assert found.keys() >= WRITERS
     assert {name for name, one in found.items() if one.normed} == normed
+
+
+def test_a_change_that_a_norm_leaves_is_found_again() -> None:
+    """By the norm itself: what its input must change by for a small change after it."""
+    torch.manual_seed(0)
+    rows, step = torch.randn(6, 16, dtype=torch.float64), torch.randn(6, 16, dtype=torch.float64)
+    scale = torch.rand(16, dtype=torch.float64) + 0.5
+    sizes = rows.square().mean(1, keepdim=True).sqrt()
+
+    def passed(values: Tensor) -> Tensor:
+        return scale * values / values.square().mean(1, keepdim=True).sqrt()
+
+    norm = PassedNorm(rows, scale)
+    lack = passed(rows + 1e-5 * step) - passed(rows)
+    change = norm.undone(lack, rows) * sizes
+    assert (change * rows).sum(1).abs().max() < 1e-12
+    reached = passed(rows + change) - passed(rows)
+    assert (reached - lack).norm() < 0.05 * lack.norm()
+    assert torch.allclose(norm.relative(step, rows), step / sizes)
+    assert not norm.relative(step, torch.zeros_like(rows)).any()
