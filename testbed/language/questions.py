@@ -15,8 +15,11 @@ from testbed.language.board import load_rows
 from testbed.language.frontier import COLOURS, write_picture
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
-ROWS = Path(__file__).with_name("questions.yml")
-ANSWERED = Path("questions") / "trio-s1-third" / "choosing"
+# By the name of a table: its rows, and the trio on which they were judged.
+TABLES = {
+    "language questions": ("questions.yml", "trio-s1-third"),
+    "language questions of teachers": ("questions-teachers.yml", "trio-s2-fourth"),
+}
 PICTURE = "depth"
 SHOWN = {
     "plain_right": "plain right",
@@ -30,22 +33,25 @@ GROUPS = {"answers": "answers", "thinking": "thinking", "markers": "markers", "p
 Found = Mapping[str, Any]
 
 
-def asked() -> list[str]:
-    """The rows' names, in the order of the page; the first is the one that others differ from."""
-    return [str(entry["name"]) for entry in yaml.safe_load(ROWS.read_text(encoding="utf-8"))]
+def asked(name: str) -> list[str]:
+    """The rows of a table in the order of the page; the first is what the others differ from."""
+    rows = Path(__file__).with_name(TABLES[name][0])
+    return [str(entry["name"]) for entry in yaml.safe_load(rows.read_text(encoding="utf-8"))]
 
 
 def write_page(results: Path) -> Path:
-    """Put the table into the page and draw its picture. results: the folder of all trios' rows."""
+    """Put the tables into the page and draw its picture. results: the folder of all trios' rows."""
     PAGE.write_text(written(results), encoding="utf-8")
-    draw(_ordered(results)[0]["fit"])
+    draw(answered(results, next(iter(TABLES)))[0]["fit"])
     return PAGE
 
 
 def written(results: Path) -> str:
-    """The page's text with its table."""
+    """The page's text with its tables."""
     text = PAGE.read_text(encoding="utf-8")
-    return between(text, "language questions", "\n" + table(_ordered(results)) + "\n")
+    for name in TABLES:
+        text = between(text, name, "\n" + table(answered(results, name)) + "\n")
+    return text
 
 
 def table(rows: Sequence[Found]) -> str:
@@ -60,9 +66,11 @@ def table(rows: Sequence[Found]) -> str:
     return markdown(["", *SHOWN.values(), "mean rank", "file, MB", "distance at answers"], lines)
 
 
-def _ordered(results: Path) -> list[Found]:
-    named = {row["name"]: row for row in load_rows(results / ANSWERED)}
-    return [named[name] for name in asked() if name in named]
+def answered(results: Path, name: str) -> list[Found]:
+    """The rows of a table that have been judged, in the order of the page."""
+    rows = load_rows(results / "questions" / TABLES[name][1] / "choosing")
+    named = {row["name"]: row for row in rows}
+    return [named[one] for one in asked(name) if one in named]
 
 
 def draw(fit: Found) -> Path:

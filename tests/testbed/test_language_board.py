@@ -237,8 +237,9 @@ def test_the_pages_say_what_their_rows_say(page: Path) -> None:
 def test_the_page_of_questions_says_what_its_rows_say() -> None:
     results = ROOT / "testbed" / "results" / "language"
     assert questions.written(results) == questions.PAGE.read_text("utf-8")
-    names = {row["name"] for row in load_rows(results / questions.ANSWERED)}
-    assert names == set(questions.asked())
+    for name, (_, trio) in questions.TABLES.items():
+        rows = load_rows(results / "questions" / trio / "choosing")
+        assert {row["name"] for row in rows} == set(questions.asked(name))
 
 
 @pytest.mark.parametrize(
