@@ -153,7 +153,12 @@ class StreamLayer:
             zip(site.outputs, torch.split(rows, list(site.outputs.values()), dim=1), strict=True)
         )
         errors = {one: _lack(goals[one], found[one], batch, number) for one in wanted}
-        inputs = _received([found[one] for one in wanted], batch, number)
+        inputs = batch.part(found[wanted[0]].inputs, number)
+        normed = found[wanted[0]].normed
+        if normed is not None and len(wanted) == 1:  # tokens count by what their stream lacks
+            sizes = batch.part(normed.rows, number)
+            inputs = normed.relative(inputs, sizes)
+            errors = {one: normed.relative(rows, sizes) for one, rows in errors.items()}
         self._require_finite(name, text, inputs, *errors.values())
         return inputs, errors
 
@@ -280,13 +285,3 @@ def _lack(goal: Tensor, found: LinearOutput, batch: TextBatch, number: int) -> T
     if found.normed is None:
         return goal - rows / found.factor
     return found.normed.undone(goal - rows, batch.part(found.normed.rows, number)) / found.factor
-
-
-def _received(found: Sequence[LinearOutput], batch: TextBatch, number: int) -> Tensor:
-    """The inputs of a site's maps; of a map that passes a norm over the size of its output.
-
-    So are the errors of that map then, and both count in the regression as much as the stream
-    lacks.
-    """
-    inputs, normed = batch.part(found[0].inputs, number), found[0].normed
-    return inputs if normed is None else normed.relative(inputs, batch.part(normed.rows, number))

@@ -3,12 +3,13 @@
 Some families (Gemma, OLMo 2) normalise what attention and MLP give before it is added: the stream
 after a map is h + g * z / rms(z), with z the map's output and g the norm's scale. A change d of z
 changes the stream by g * (d - z (z . d) / |z|²) / rms(z), to first order in d. So a lack r of the
-stream is a lack r / g of d / rms(z), without what lies along z, which the norm takes away again.
+stream is a lack rms(z) r / g of z, without what lies along z, which the norm takes away again.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,18 +44,19 @@ class PassedNorm:
     def undone(self, lack: Tensor, rows: Tensor) -> Tensor:
         """The change of some of its rows (n, d) that makes a change `lack` (n, d) after it.
 
-        Relative to each row's root mean square, and at right angles to the row.
+        It is at right angles to each row. At least float32, like what `relative` gives.
         """
-        scale = self.scale.to(lack)
+        lack = _exact(lack)
+        scale, rows = self.scale.to(lack), rows.to(lack)
         floor = FLOOR**2 * scale.square().mean()
-        change = lack * (scale / (scale.square() + floor))
-        along = rows.to(lack) * _inverse(rows.to(lack).norm(dim=1, keepdim=True))
+        change = lack * (scale / (scale.square() + floor)) * _size(rows)
+        along = _relative(rows, rows) / math.sqrt(rows.shape[1])
         return change - along * (along * change).sum(1, keepdim=True)
 
     @staticmethod
     def relative(values: Tensor, rows: Tensor) -> Tensor:
         """Values (n, any) over the root mean square of each row (n, d); 0 where that is 0."""
-        return values * _inverse(rows.square().mean(1, keepdim=True).sqrt()).to(values)
+        return _relative(_exact(values), rows)
 
 
 @contextmanager
@@ -105,8 +107,13 @@ def scale_of(norm: nn.Module) -> Tensor | None:
     return scale if same and torch.equal(turned, -scale) and scale.any() else None
 
 
-def _inverse(values: Tensor) -> Tensor:
-    return torch.where(values > 0, 1 / values, 0.0)
+def _size(rows: Tensor) -> Tensor:
+    return rows.square().mean(1, keepdim=True).sqrt()
+
+
+def _relative(values: Tensor, rows: Tensor) -> Tensor:
+    size = _size(rows).to(values)
+    return torch.where(size == 0, 0.0, values / size)
 
 
 def _exact(values: Tensor) -> Tensor:
