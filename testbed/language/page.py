@@ -20,13 +20,14 @@ TRIOS = {
         "trio-s0-third": "",
         "trio-s1-third": " of seed 1",
         "trio-s2-third": " of seed 2",
-        "trio-gemma-s0": " of a second family",
+        "trio-gemma-s0-second": " of a second family",
     },
     EARLIER: {
         "trio-s0": " of seed 0",
         "trio-s1-quick": " of seed 1",
         "trio-s2": " of seed 2",
         "trio-s2-again": " of seed 2 again",
+        "trio-gemma-s0": " of a second family",
     },
 }
 TRIED = {
