@@ -232,10 +232,10 @@ def estimate(
 
     written, following = size(rank), ahead and shape.layers > 1
     models = MODELS + OTHERS * bool(work.compared_lengths)
-    compared = tuple(work.compared_lengths) * OTHERS
-    forward = shape.layers * forward_flops(shape, (*work.lengths, *compared))
-    statistics = shape.layers * statistics_flops(shape, sites)
-    statistics += 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden)
+    passed = (*work.lengths, *tuple(work.compared_lengths) * OTHERS)
+    forward = shape.layers * forward_flops(shape, passed)
+    double = shape.layers * statistics_flops(shape, sites)
+    double += 2.0 * shape.vocabulary * shape.hidden * min(work.protected_rows, shape.hidden)
     cubes = shape.layers * sum(needs.decomposed for needs in sites)
     return Estimate(
         memory={
@@ -250,16 +250,16 @@ def estimate(
         file_bytes=written,
         read_bytes=models * shape.model_bytes,
         forward_flops=forward,
-        statistics_flops=statistics,
+        statistics_flops=double + EIGEN_FLOPS * cubes,
         rank=min(rank, work.protected_rows + work.reading_rows),
         operations=Operations(
             products=forward,
-            double=statistics - EIGEN_FLOPS * cubes,
+            double=double,
             eigen=cubes,
             memory=float(shape.layers * _moved(shape, work)),
             read=float(models * shape.model_bytes),
             write=2.0 * written,
-            passes=float(shape.layers * len((*work.lengths, *compared))),
+            passes=float(shape.layers * len(passed)),
         ),
         file=FileChoices.of(size, shape.model_bytes, shape.widths, rank),
     )
@@ -279,7 +279,7 @@ def forward_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
 
 
 def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
-    """Gram matrices, eigenvectors, responses and oblique solves of one layer's sites."""
+    """Gram matrices, responses and oblique solves of one layer's sites; no eigenvectors."""
     total = 0.0
     for needs in sites:
         width, outputs, rows = needs.site.width, needs.site.outputs, needs.protected
@@ -288,12 +288,12 @@ def statistics_flops(shape: ModelShape, sites: Sequence[SiteNeeds]) -> float:
         if needs.oblique:
             side = min(needs.instruction, width)
             total += 1.2 * side * needs.instruction * width + side**3 / 3
-        total += 2 * reading_flops(shape, needs.reading // 2) + EIGEN_FLOPS * needs.decomposed
+        total += 2 * reading_flops(shape, needs.reading // 2)
     return total
 
 
 def reading_flops(shape: ModelShape, rows: int) -> float:
-    """What attention reads of the prompts, or of the responses, in one layer."""
+    """What attention reads of the prompts, or of the responses, in one layer; no eigenvectors."""
     small = min(rows, shape.hidden)
     answers = 2.0 * 3 * shape.heads_width * shape.hidden * (rows + small)
     return 1.2 * small * rows * shape.hidden + answers

@@ -66,7 +66,7 @@ class CalibrationJob:
     def compared(self) -> list[InstructionTokens]:
         """The texts on which the instruct and the pretrained model are compared in the end.
 
-        None where the method does not subtract the pretrained model.
+        Empty where the method does not subtract the pretrained model.
         """
         instruction = self.samples.instruction
         if self.method != RAIN or self.settings.fit != "projection" or instruction is None:

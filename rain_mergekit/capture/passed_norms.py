@@ -9,7 +9,6 @@ stream is a lack rms(z) r / g of z, without what lies along z, which the norm ta
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Of the scale's own root mean square: a coordinate that the norm scales by less can hardly be
 # reached through it, and is not pushed as if it could.
@@ -38,8 +38,8 @@ class PassedNorm:
 
     @property
     def rows(self) -> Tensor:
-        """What it received, (n, d), float32 at least."""
-        return _exact(self.inputs.reshape(-1, len(self.scale)))
+        """What it received, (n, d)."""
+        return self.inputs.reshape(-1, len(self.scale))
 
     def undone(self, lack: Tensor, rows: Tensor) -> Tensor:
         """The change of some of its rows (n, d) that makes a change `lack` (n, d) after it.
@@ -50,13 +50,15 @@ class PassedNorm:
         scale, rows = self.scale.to(lack), rows.to(lack)
         floor = FLOOR**2 * scale.square().mean()
         change = lack * (scale / (scale.square() + floor)) * _size(rows)
-        along = _relative(rows, rows) / math.sqrt(rows.shape[1])
+        along = functional.normalize(rows, dim=1)
         return change - along * (along * change).sum(1, keepdim=True)
 
     @staticmethod
     def relative(values: Tensor, rows: Tensor) -> Tensor:
         """Values (n, any) over the root mean square of each row (n, d); 0 where that is 0."""
-        return _relative(_exact(values), rows)
+        values = _exact(values)
+        size = _size(rows.to(values))
+        return torch.where(size == 0, 0.0, values / size)
 
 
 @contextmanager
@@ -109,11 +111,6 @@ def scale_of(norm: nn.Module) -> Tensor | None:
 
 def _size(rows: Tensor) -> Tensor:
     return rows.square().mean(1, keepdim=True).sqrt()
-
-
-def _relative(values: Tensor, rows: Tensor) -> Tensor:
-    size = _size(rows).to(values)
-    return torch.where(size == 0, 0.0, values / size)
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ OPEN_LIMIT, CLOSE_LIMIT = 0.7, 0.01
 # testbed's reasoning models are 0.07 or more above their instruct models, on a few samples; real
 # ones that both think may be level.
 LEVEL = 0.02
+# How many short samples the other models are compared on, and tokens of each.
 COMPARED, _TOKENS = 4, 64
 Tokens = TypeVar("Tokens", ReasoningTokens, InstructionTokens)
 _KINDS = ("close", "open", "thinking")
