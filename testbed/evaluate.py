@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from testbed.judging.divergence import divergences, marked, meter
 from testbed.judging.scoring import score, summary
 from testbed.models.generation import generate
-from testbed.models.loading import load_model, load_tokenizer, opens_block
+from testbed.models.loading import LONGEST_OUTPUT, load_model, load_tokenizer, opens_block
 from testbed.puzzles.records import Record, read_lines
 
 
@@ -30,10 +30,11 @@ def evaluate(
     It speaks through its own template, or `voice`'s; KL uses the reference's.
     """
     tokenizer = voice or load_tokenizer(model_dir)
-    outputs = generate(load_model(model_dir), tokenizer, [record["prompt"] for record in prompts])
+    asked = [record["prompt"] for record in prompts]
+    outputs = generate(load_model(model_dir), tokenizer, asked, most=LONGEST_OUTPUT)
     opened = opens_block(tokenizer)
     scores = [
-        score(record, output, opened) for record, output in zip(prompts, outputs, strict=True)
+        score(record, output.text, opened) for record, output in zip(prompts, outputs, strict=True)
     ]
     reference = load_tokenizer(reference_dir)
     texts = [marked(reference, record) for record in prompts]

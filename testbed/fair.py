@@ -18,7 +18,7 @@ import torch
 from testbed.board.bench import digest
 from testbed.board.fair_page import page
 from testbed.board.fair_rows import fair_rows
-from testbed.board.fair_run import FairBench, run_all
+from testbed.board.fair_run import FairBench, calibrated_without, run_all
 from testbed.board.results_file import Results
 
 RESULTS = Path("testbed/results/fair")
@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [row for row in fair_rows() if row.name in options.rows]
     found = []
     for trio in options.trios:
-        results = Results(RESULTS / f"{trio.name}.json", str(trio), digest(trio))
         with tempfile.TemporaryDirectory() as folder:
-            run_all(FairBench(trio, Path(folder)), results, wanted, lambda: time.monotonic() > end)
+            seen = calibrated_without(trio, Path(folder) / trio.name)
+            results = Results(RESULTS / f"{trio.name}.json", trio.name, digest(seen))
+            run_all(FairBench(seen, Path(folder)), results, wanted, lambda: time.monotonic() > end)
         found.append(results)
     if options.out is not None:
         options.out.write_text(page(found), encoding="utf-8")

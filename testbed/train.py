@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from testbed.models.generation import generate
-from testbed.models.loading import build_model, load_model, load_tokenizer
+from testbed.models.loading import LONGEST_OUTPUT, build_model, load_model, load_tokenizer
 from testbed.models.training import Run, train_stage
 from testbed.puzzles.families import FAMILIES
 from testbed.puzzles.family import Family
@@ -76,13 +76,13 @@ def verbatim_outputs(
     tasks: Sequence[Task],
 ) -> list[Record]:
     """The model's own outputs where they are complete and right, as it generated them."""
-    outputs = generate(model, tokenizer, [task.prompt for task in tasks])
+    outputs = generate(model, tokenizer, [task.prompt for task in tasks], most=LONGEST_OUTPUT)
     wanted = [output_text(family.surface, task.problem.thinking, task.response()) for task in tasks]
     pairs = zip(tasks, outputs, wanted, strict=True)
     return [
         {"prompt": task.prompt, "output": output}
         for task, output, right in pairs
-        if output == right
+        if output.text == right
     ]
 
 

@@ -15,7 +15,7 @@ from testbed.agent.tools import (
     thinking_text,
 )
 from testbed.agent.training import SEED
-from testbed.language.generating import generate
+from testbed.models.generation import generate
 from testbed.models.loading import load_model, load_tokenizer
 from testbed.puzzles.counting import FAMILY
 from testbed.puzzles.records import Record, read_lines, write_lines

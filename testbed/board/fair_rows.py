@@ -18,6 +18,8 @@ STARTS, MOST = 5, 14  # strengths at first, and at most
 RAIN = "rain projection"
 TWO_MODELS = "rain projection, two models"
 STREAMS = "rain streams"
+HEAD = ", head"  # with the map to the vocabulary
+CEILING = "ceiling"
 PAPER = "paper"
 PUBLISHED = "published, nearest settings"
 
@@ -42,6 +44,11 @@ class FairRow(Method):
         """The strength number k of the grid; None past the limit."""
         found = float(f"{self.scale * 2 ** (k / 2):.2g}")
         return found if found <= self.limit else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is nothing to choose: the row is a model of the trio, or the ceiling."""
+        return self.group == "models"
 
     @property
     def nominal(self) -> float | None:
@@ -89,7 +96,10 @@ def _companions() -> list[FairRow]:
         FairRow("regmean", "companions", calibrated=plain),
         FairRow("regmean, anchored", "companions", calibrated=anchored),
         FairRow("regmean++", "companions", calibrated=plain, section=merged),
-        FairRow("aim", "companions", calibrated=rivals.aim),
+        FairRow("aim", "companions", calibrated=rivals.aim()),
+        FairRow(
+            "aim, shuffled channels", "companions", calibrated=rivals.aim(shuffle="channels")
+        ),
         FairRow("opcm", "companions", recipe=rivals.companion("opcm")),
         FairRow("pcb", "companions", recipe=rivals.companion("pcb", density=0.6)),
         FairRow("wudi", "companions", recipe=rivals.companion("wudi")),
@@ -105,9 +115,18 @@ def _rain() -> list[FairRow]:
         PUBLISHED: {"preset": "published"},
     }
     return [
-        FairRow(STREAMS, "rain", settings=streams, strength_setting="teacher_strength"),
         *(
-            FairRow(f"{name}{', head' if head else ''}", "rain", settings=own, head=head)
+            FairRow(
+                f"{STREAMS}{HEAD * head}",
+                "rain",
+                settings=streams,
+                strength_setting="teacher_strength",
+                head=head,
+            )
+            for head in (False, True)
+        ),
+        *(
+            FairRow(f"{name}{HEAD * head}", "rain", settings=own, head=head)
             for name, own in projections.items()
             for head in (False, True)
         ),
@@ -124,6 +143,6 @@ def _controls() -> list[FairRow]:
 
 
 def fair_rows() -> list[FairRow]:
-    """All rows; the models of the trio have no strength."""
-    models = [FairRow(role, "models") for role in ROLES]
+    """All rows; the models of the trio and the ceiling have no strength."""
+    models = [FairRow(name, "models") for name in (*ROLES, CEILING)]
     return [*models, *_plain(), *_companions(), *_rain(), *_controls()]

@@ -1,7 +1,8 @@
 """Rows of the fair scoreboard: grow the grid, choose on validation prompts, judge on test."""
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,42 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.config.merge_config import read_config
 from testbed.board.bench import Bench
-from testbed.board.curves import Numbers, best_strength
-from testbed.board.fair_rows import MOST, STARTS, FairRow
+from testbed.board.curves import Numbers
+from testbed.board.fair_rows import CEILING, MOST, STARTS, FairRow
 from testbed.board.methods import Method
 from testbed.board.recipes import ROLES, rain_config
 from testbed.board.results_file import Results
 from testbed.board.rivals import CalibratedRecipe, with_section
+from testbed.judging.judge import Judge, chosen
 from testbed.judging.strengths import beyond_edge
+from testbed.puzzles.records import read_lines, write_lines
 
 LOG = logging.getLogger(__name__)
 VALIDATION, TEST = "validation", "test"  # all prompts of both
+# One of each family, the only one that changes letters; no calibration set has it.
+UNCALIBRATED = ("upper", "title")
+
+
+def calibrated_without(trio: Path, folder: Path) -> Path:
+    """The trio once more, in links, with instruction samples of the other constraints alone."""
+    folder.mkdir(parents=True)
+    for path in trio.resolve().iterdir():
+        (folder / path.name).symlink_to(path)
+    samples = folder / "instruction.jsonl"
+    records = read_lines(samples)
+    samples.unlink()
+    write_lines(samples, (record for record in records if not asks_for(record, UNCALIBRATED)))
+    return folder
+
+
+def asks_for(record: Mapping[str, Any], constraints: Sequence[str]) -> bool:
+    """Whether an instruction sample has one of these constraints."""
+    return any(one["instruction_id"] in constraints for one in record["related_prompt_list"])
+
+
+def best_strength(found: Mapping[float, Numbers]) -> float:
+    """Most answers both right and as asked; among equals the most plain prompts right."""
+    return max(found, key=lambda s: tuple(found[s][n]["value"] for n in ("both", "plain_accuracy")))
 
 
 def next_strength(row: FairRow, measured: Mapping[float, Numbers]) -> float | None:
@@ -41,7 +68,30 @@ def next_strength(row: FairRow, measured: Mapping[float, Numbers]) -> float | No
 
 
 class FairBench(Bench):
-    """A bench whose merges are all computed in float32 and cast to bfloat16 once."""
+    """A bench whose merges are all computed in float32 and cast to bfloat16 once.
+
+    Strengths are chosen without divergences, which take as long as all outputs of a model.
+    """
+
+    def judge(self, split: str, limit: int | None) -> Judge:
+        if (split, limit) not in self._judges:
+            prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
+            judge = Judge(
+                self.trio / "reasoning", self._voices["reasoning"], prompts, UNCALIBRATED
+            )
+            self._judges[split, limit] = judge
+        return self._judges[split, limit]
+
+    def measure(
+        self, method: Method, strength: float, split: str, limit: int | None
+    ) -> dict[str, Any]:
+        judge, start = self.judge(split, limit), time.process_time()
+        if method.name == CEILING:
+            found = judge.ceiling(self.trio / "reasoning", self.trio / "instruct")
+        else:
+            with self._model(method, strength) as (model, voice):
+                found = judge.measure(model, self._voices[voice], divergent=split == TEST)
+        return {**found, "cpu_seconds": round(time.process_time() - start, 1)}
 
     def _config(self, method: Method, strength: float) -> dict[str, Any]:
         if not isinstance(method, FairRow):
@@ -94,7 +144,7 @@ def run_row(
             entry = bench.measure(row, strength, split, limit)
             results.put(entry, row.name, strength, split, limit)
 
-    if row.name in ROLES:
+    if row.fixed:
         measured(0.0, TEST, limits[1])
         return
     while (strength := next_strength(row, found := curve(results, row))) is not None:

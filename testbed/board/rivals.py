@@ -95,13 +95,17 @@ def regmean(*, anchored: bool) -> CalibratedRecipe:
     return recipe
 
 
-def aim(trio: Path, calibration: Path, strength: float) -> Config:
+def aim(**control: str) -> CalibratedRecipe:
     """Task arithmetic on the pretrained model, relaxed at busy channels."""
-    models = {
-        "reasoning": {"role": "reasoning", "weight": 1.0},
-        "instruct": {"role": "instruct", "weight": strength},
-    }
-    return merge("aim", trio, "pretrained", models, calibration=str(calibration))
+
+    def recipe(trio: Path, calibration: Path, strength: float) -> Config:
+        models = {
+            "reasoning": {"role": "reasoning", "weight": 1.0},
+            "instruct": {"role": "instruct", "weight": strength},
+        }
+        return merge("aim", trio, "pretrained", models, calibration=str(calibration), **control)
+
+    return recipe
 
 
 def with_section(config: Config, trio: Path, settings: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 
 from testbed.judging.strengths import beyond_edge
 from testbed.language.fits import fit_of
-from testbed.language.generating import Output
+from testbed.models.generation import Output
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from testbed.language.generating import Output, generate
+from testbed.models.generation import Output, generate
 from testbed.language.scoring import split
 from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
 from testbed.puzzles.records import read_lines, write_lines

@@ -19,6 +19,7 @@ from testbed.puzzles.family import Family
 from testbed.puzzles.tokenizer import OPENING
 
 CONTEXT = 256
+LONGEST_OUTPUT = 96  # tokens
 
 
 def build_model(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from rain_mergekit.system.shipped_files import TRIO
 from testbed.language import questions
 from testbed.language.board import Board, further, load_rows
 from testbed.language.frontier import IMAGES
-from testbed.language.generating import generate
+from testbed.models.generation import generate
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.making import configuration, merged

@@ -11,7 +11,7 @@ import pytest
 from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.calibration_sets import load_instruction
 from testbed.language.constraints import CONSTRAINTS, UNCALIBRATED_CONSTRAINTS, together
-from testbed.language.generating import Output
+from testbed.models.generation import Output
 from testbed.language.numbers import in_words, numbers
 from testbed.language.problems import KINDS, UNCALIBRATED_KINDS
 from testbed.language.scoring import numbers as judged
