@@ -1,6 +1,6 @@
-"""Compare merge methods on trained trios and write the page that says how they did.
+"""Compare settings of the projection on trained trios and write the page that says how they did.
 
-`python -m testbed.scoreboard TRIO_DIR [TRIO_DIR ...] -o docs/results.md [--quick]`
+`python -m testbed.scoreboard TRIO_DIR [TRIO_DIR ...] -o docs/results-projection.md [--quick]`
 
 Strengths are swept on validation prompts; the best one (most answers both right and as asked) and
 λ = 1 are then judged on the test prompts. What was measured before is not measured again.
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trios", type=Path, nargs="+")
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("docs/results-projection.md"))
     parser.add_argument(
         "--quick", action="store_true", help="main rows, three strengths, 90 prompts"
     )

@@ -97,9 +97,7 @@ def _companions() -> list[FairRow]:
         FairRow("regmean, anchored", "companions", calibrated=anchored),
         FairRow("regmean++", "companions", calibrated=plain, section=merged),
         FairRow("aim", "companions", calibrated=rivals.aim()),
-        FairRow(
-            "aim, shuffled channels", "companions", calibrated=rivals.aim(shuffle="channels")
-        ),
+        FairRow("aim, shuffled channels", "companions", calibrated=rivals.aim(shuffle="channels")),
         FairRow("opcm", "companions", recipe=rivals.companion("opcm")),
         FairRow("pcb", "companions", recipe=rivals.companion("pcb", density=0.6)),
         FairRow("wudi", "companions", recipe=rivals.companion("wudi")),

@@ -16,7 +16,7 @@ from testbed.board.bench import Bench
 from testbed.board.curves import Numbers
 from testbed.board.fair_rows import CEILING, MOST, STARTS, FairRow
 from testbed.board.methods import Method
-from testbed.board.recipes import ROLES, rain_config
+from testbed.board.recipes import rain_config
 from testbed.board.results_file import Results
 from testbed.board.rivals import CalibratedRecipe, with_section
 from testbed.judging.judge import Judge, chosen
@@ -76,9 +76,7 @@ class FairBench(Bench):
     def judge(self, split: str, limit: int | None) -> Judge:
         if (split, limit) not in self._judges:
             prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
-            judge = Judge(
-                self.trio / "reasoning", self._voices["reasoning"], prompts, UNCALIBRATED
-            )
+            judge = Judge(self.trio / "reasoning", self._voices["reasoning"], prompts, UNCALIBRATED)
             self._judges[split, limit] = judge
         return self._judges[split, limit]
 

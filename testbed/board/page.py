@@ -1,4 +1,4 @@
-"""docs/results.md and a page for each trio, made from the cache; nobody edits them."""
+"""docs/results-projection.md and a page for each trio, made from the cache; nobody edits them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -47,6 +47,12 @@ class Results:
         os.replace(part, self.path)
 
 
+def kept(path: Path) -> Results:
+    """What a file holds, whatever trio it is of."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Results(path, found["trio"], found["digest"])
+
+
 def _lines(value: Any) -> str:
     """JSON with one line per entry: short, and differences stay readable."""
     if not isinstance(value, dict):

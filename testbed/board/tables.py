@@ -16,6 +16,7 @@ SHARES = {
 }
 MEANS = {"thinking_words": "words"}
 PLACES = {"L_think": "L_think", "L_mid": "L_mid", "L_other": "L_other"}
+MODELS = ("pretrained", "reasoning", "instruct", "ceiling")  # rows that are no merges
 NONE = "\u2013"  # an en dash, where there is no number
 WITH_INTERVAL = ("plain_accuracy", "followed", "both", "L_think")
 

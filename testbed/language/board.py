@@ -12,12 +12,12 @@ from typing import Any
 
 from testbed.judging.strengths import beyond_edge
 from testbed.language.fits import fit_of
-from testbed.models.generation import Output
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
 from testbed.language.sets import Samples, write_choosing
 from testbed.language.tuning import tune_on_sets
+from testbed.models.generation import Output
 
 LOG = logging.getLogger(__name__)
 ROLES = ("pretrained", "reasoning", "instruct")

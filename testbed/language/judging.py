@@ -17,8 +17,8 @@ from rain_mergekit.text.calibration_sets import load_reasoning
 from rain_mergekit.text.token_positions import ReasoningTokens
 from testbed.judging.divergence import checkpoint, meter
 from testbed.judging.intervals import Ratio
-from testbed.models.generation import Output, generate
 from testbed.language.scoring import numbers, score, split
+from testbed.models.generation import Output, generate
 from testbed.models.loading import load_model, load_tokenizer
 from testbed.puzzles.records import Record, read_lines, write_lines
 

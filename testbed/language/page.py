@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.board.tables import between, markdown, percent, small, with_interval
+from testbed.board.frontier import draw
+from testbed.board.tables import MODELS, between, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
-from testbed.language.frontier import draw
-from testbed.language.table import FIRST, table
+from testbed.language.table import table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results-language.md"
@@ -52,7 +52,7 @@ def write_pages(results: Path) -> list[Path]:
     for page, trios in TRIOS.items():
         text = written(page, results)
         for trio, named in trios.items():
-            draw(load_rows(results / trio), trio, f"the trio{named}")
+            draw(load_rows(results / trio), f"language-{trio}", f"the trio{named}")
         page.write_text(text, encoding="utf-8")
     return list(TRIOS)
 
@@ -78,7 +78,7 @@ def overview(results: Path) -> str:
         rows = {row["name"]: row for row in load_rows(results / trio)}
         ours, ceiling = rows[DEFAULTS], _value(rows["ceiling"], "both")
         rival = max(
-            (row for name, row in rows.items() if name not in FIRST and not name.startswith(OURS)),
+            (row for name, row in rows.items() if name not in MODELS and not name.startswith(OURS)),
             key=_merit,
         )
         plain, kept = (_value(row, "plain_right") for row in (ours, rows["reasoning"]))
@@ -126,7 +126,7 @@ def attempts(results: Path) -> str:
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """One paragraph: the best merge of ours beside the best rival and the ceiling."""
     named = {row["name"]: row for row in rows}
-    merges = [row for row in rows if row["name"] not in FIRST]
+    merges = [row for row in rows if row["name"] not in MODELS]
     ours = [row for row in merges if row["name"].startswith(OURS)]
     rivals = [row for row in merges if not row["name"].startswith(OURS)]
     if not ours or not rivals or "ceiling" not in named:

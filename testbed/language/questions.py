@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rain_mergekit.report.svg import FAINT, STYLE
+from testbed.board.frontier import COLOURS, write_picture
 from testbed.board.tables import between, markdown, percent
 from testbed.language.board import load_rows
-from testbed.language.frontier import COLOURS, write_picture
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
 # By the name of a table: its rows, and the trio on which they were judged.
@@ -20,7 +20,7 @@ TABLES = {
     "language questions": ("questions.yml", "trio-s1-third"),
     "language questions of teachers": ("questions-teachers.yml", "trio-s2-fourth"),
 }
-PICTURE = "depth"
+PICTURE = "language-depth"
 SHOWN = {
     "plain_right": "plain right",
     "constrained_right": "right",

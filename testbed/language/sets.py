@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from testbed.models.generation import Output, generate
 from testbed.language.scoring import split
 from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
+from testbed.models.generation import Output, generate
 from testbed.puzzles.records import read_lines, write_lines
 
 Record = dict[str, Any]

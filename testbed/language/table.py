@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.board.tables import NONE, markdown, percent, small, with_interval
+from testbed.board.tables import MODELS, NONE, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
 
 COLUMNS = {
@@ -22,7 +22,6 @@ COLUMNS = {
     "L_think": "L_think",
 }
 WITH_INTERVAL = ("plain_right", "followed", "both")
-FIRST = ("pretrained", "reasoning", "instruct", "ceiling")
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
@@ -44,7 +43,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = COLUMN
     """
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
-        place = FIRST.index(row["name"]) if row["name"] in FIRST else len(FIRST)
+        place = MODELS.index(row["name"]) if row["name"] in MODELS else len(MODELS)
         return place, -row["numbers"]["both"]["value"]
 
     lines = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,33 @@ from mergekit.config import MergeConfiguration
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.merge_method.method import register
 from testbed.board.curves import Numbers
-from testbed.board.fair_page import page
-from testbed.board.fair_rows import MOST, STARTS, FairRow, fair_rows
-from testbed.board.fair_run import FairBench, next_strength, run_row
-from testbed.board.recipes import ROLES, rain_config
+from testbed.board.fair_page import page, trio_page
+from testbed.board.fair_rows import CEILING, MOST, STARTS, FairRow, fair_rows
+from testbed.board.fair_run import (
+    UNCALIBRATED,
+    FairBench,
+    asks_for,
+    calibrated_without,
+    next_strength,
+    run_row,
+)
+from testbed.board.fair_standing import Trio, described
+from testbed.board.recipes import rain_config
 from testbed.board.results_file import Results
 from testbed.board.rivals import with_section
+from testbed.judging.intervals import packed
+from testbed.judging.judge import Judge, chosen
+from testbed.models.loading import load_tokenizer
+from testbed.puzzles.records import read_lines
 
 TRIO = ROOT / "testbed" / "trios" / "qwen-s0"
 ROW = FairRow("row", "mergekit", settings={})
 
 
 def numbers(both: float) -> dict[str, Any]:
-    names = ("both", "plain_accuracy", "no_close", "no_thinking", "L_think")
-    return {
-        name: {"value": both if name == "both" else 0.5, "interval": [0.1, 0.9], "halves": []}
-        for name in names
-    }
+    shares = {"both": both, "both_held_out": 0.4, "both_uncalibrated": 0.25, "plain_accuracy": 0.5}
+    found = {**shares, "no_close": 0.02, "no_thinking": 0.01, "L_think": 0.5}
+    return {name: {"value": v, "interval": [0.1, 0.9], "halves": []} for name, v in found.items()}
 
 
 def tried(row: FairRow, best: float) -> dict[float, Numbers]:
@@ -55,7 +66,7 @@ def test_a_way_between_two_models_ends_at_the_second() -> None:
 
 
 def test_every_row_has_the_same_number_of_strengths_at_first() -> None:
-    rows = [row for row in fair_rows() if row.name not in ROLES]
+    rows = [row for row in fair_rows() if not row.fixed]
     assert len({row.name for row in rows}) == len(rows) > 30
     for row in rows:
         found = [row.strength(k) for k in range(row.first, row.first + STARTS)]
@@ -100,7 +111,10 @@ def test_every_calibration_can_be_read(tmp_path: Path) -> None:
 
 
 class Counted(FairBench):
-    """A bench that counts what is asked of it; the best strength is one."""
+    """A bench that counts what is asked of it; the best strength is one.
+
+    Of four prompts the first ones are right and as asked.
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, float, str]] = []
@@ -108,32 +122,101 @@ class Counted(FairBench):
     def measure(self, method: Any, strength: float, split: str, limit: int | None) -> Any:
         assert limit is None  # all prompts of either split
         self.asked.append((method.name, strength, split))
-        share = 0.9 if method.name in ROLES else 1 / (1 + abs(strength - 1))
-        return {"numbers": numbers(share), "bits": {}}
+        share = SHARES.get(method.name, 0.5) / (1 + abs(strength - 1) * (strength > 0))
+        right = round(4 * share)
+        return {
+            "numbers": numbers(share),
+            "bits": {"both": packed([i < right for i in range(4)])},
+        }
 
 
-def test_a_row_is_chosen_on_validation_and_judged_once_on_test(tmp_path: Path) -> None:
-    counted, results = Counted(), Results(tmp_path / "r.json", "trios/t-s0", "digest")
-    rows = [row for row in fair_rows() if row.name in ("reasoning", "rain projection", "ties")]
+SHARES = {"reasoning": 0.0, CEILING: 1.0, "rain streams": 0.75, "rain projection": 1.0}
+PROMPTS = [
+    {"constraint": name, "held_out_wording": False} for name in ("twice", "twice", "upper", "end")
+]
+
+
+def measured(path: Path, names: Sequence[str]) -> tuple[Counted, Trio]:
+    """A board on which these rows are measured, twice: the second time asks nothing."""
+    counted, results = Counted(), Results(path, "t-s0", "digest")
+    rows = [row for row in fair_rows() if row.name in names]
+    results.data["prompts"] = described(PROMPTS)
     for row in rows:
         run_row(counted, results, row)
-    of_rain = [asked[1:] for asked in counted.asked if asked[0] == "rain projection"]
-    wanted = [(s, "validation") for s in (0.35, 0.5, 0.71, 1.0, 1.4)]
-    assert of_rain == [*wanted, (1.0, "test")]
-    assert ("reasoning", 0.0, "test") in counted.asked
     again = len(counted.asked)
     for row in rows:
         run_row(counted, results, row)
     assert len(counted.asked) == again
-    text = page([results])
-    assert "## t-s0" in text
-    assert (
-        "| rain projection | 1 | 5 | 100 [10, 90] | 50 [10, 90] | 50 | 50 | 0.5 [0.1, 0.9] |"
-        in text
+    return counted, Trio(results)
+
+
+ROWS = ("reasoning", CEILING, "task_arithmetic", "rain streams", "rain projection", "wudi")
+
+
+def test_a_row_is_chosen_on_validation_and_judged_once_on_test(tmp_path: Path) -> None:
+    counted, _ = measured(tmp_path / "r.json", ROWS)
+    of_rain = [asked[1:] for asked in counted.asked if asked[0] == "rain projection"]
+    wanted = [(s, "validation") for s in (0.35, 0.5, 0.71, 1.0, 1.4)]
+    assert of_rain == [*wanted, (1.0, "test")]
+    assert ("reasoning", 0.0, "test") in counted.asked
+
+
+def test_a_trio_page_has_each_row_beside_ours(tmp_path: Path) -> None:
+    _, trio = measured(tmp_path / "r.json", ROWS)
+    assert trio.of_ceiling == 0.75
+    # 0.75 of all; a quarter of the prompts has the uncalibrated constraint, with 0.25
+    assert trio.calibrated_kinds(trio.ours) == pytest.approx(11 / 12)
+    text = trio_page(trio)
+    line = (
+        "| rain streams | 1 | 5 | 75 [10, 90] | \N{EN DASH} | 40 | 25 | 50 | 97 | 0.5 [0.1, 0.9] |"
     )
-    assert "| reasoning | \N{EN DASH} | \N{EN DASH} | 90 [10, 90] |" in text
-    assert "At strength 1, without a search:" in text
-    assert "Not measured yet: instruct; pretrained; linear;" in text
+    assert line in text
+    # all four right beside our first three, drawn again in one stratum
+    assert "| rain projection | 1 | 5 | 100 [10, 90] | +25 [+0, +75] |" in text
+    assert "| reasoning | \N{EN DASH} | \N{EN DASH} | 0 [10, 90] | \N{MINUS SIGN}75 [" in text
+    assert "Not measured: instruct; pretrained; linear;" in text
+
+
+def test_the_first_paragraph_says_what_speaks_against_us(tmp_path: Path) -> None:
+    _, trio = measured(tmp_path / "r.json", ROWS)
+    text = page([trio])
+    said = text.split("\n\n")[2]
+    assert "reaches 75 to 75 % of the ceiling on 1 trios" in said
+    assert "less than 85 % of the ceiling on t-s0 (75 %)" in said
+    assert "blocks are whole on t-s0 (97)" in said
+    assert "than a tenth of that of `task_arithmetic` on t-s0 (1.00)" in said
+    assert "on t-s0 (25 against 92)" in said
+    assert "rivals have as many" not in said  # they have 50
+    assert "| t-s0 | 75 [10, 90] | 100 | 75 | 50 (task_arithmetic; plain 50) |" in text
+
+
+def test_no_calibration_text_has_the_constraint_left_out(tmp_path: Path) -> None:
+    for name in ("qwen-s0", "llama-s0"):
+        trio = ROOT / "testbed" / "trios" / name
+        seen = calibrated_without(trio, tmp_path / name)
+        before, after = (read_lines(folder / "instruction.jsonl") for folder in (trio, seen))
+        left_out = [record for record in before if record not in after]
+        assert 0 < len(left_out) == len(before) - len(after) < len(before) / 4
+        assert all(asks_for(record, UNCALIBRATED) for record in left_out)
+        prompts = read_lines(seen / "test.jsonl")
+        assert {"upper", "title"} & {record["constraint"] for record in prompts}
+        assert read_lines(seen / "reasoning.jsonl") == read_lines(trio / "reasoning.jsonl")
+
+
+def test_the_ceiling_is_the_instruct_model_after_the_other_ones_thinking() -> None:
+    """It thinks in every output, as the reasoning model does, and answers as it likes."""
+    for name in ("qwen-s0", "llama-s0"):
+        trio = ROOT / "testbed" / "trios" / name
+        prompts = chosen(read_lines(trio / "test.jsonl"), 12)
+        judge = Judge(trio / "reasoning", load_tokenizer(trio / "reasoning"), prompts)
+        found = judge.ceiling(trio / "reasoning", trio / "instruct")["numbers"]
+        alone = judge.measure(
+            trio / "instruct", load_tokenizer(trio / "instruct"), divergent=False
+        )["numbers"]
+        assert found["no_thinking"]["value"] == found["no_close"]["value"] == 0
+        assert found["thinking_right"]["value"] > 0.8
+        assert alone["thinking_right"]["value"] == 0
+        assert found["both"]["value"] > alone["both"]["value"] + 0.3
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from doc_blocks import ROOT
 
 from rain_mergekit.system.shipped_files import TRIO
+from testbed.board.frontier import IMAGES
+from testbed.board.tables import MODELS
 from testbed.language import questions
 from testbed.language.board import Board, further, load_rows
-from testbed.language.frontier import IMAGES
-from testbed.models.generation import generate
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
 from testbed.language.making import configuration, merged
@@ -24,11 +24,12 @@ from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
 from testbed.language.sets import Samples, prompt_record, write_prompts
 from testbed.language.smollm2 import split_halves
-from testbed.language.table import FIRST, table
+from testbed.language.table import table
 from testbed.language.tasks import (
     draw_task,
 )
 from testbed.language.tuning import Recipe, train
+from testbed.models.generation import generate
 from testbed.models.loading import load_model, load_tokenizer, render
 from testbed.puzzles.records import read_lines, write_lines
 
@@ -249,5 +250,5 @@ def test_each_trio_has_a_picture_of_its_rows(page: Path, trio: str) -> None:
     text = (IMAGES / f"language-{trio}.svg").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text
     for row in load_rows(ROOT / "testbed" / "results" / "language" / trio):
-        assert row["name"] in FIRST or row["name"] in text
+        assert row["name"] in MODELS or row["name"] in text
     assert f"img/language-{trio}.svg" in page.read_text(encoding="utf-8")

@@ -11,7 +11,6 @@ import pytest
 from rain_mergekit.system.shipped_files import TRIO
 from rain_mergekit.text.calibration_sets import load_instruction
 from testbed.language.constraints import CONSTRAINTS, UNCALIBRATED_CONSTRAINTS, together
-from testbed.models.generation import Output
 from testbed.language.numbers import in_words, numbers
 from testbed.language.problems import KINDS, UNCALIBRATED_KINDS
 from testbed.language.scoring import numbers as judged
@@ -26,6 +25,7 @@ from testbed.language.tasks import (
     is_right,
     split_of,
 )
+from testbed.models.generation import Output
 from testbed.models.loading import load_tokenizer
 from testbed.puzzles.records import read_lines, write_lines
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rain_mergekit.report.svg import FAINT, INK, STYLE, inline
-from testbed.language.table import FIRST
+from testbed.board.tables import MODELS
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "img"
 # The picture stands in a page whose colours it cannot see, so it brings its own for both themes.
@@ -26,19 +26,19 @@ OURS = "#0f9b8e"
 Found = Mapping[str, Any]
 
 
-def draw(rows: Sequence[Found], slug: str, title: str) -> Path:
-    """Write the picture of one trio; returns the file."""
+def draw(rows: Sequence[Found], name: str, title: str) -> Path:
+    """Write the picture of one trio; returns the file, which is called `name`."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.6), layout="constrained")
         _fill(figure.subplots(), rows)
         label = f"Merges of {title} by plain problems right and by both"
-        return write_picture(figure, slug, label)
+        return write_picture(figure, name, label)
 
 
-def write_picture(figure: Figure, slug: str, label: str) -> Path:
+def write_picture(figure: Figure, name: str, label: str) -> Path:
     """Write a figure with colours for both themes; returns the file. label: for who cannot see."""
-    text = inline(figure, slug, label)
-    path = IMAGES / f"language-{slug}.svg"
+    text = inline(figure, name, label)
+    path = IMAGES / f"{name}.svg"
     start = text.index(">") + 1
     path.write_text(text[:start] + THEMES + text[start:] + "\n", encoding="utf-8")
     return path
@@ -54,7 +54,7 @@ def _fill(axes: Axes, rows: Sequence[Found]) -> None:
     top = ceiling + 14
     axes.annotate("reasoning model", (whole + 1, top - 1), rotation=90, va="top", color=INK)
     merges = sorted(
-        (row for row in rows if row["name"] not in FIRST),
+        (row for row in rows if row["name"] not in MODELS),
         key=lambda row: -_number(row, "both"),
     )
     rivals = [row for row in merges if not row["name"].startswith("rain")]
