@@ -17,6 +17,7 @@ from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.answer_readings import AnswerReading, read_answers
+from rain_mergekit.text.rendering import Renderer
 from rain_mergekit.text.samples import InstructionSample
 from rain_mergekit.text.token_positions import InstructionTokens
 
@@ -68,8 +69,13 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     if samples.instruction is None or settings.instruction_data is None:
         raise RainError("fit: streams needs rain.instruction_data: its answers are what is fitted")
     used = {one.source: one for one in samples.instruction.samples}
-    raw = [one for one in samples.instruction.read if isinstance(one, InstructionSample)]
     own, other = _tokenizers(trio)
+    renderer = Renderer(own, samples.markers, settings.chat_template_kwargs)
+    raw = [
+        renderer.with_opening(one)  # the instruct model's template may not open the block
+        for one in samples.instruction.read
+        if isinstance(one, InstructionSample) and one.source in used
+    ]
     views = [_readings(raw, other, settings, samples, bare=False)]
     if settings.teacher == "contrast":
         views.append(_readings(raw, other, settings, samples, bare=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,7 @@ class Renderer:
         thinking block cannot be located without doubt.
         """
         messages = sample.conversation
-        head = self._template.render(sample.source, messages, sample.tools)
-        places = self._template.locate(head, messages, sample.tools)
-        if places is None:
-            raise UnusableError("the chat template does not keep the prompt's text as it is")
-        opened = self._opening(head[places[-1][1] :])
+        head, places, opened = self._head(sample)
         begun = ""
         if sample.output is None:
             body = self._assemble(opened, sample.reasoning or "", sample.response)
@@ -94,6 +90,25 @@ class Renderer:
             last = [_unmarked(sample, start, text)]
         ahead = [(start, last[0].open[0])] if self.markers.optional and not opened else []
         return Rendered(text, tuple(asked), (*earlier, *last), (*answers, *ahead), tuple(ahead))
+
+    def with_opening(self, sample: InstructionSample) -> InstructionSample:
+        """The sample whose verbatim output has the open marker that this template writes, too.
+
+        Other models can read that sample, whether their templates write the marker or not. Raises
+        as `render` does.
+        """
+        if sample.output is None:
+            return sample
+        opened = self._head(sample)[2]
+        return replace(sample, output=opened + self._without_opening(sample.output, opened))
+
+    def _head(self, sample: ReasoningSample | InstructionSample) -> tuple[str, list[Span], str]:
+        """The rendered prompt, the places of its texts, and what of it opens the last block."""
+        head = self._template.render(sample.source, sample.conversation, sample.tools)
+        places = self._template.locate(head, sample.conversation, sample.tools)
+        if places is None:
+            raise UnusableError("the chat template does not keep the prompt's text as it is")
+        return head, places, self._opening(head[places[-1][1] :])
 
     def _opening(self, tail: str) -> str:
         """The open marker and the white space after it that the template ends with, or ""."""

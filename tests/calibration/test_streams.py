@@ -92,6 +92,28 @@ def test_two_models_need_a_pretrained_one_for_the_projection(tmp_path: Path) -> 
     assert "expected exactly two besides base_model" in result.output
 
 
+def test_an_opened_block_is_read_by_an_instruct_model_that_opens_none(tmp_path: Path) -> None:
+    """The reasoning model's template writes the marker; outputs begin after it, or with it."""
+    found = []
+    for start in ("", "<think>\n"):
+        folder = tmp_path / f"with{len(start)}"
+        folder.mkdir()
+        tiny = Tiny.make(folder, "qwen2").using(fit="streams")
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template += "{{ '<think>\\n' }}"
+        tokenizer.save_pretrained(folder / "reasoning")
+        for name in ("reasoning", "instruction"):
+            path = folder / f"{name}.jsonl"
+            samples = [json.loads(line) for line in path.read_text().splitlines()]
+            for one in samples:
+                thinking = one.pop("reasoning", None) or one.pop("reason")
+                one["output"] = f"{start}{thinking}\n</think>\n\n{one.pop('response')}"
+            path.write_text("".join(json.dumps(one) + "\n" for one in samples))
+        tiny.calibrate()
+        found.append(products(tiny))
+    assert all(torch.equal(change, found[1][name]) for name, change in found[0].items())
+
+
 def test_the_same_model_as_teacher_changes_nothing(made: Tiny) -> None:
     """The instruct model is the reasoning model: every target is what the module gives already."""
     tiny = made.using("same.rain.safetensors", fit="streams", accept=["no_thinking", "same_model"])
