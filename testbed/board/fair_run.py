@@ -47,8 +47,16 @@ def asks_for(record: Mapping[str, Any], constraints: Sequence[str]) -> bool:
 
 
 def best_strength(found: Mapping[float, Numbers]) -> float:
-    """Most answers both right and as asked; among equals the most plain prompts right."""
-    return max(found, key=lambda s: tuple(found[s][n]["value"] for n in ("both", "plain_accuracy")))
+    """Most answers both right and as asked; among equals the most plain prompts right, then the least.
+
+    Where no strength has any, the largest is taken, so that the grid goes on.
+    """
+
+    def merit(strength: float) -> tuple[float, ...]:
+        both, plain = (found[strength][name]["value"] for name in ("both", "plain_accuracy"))
+        return (both, plain, -strength) if both else (0.0, 0.0, strength)
+
+    return max(found, key=merit)
 
 
 def next_strength(row: FairRow, measured: Mapping[float, Numbers]) -> float | None:

@@ -21,6 +21,7 @@ from testbed.board.fair_run import (
     UNCALIBRATED,
     FairBench,
     asks_for,
+    best_strength,
     calibrated_without,
     next_strength,
     run_row,
@@ -57,6 +58,15 @@ def test_a_grid_grows_until_the_best_is_inside() -> None:
     assert list(tried(ROW, 2.0))[STARTS:] == [2.0, 2.8]
     assert list(tried(ROW, 0.2))[STARTS:] == [0.25, 0.18, 0.12]
     assert len(tried(ROW, 1e9)) == MOST  # it has an end, and the page says that it is the edge
+
+
+def test_a_grid_goes_on_upward_where_nothing_is_right_and_as_asked() -> None:
+    found: dict[float, Numbers] = {}
+    while (strength := next_strength(ROW, found)) is not None:
+        found[strength] = numbers(0.3 if strength >= 4 else 0.0)
+    assert list(found) == [0.35, 0.5, 0.71, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7]
+    backward = dict(reversed(found.items()))  # equals, in any order
+    assert best_strength(found) == best_strength(backward) == 4.0
 
 
 def test_a_way_between_two_models_ends_at_the_second() -> None:
