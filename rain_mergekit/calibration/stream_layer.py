@@ -1,8 +1,7 @@
 """One layer of stream matching: the teachers' outputs, then one module after the other is fitted.
 
-The merged model's layer starts as the reasoning model's. Its modules are solved in the order in
-which they run, each on what the modules before it now give, so that a later one repairs what an
-earlier one left.
+Modules are solved in the order in which they run, each on what the modules before it now give, so
+that a later one repairs what an earlier one left.
 """
 
 from __future__ import annotations
@@ -90,6 +89,16 @@ class StreamLayer:
             self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
             del trace
 
+    def start(self, other: nn.Module, share: float) -> None:
+        """Move each weight by `share` of the way to the other layer's; routed experts stay."""
+        for weight in (one for name in self.sites for one in self._fitted(name)):
+            own, goal = self.layer.get_parameter(weight), other.get_parameter(weight)
+            wide = torch.promote_types(own.dtype, torch.float32)
+            own.data = torch.lerp(own.data.to(wide), goal.data.to(own.device, wide), share).to(own)
+
+    def _fitted(self, name: str) -> list[str]:
+        return [one for one in self.sites[name].outputs if one not in self._unfit]
+
     def fit(
         self, states: HiddenStates, targets: SiteTargets, rule: FitRule, other: nn.Module
     ) -> dict[str, LowRankChange]:
@@ -98,9 +107,8 @@ class StreamLayer:
         Routed experts come last; other: the instruct model's layer, for these.
         """
         changes: dict[str, LowRankChange] = {}
-        for name, site in self.sites.items():
-            wanted = [one for one in site.outputs if one not in self._unfit]
-            if wanted:
+        for name in self.sites:
+            if wanted := self._fitted(name):
                 trim_heap()
                 sums = self._sums(name, wanted, states, targets, rule)
                 changes |= self._solve(name, sums, rule)
@@ -141,7 +149,7 @@ class StreamLayer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What a text of the batch gives the site, and what each map lacks of its target."""
         site, text = self.sites[name], self.texts[batch.texts[number]]
-        wanted = [one for one in site.outputs if one not in self._unfit]
+        wanted = self._fitted(name)
         missing = set(wanted) - found.keys()
         if missing:
             raise RainError(
@@ -234,12 +242,16 @@ class StreamLayer:
         return found
 
     def result(
-        self, changes: Mapping[str, LowRankChange], errors: tuple[StreamErrors, StreamErrors]
+        self,
+        changes: Mapping[str, LowRankChange],
+        errors: tuple[StreamErrors, StreamErrors],
+        share: float,
     ) -> StreamLayerResult:
-        """What this layer contributes to the calibration file."""
+        """What this layer contributes to the calibration file; share: that of `start`, or 0."""
         axes = {one: axis for s in self.sites.values() for one, axis in s.input_axes.items()}
         return StreamLayerResult(
             changes=changes,
+            start=share,
             shapes={one: tuple(self.layer.get_parameter(one).shape) for one in changes},
             input_axes={one: axes[one] for one in changes},
             left=tuple(sorted(self._unfit)),

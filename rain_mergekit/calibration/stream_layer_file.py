@@ -26,7 +26,7 @@ def write_stream_layer(path: Path, name: str, result: StreamLayerResult) -> None
     tensors = {
         dotted(name, weight): _entry(dotted(name, weight), weight, result, stored)
         for weight, change in result.changes.items()
-        if change.rank
+        if change.rank or result.start
     }
     for weight, experts in result.expert_changes.items():
         tensors[dotted(name, weight)] = _of_experts(dotted(name, weight), experts, stored)
@@ -69,8 +69,11 @@ def write_stream_head(path: Path, head: HeadWeight, rows: Tensor, change: LowRan
 def _entry(
     name: str, weight: str, result: StreamLayerResult, stored: dict[str, Tensor]
 ) -> dict[str, Any]:
-    shape, axis = result.shapes[weight], result.input_axes[weight]
-    return _plain(shape, axis) | _change(name, result.changes[weight], stored)
+    entry = _plain(result.shapes[weight], result.input_axes[weight])
+    if result.start:
+        entry["start"] = result.start
+    change = result.changes[weight]
+    return entry | (_change(name, change, stored) if change.rank else {"fit": _fit(change)})
 
 
 def _of_experts(name: str, experts: ExpertChange, stored: dict[str, Tensor]) -> dict[str, Any]:

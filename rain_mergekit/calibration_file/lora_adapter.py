@@ -34,8 +34,8 @@ def write_adapter(
         dtype: of the stored factors.
 
     Raises:
-        RainError: the file holds what no adapter can hold: task vectors to be projected, changes
-            of single experts, or of a head that is the embedding.
+        RainError: the file holds what no adapter can hold: task vectors to be projected or to
+            be started from, changes of single experts, or of a head that is the embedding.
     """
     plans = _plans(file)
     tensors: dict[str, Tensor] = {}
@@ -68,6 +68,13 @@ def _plans(file: CalibrationFile) -> Mapping[str, TensorPlan]:
         raise RainError(
             f"{file.path}: an adapter holds low-rank changes only, and this calibration projects "
             f"the task vector ({found}); calibrate with `fit: streams`, or merge with mergekit-yaml"
+        )
+    started = [name for name, plan in file.tensors.items() if plan.start]
+    if started:
+        raise RainError(
+            f"{file.path}: an adapter holds low-rank changes only, and this calibration starts "
+            f"between both models ({started[0]} and {len(started) - 1} more); calibrate with "
+            "`stream_start: 0`, or merge with mergekit-yaml"
         )
     experts = [n for n, plan in file.tensors.items() if plan.ranks or _EXPERT.search(n)]
     if experts:

@@ -1,4 +1,4 @@
-"""The header of a calibration file (versions 1 to 5): names, types, what must fit together."""
+"""The header of a calibration file (versions 1 to 6): names, types, what must fit together."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rain_mergekit.config.method_names import CALIBRATED, RAIN
 from rain_mergekit.errors import RainError
 
 FORMAT = "rain-calibration"
-VERSION = 5
+VERSION = 6
 # The oldest version that can say what a file says: 2 added the factors A and B of a weight, 3 the
 # merge method that the file is for, 4 the part of W_R - W_B that is taken from task vectors, 5
-# factors of each expert in a weight that holds all of them.
-_ADDED, _KIND, _GAMMA, _RANKS = 2, 3, 4, 5
+# factors of each expert in a weight that holds all of them, 6 a share of W_I - W_R beside factors.
+_ADDED, _KIND, _GAMMA, _RANKS, _START = 2, 3, 4, 5, 6
 ROLES = ("reasoning", "instruct", "pretrained")
 
 
@@ -55,7 +55,8 @@ class TensorPlan:
     tokens: its rows are tokens; a merge that aligns vocabularies may have more of them or fewer.
     a, b: keys of the factors (d_out, r) and (d_in, r) of a change that is added; a weight with
     one and without a site takes nothing else. ranks: of a weight that holds all experts, how many
-    of the r columns are each expert's, in order.
+    of the r columns are each expert's, in order. start: the share of W_I - W_R that is added; a
+    weight with one is not projected.
     """
 
     site: str | tuple[str, ...] | None
@@ -67,11 +68,12 @@ class TensorPlan:
     a: str | None = None
     b: str | None = None
     ranks: tuple[int, ...] = ()
+    start: float = 0.0
 
     @property
     def projected(self) -> bool:
         """Whether the task vector, scaled and projected, is part of the change."""
-        return self.a is None or self.site is not None
+        return self.site is not None or (self.a is None and not self.start)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def version_of(header: Mapping[str, Any]) -> int:
     """The format version that a file with this header needs."""
     entries = header.get("tensors")
     tensors = list(entries.values()) if isinstance(entries, dict) else []
-    if any(isinstance(t, dict) and t.get("ranks") for t in tensors):
-        return _RANKS
+    for field, version in (("start", _START), ("ranks", _RANKS)):
+        if any(isinstance(t, dict) and t.get(field) for t in tensors):
+            return version
     if header.get("gamma"):
         return _GAMMA
     if header.get("kind", RAIN) != RAIN:
@@ -171,7 +174,17 @@ def _tensor(fields: HeaderFields, sites: Mapping[str, SitePlan]) -> TensorPlan:
         fields.fail("tokens", "true only for a weight with a row for each token", tokens)
     a, b = _change(fields, d_out, d_in)
     ranks = _ranks(fields, shape, a)
-    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens, a, b, ranks)
+    start = _start(fields, matrix=site is None and len(shape) == 2 and not tokens)
+    return TensorPlan(site, tuple(shape), axis, rows, cols, tokens, a, b, ranks, start)
+
+
+def _start(fields: HeaderFields, *, matrix: bool) -> float:
+    start = fields.optional_number("start") or 0.0
+    if start and not matrix:
+        fields.fail("start", "left out, but for a matrix without a site or tokens", start)
+    if not 0 <= start <= 1:
+        fields.fail("start", "a number from 0 to 1", start)
+    return start
 
 
 def _change(fields: HeaderFields, d_out: int, d_in: int) -> tuple[str | None, str | None]:

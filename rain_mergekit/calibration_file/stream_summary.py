@@ -56,10 +56,20 @@ class MatchedModule:
 
 @dataclass(frozen=True)
 class Matching:
-    """Stream matching as a calibration file records it."""
+    """Stream matching as a calibration file records it.
+
+    start: the share of W_I - W_R that weights have beside their changes.
+    """
 
     layers: tuple[MatchedLayer, ...]
     modules: tuple[MatchedModule, ...]
+    start: float = 0.0
+
+    @property
+    def origin(self) -> str:
+        """Where the changes are added to, as a phrase; nothing where that is W_R itself."""
+        share = f"{self.start:g} (W_instruct − W_reasoning)"  # noqa: RUF001
+        return f", added to W_reasoning + {share}" if self.start else ""
 
     @property
     def mean_rank(self) -> float:
@@ -82,7 +92,8 @@ def matching(file: CalibrationFile) -> Matching | None:
         MatchedLayer(str(one["name"]), dict(one["fitted"]), dict(one["held_out"]), _experts(one))
         for one in section["layers"]
     )
-    return Matching(layers, _modules(file))
+    start = max((plan.start for plan in file.tensors.values()), default=0.0)
+    return Matching(layers, _modules(file), start)
 
 
 def _experts(layer: Mapping[str, Any]) -> tuple[MatchedExperts, ...]:

@@ -106,6 +106,24 @@ Fit = Annotated[
         "paper's, the task vector without its effect on the thinking."
     ),
 ]
+Start = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=1.0,
+        description="For fit: streams, where each weight starts: the reasoning model's plus this "
+        "share of (instruct - reasoning). What the calibration texts do not decide stays there; 0 "
+        "keeps it the reasoning model's.",
+    ),
+    Number,
+]
+TeacherStrength = Annotated[
+    NonNegative,
+    Field(
+        description="For fit: streams, the share of the instruct model in the aim at answers "
+        "(the rest is the reasoning model's), or the factor on the contrast."
+    ),
+]
 FitExperts = Annotated[
     bool,
     Field(
@@ -173,7 +191,7 @@ RegMean = Annotated[
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = (
     *("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share"),
-    *("stream_emphasis", "stream_experts"),
+    *("stream_emphasis", "stream_start", "stream_experts"),
 )
 _PROJECTION = (
     *("preset", "gamma", "projection", "rank_tolerance", "rank_count", "epsilon", "ridge"),

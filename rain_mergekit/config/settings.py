@@ -26,7 +26,9 @@ from rain_mergekit.config.setting_types import (
     RegMeanSettings,
     Share,
     ShareOrNone,
+    Start,
     StreamWeights,
+    TeacherStrength,
     TemplateArguments,
     Weights,
 )
@@ -90,13 +92,8 @@ class RainSettings(BaseModel):
             "instruct model's."
         ),
     ] = "instruct"
-    teacher_strength: Annotated[
-        NonNegative,
-        Field(
-            description="For fit: streams, the share of the instruct model in the aim at answers "
-            "(the rest is the reasoning model's), or the factor on the contrast."
-        ),
-    ] = 1.0
+    teacher_strength: TeacherStrength = 1.0
+    stream_start: Start = 0.0
     stream_weights: Weights = StreamWeights()
     stream_emphasis: Emphasis = "divergence"
     stream_epsilon: EpsilonOrAuto = "auto"

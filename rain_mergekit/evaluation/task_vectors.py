@@ -193,11 +193,11 @@ class _Weights:
         rows, cols = self._file.scale(plan.rows), self._file.scale(plan.cols)
         added = self._added(plan, expert)
         delta = tuned - self._file.gamma * thinking if self._file.gamma else tuned
-        merged = merged_part(delta, factors, rows, cols) if plan.projected else None
+        merged = plan.start * (tuned - thinking)
+        if plan.projected:
+            merged = merged_part(delta, factors, rows, cols)
         if added is not None:
-            change = added[0].to(tuned) @ added[1].to(tuned).mT
-            merged = change if merged is None else merged + change
-        assert merged is not None  # noqa: S101 - a weight without a change is projected
+            merged = merged + added[0].to(tuned) @ added[1].to(tuned).mT
         return tuned, thinking, delta, merged
 
     def _added(self, plan: TensorPlan, expert: int) -> tuple[Tensor, Tensor] | None:

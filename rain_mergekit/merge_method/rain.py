@@ -173,13 +173,15 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
     ) -> Tensor:
         """One matrix, or each expert of a 3-D tensor with its own basis or the shared one.
 
-        Where a fitted change is recorded it is added; a weight with nothing else takes nothing
-        from the other two models.
+        Where a fitted change is recorded it is added, to the share of W_I - W_R that it starts
+        with; a weight with nothing else takes nothing from the other two models.
         """
         device, axis = weights[0].device, plan.input_axis
         added = calibration.change(plan)
         if added is not None and strength != 1:
             self._noted.get(calibration, lambda: LOG.warning(STRENGTH_OF_STREAMS))
+        if plan.start:
+            return _started(weights, plan, added, strength)
         if added is not None and not plan.projected:
             return _changed(weights[0], plan, added, strength)
         if added is not None:  # both in float32, and one cast
@@ -204,6 +206,20 @@ class RainMerge(GroupMergeMethod):  # type: ignore[misc] # mergekit publishes no
             own = (weights[0][expert], weights[1][expert], weights[2][expert])
             merged[expert] = merged_weight(own, factors(site), scales, strength, axis, gamma)
         return merged
+
+
+def _started(
+    weights: tuple[Tensor, Tensor, Tensor],
+    plan: TensorPlan,
+    added: tuple[Tensor, Tensor] | None,
+    strength: float,
+) -> Tensor:
+    """W_R + λ (s (W_I - W_R) + A Bᵀ), both in float32, and one cast."""
+    own = weights[0].to(torch.promote_types(weights[0].dtype, torch.float32))
+    trio, axis = (own, weights[1], own), plan.input_axis
+    moved = merged_weight(trio, None, (None, None), strength * plan.start, axis, gamma=1.0)
+    moved = moved if added is None else _changed(moved, plan, added, strength)
+    return moved.to(weights[0].dtype)
 
 
 def _changed(

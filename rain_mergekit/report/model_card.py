@@ -228,6 +228,7 @@ def _matching(found: Matching, settings: Mapping[str, Any]) -> str:
     teacher = code(settings.get("teacher", "not recorded"))
     strength = code(settings.get("teacher_strength", "not recorded"))
     text = f"teacher {teacher}, strength {strength}, changes of mean rank {found.mean_rank:.1f}"
+    text += found.origin
     if found.layers and (left := found.layers[-1].held_out or found.layers[-1].fitted):
         errors = ", ".join(f"{group} {error:.1%}" for group, error in left.items())
         text += f"; distance from the teachers after the last layer: {errors}"

@@ -155,6 +155,7 @@ class Reference:
         self.reasoning = tiny.model("reasoning")
         self.instruct = tiny.model("instruct")
         self.merged = tiny.model("reasoning")
+        self._start(tiny.config().settings.stream_start)
         self.own = Hooks(self.merged)
         self.base = self.run(self.reasoning, Hooks(self.reasoning), own)
         hooks = Hooks(self.instruct)
@@ -164,6 +165,14 @@ class Reference:
         ]
         self.read = given[0][0]  # by the instruct model as it is asked
         self.even = tiny.config().settings.stream_emphasis == "even"
+
+    def _start(self, share: float) -> None:
+        """Each linear map of the layers between the reasoning and the instruct model."""
+        for name, module in self.merged.model.layers.named_modules():
+            if isinstance(module, nn.Linear):
+                other = self.instruct.model.layers.get_submodule(name).weight
+                with torch.no_grad():
+                    module.weight.mul_(1 - share).add_(other, alpha=share)
 
     def run(
         self, model: Any, hooks: Hooks, texts: Sequence[tuple[int, ...]]
@@ -292,6 +301,12 @@ def agree(tiny: Tiny, reference: Reference, **options: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE)
+    agree(tiny, Reference(tiny))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-bias"])
+def test_the_fit_may_start_between_both_models(tmp_path: Path, family: str) -> None:
+    tiny = Tiny.make(tmp_path, family).using(**WHOLE, stream_start=0.3)
     agree(tiny, Reference(tiny))
 
 
