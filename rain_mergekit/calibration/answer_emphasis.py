@@ -1,8 +1,10 @@
-"""Which answer tokens count most in stream matching: those where the two teachers differ.
+"""Which answer tokens count most in stream matching, and which of them keep their own teacher.
 
 At most tokens of an answer both models say the same, whatever was asked. What makes it follow the
 instruction is decided at few of them, so each answer token weighs by how far the instruct model's
-distribution of the next token is from the reasoning model's, before anything is fitted.
+distribution of the next token is from the reasoning model's, before anything is fitted. And where
+the reasoning model says much better what the sample says next, it stays the teacher: there the
+instruct model would say something else, such as a wrong result.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.calibration.stream_types import HiddenStates
+from rain_mergekit.calibration.token_teachers import TaughtText
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
-from rain_mergekit.capture.next_tokens import diverging
+from rain_mergekit.capture.next_tokens import comparing
 from rain_mergekit.capture.streams import embed
 from rain_mergekit.capture.text_batches import batches
 from rain_mergekit.system.distributed import World
@@ -39,49 +42,70 @@ MOST = 20.0
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """Both models, and how their hidden states are kept: as RunOptions say, spilled to `folder`."""
+    """Both models, and how their hidden states are kept: as RunOptions say, spilled to `folder`.
+
+    emphasis: whether answer tokens are weighed. margin: from how many nats on the reasoning model
+    stays the teacher of a token; None: nowhere.
+    """
 
     own: LayerwiseModel
     other: LayerwiseModel
     options: RunOptions
     world: World
     folder: Path
+    emphasis: bool
+    margin: float | None
 
     def emphasised(self, texts: StreamTexts, *, quiet: bool) -> StreamTexts:
         """The texts with an emphasis for each answer token: KL(instruct || reasoning) + FLOOR.
 
-        Every process reads its share of the texts; quiet: without a progress bar. Where the two
-        tokenizers number the answers' tokens in two ways, no distributions can be compared, and
-        the texts come back as they are.
+        And with the tokens that the reasoning model teaches itself. Every process reads its share
+        of the texts; quiet: without a progress bar. Where the two tokenizers number the answers'
+        tokens in two ways, no distributions can be compared, and the texts come back as they are.
         """
         if not comparable(texts):
             LOG.warning(
                 "the two models number the tokens of the answers in two ways, so their next tokens "
-                "cannot be compared, and all answer tokens weigh alike (stream_emphasis: even)"
+                "cannot be compared: all answer tokens weigh alike (stream_emphasis: even), and "
+                "the instruct model teaches all of them (teacher_margin: null)"
             )
             return texts
         lengths = [one.answer for one in texts.readings]
-        found = torch.zeros(sum(lengths), dtype=torch.float64)
-        places = self.world.part(torch.split(found, lengths))
+        found = torch.zeros(2, sum(lengths), dtype=torch.float64)
+        places = self.world.part(torch.split(found, lengths, dim=1))
         part = texts.part(self.world)
         lengths_read = part.compared
         samples, tokens, layers = len(lengths_read), sum(lengths_read), len(self.own.layers)
         label = "Answers, layer"
         with Progress(layers, samples, tokens, label=label, quiet=quiet) as progress:
-            apart = self._divergences(part, progress)
-            for place, values in zip(places, apart, strict=True):
+            for place, values in zip(places, self._compared(part, progress), strict=True):
                 place.copy_(values)
         # Where a model overflows, the text is named when it is fitted.
-        found = self.world.sum(found).nan_to_num(nan=0.0, posinf=MOST)
-        factors = found.clamp(min=0.0) + FLOOR
-        taught = [
-            replace(text, emphasis=tuple(part.tolist()))
-            for text, part in zip(texts.instruction, torch.split(factors, lengths), strict=True)
-        ]
-        return replace(texts, instruction=taught)
+        apart, ahead = self.world.sum(found).nan_to_num(nan=0.0, posinf=MOST)
+        factors = apart.clamp(min=0.0) + FLOOR
+        answers = zip(
+            texts.instruction,
+            torch.split(factors, lengths),
+            torch.split(ahead, lengths),
+            strict=True,
+        )
+        return replace(texts, instruction=[self._weighed(*one) for one in answers])
 
-    def _divergences(self, texts: StreamTexts, progress: Progress) -> Iterator[Tensor]:
-        """KL(instruct || reasoning) at the answer tokens (n) of each text, float64."""
+    def _weighed(self, text: TaughtText, factors: Tensor, ahead: Tensor) -> TaughtText:
+        """One text with what is known of its last tokens; ahead: of the instruct model, in nats."""
+        if self.emphasis:
+            text = replace(text, emphasis=tuple(factors.tolist()))
+        if self.margin is not None:
+            first = len(text.input_ids) - len(ahead)
+            better = (ahead < -self.margin).nonzero().flatten().tolist()
+            text = replace(text, better=frozenset(first + place for place in better))
+        return text
+
+    def _compared(self, texts: StreamTexts, progress: Progress) -> Iterator[Tensor]:
+        """KL(instruct || reasoning), and how much likelier the former finds what follows.
+
+        (2, n) float64 for the n answer tokens of each text; nothing follows the last of them.
+        """
         own = [text.input_ids for text in texts.instruction]
         if not own:  # more processes than texts
             return
@@ -91,12 +115,13 @@ class AnswerReader:
             for number, (model, ids) in enumerate(pairs):
                 place = self.folder / f"answers-{number}.activations"
                 stores.append(stack.enter_context(self._ran(model, ids, place, progress)))
-            divergence = stack.enter_context(diverging(self.other, self.own))
+            compared = stack.enter_context(comparing(self.other, self.own))
             for index, reading in enumerate(texts.readings):
                 mine, theirs = (
                     store.get(index)[-reading.answer :].to(self.world.device) for store in stores
                 )
-                yield divergence(theirs, mine)
+                following = torch.tensor([*reading.input_ids[1 - reading.answer :], -1])
+                yield torch.stack(compared(theirs, mine, following))
 
     @contextmanager
     def _ran(

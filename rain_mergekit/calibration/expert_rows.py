@@ -113,12 +113,9 @@ class ExpertRows:
         rows, after = found.inputs[-lesson.tokens :], found.given[-lesson.tokens :]
         self._targets.mix(self.part(AFTER), lesson, after, teacher)
         self._targets.mix(self.part(LAG), lesson, torch.zeros_like(rows), teacher)
-        other = self._targets.get(self.part(OTHER), lesson.text, rows.device).clone()
-        other[-lesson.tokens :].add_(rows, alpha=teacher.share)
-        self._targets.put(self.part(OTHER), lesson.text, other)
-        mix = self._mix[lesson.text][-lesson.tokens :]
-        mix[:, 0] *= teacher.keeps
-        mix[:, 1] += teacher.share
+        self._targets.mix(self.part(OTHER), lesson, rows, teacher)
+        share = torch.tensor([[0.0, 1.0]]).expand(lesson.tokens, 2)
+        teacher.mix_into(self._mix[lesson.text], lesson, share)
 
     def meet(self, text: int, found: RoutedText, weights: Tensor, *, aside: bool) -> None:
         """What the merged model's experts see, and which tokens go where; weights (n)."""

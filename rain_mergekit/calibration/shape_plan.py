@@ -100,7 +100,7 @@ def _planned(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptio
         own = [*sizes.reasoning, *sizes.instruction]
         chooses = settings.stream_epsilon == "auto"
         fitted = [tokens for index, tokens in enumerate(own) if chooses or index % HELD_OUT_EVERY]
-        emphasises = settings.stream_emphasis == "divergence"
+        compares = settings.compares_answers
         work = StreamWork(
             own=own,
             fitted=fitted,
@@ -111,8 +111,8 @@ def _planned(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptio
             batch=options.tokens_together,
             ahead=options.read_ahead,
             chooses=chooses,
-            before=2 * list(sizes.instruction) if emphasises else (),
-            compared=sum(sizes.answers) if emphasises else 0,
+            before=2 * list(sizes.instruction) if compares else (),
+            compared=sum(sizes.answers) if compares else 0,
         )
         return estimate_streams(shape, work)
     whole = model_shape(outline)

@@ -174,17 +174,17 @@ class StreamEngine:
     def _work(self, texts: StreamTexts) -> StreamWork:
         itemsize = self.layerwise.dtype.itemsize
         work = StreamWork.of(texts, self._rule, itemsize, self._options)
-        return work.emphasising(texts) if self._emphasises and comparable(texts) else work
-
-    @property
-    def _emphasises(self) -> bool:
-        return self._settings.stream_emphasis == "divergence"
+        compared = self._settings.compares_answers and comparable(texts)
+        return work.comparing(texts) if compared else work
 
     def _emphasised(self, folder: Path) -> StreamTexts:
-        """All texts, with an emphasis for each answer token where that is wanted."""
-        if not self._emphasises:
+        """All texts, with what the two models' next tokens say of the answers, where wanted."""
+        settings = self._settings
+        if not settings.compares_answers:
             return self.texts
-        reader = AnswerReader(self.layerwise, self.instruct, self._options, self._world, folder)
+        how = self._options, self._world, folder
+        weighed = settings.stream_emphasis == "divergence"
+        reader = AnswerReader(self.layerwise, self.instruct, *how, weighed, settings.answer_margin)
         with naming_shortage("while both models read the answers", CALIBRATION):
             return reader.emphasised(self.texts, quiet=self._job.quiet)
 

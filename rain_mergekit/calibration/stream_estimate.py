@@ -71,8 +71,8 @@ class StreamWork:
             chooses=rule.epsilon is None,
         )
 
-    def emphasising(self, texts: StreamTexts) -> StreamWork:
-        """The same where each answer token is weighed by how far the models are apart there."""
+    def comparing(self, texts: StreamTexts) -> StreamWork:
+        """The same where both models read the answers before anything is fitted."""
         tokens = sum(one.answer for one in texts.readings)
         return replace(self, before=texts.compared, compared=tokens)
 

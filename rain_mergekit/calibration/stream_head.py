@@ -167,7 +167,7 @@ class HeadFitter:
             states = teacher.states.store.get(lesson.reading).to(device)
             rows = arrive[1](states)[-lesson.tokens :]
             teacher.mix_into(aim, lesson, rows)
-            second[-lesson.tokens :].add_(rows, alpha=teacher.share)
+            teacher.mix_into(second, lesson, rows)
         return torch.cat([aim - inputs, second], 1).to(SUM_DTYPE)
 
     def _widened(self, change: LowRankChange, back: Tensor) -> LowRankChange:

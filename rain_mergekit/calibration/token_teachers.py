@@ -2,7 +2,8 @@
 
 The reasoning model is the teacher of prompts, markers, thinking, and of the reasoning set's
 responses. The instruct model is the teacher of the instruction set's answers, from the token that
-predicts an answer's first token on.
+predicts an answer's first token on, but for tokens of which the reasoning model says better what
+follows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class TaughtText:
     """One calibration text: its token ids and the group of each token, by index into GROUPS.
 
     held_out: its tokens measure the fit and take no part in it. emphasis: how much each of the
-    last tokens counts beside others of `answers`; all alike where there is none.
+    last tokens counts beside others of `answers`; all alike where there is none. better: tokens of
+    `answers` that the reasoning model teaches, because it says what follows them better.
     """
 
     source: str
@@ -40,6 +42,7 @@ class TaughtText:
     groups: tuple[int, ...]
     held_out: bool
     emphasis: tuple[float, ...] = ()
+    better: frozenset[int] = frozenset()
 
     @property
     def answer_start(self) -> int:
@@ -60,7 +63,11 @@ class TaughtText:
     def kept(self) -> tuple[int, ...]:
         """Tokens after the answer's start that the instruct model does not teach."""
         start, answers = self.answer_start, GROUPS.index(ANSWERS)
-        return tuple(i for i in range(start, len(self.groups)) if self.groups[i] != answers)
+        return tuple(
+            i
+            for i in range(start, len(self.groups))
+            if self.groups[i] != answers or i in self.better
+        )
 
     @property
     def shares(self) -> Tensor:

@@ -23,21 +23,62 @@ def diverging(
     """A function from both models' rows (n, d) after their last layers to divergences (n) float64.
 
     KL(reference || model) of the next token, in nats, over the tokens that both models have.
+    """
+    with _logits(reference, model) as logits:
+
+        def divergence(own: Tensor, other: Tensor) -> Tensor:
+            parts = [kl_divergence(*pair) for pair in logits(own, other)]
+            return torch.cat(parts).double().cpu()
+
+        yield divergence
+
+
+@contextmanager
+def comparing(
+    reference: LayerwiseModel, model: LayerwiseModel
+) -> Iterator[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """A function from both models' rows and the tokens that follow, (n), to two float64 (n).
+
+    The first are the divergences of `diverging`; the second say how much likelier the reference
+    finds the token that follows, in nats. Where that is no token of both models, it is 0.
+    """
+    tokens = common_tokens(reference.model, model.model)
+    with _logits(reference, model) as logits:
+
+        def compared(own: Tensor, other: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+            apart, ahead = [], []
+            start = 0
+            for pair in logits(own, other):
+                apart.append(kl_divergence(*pair))
+                part = following[start : start + len(pair[0])].to(pair[0].device)
+                start += len(part)
+                known = (part >= 0) & (part < tokens)
+                place = torch.where(known, part, 0)[:, None]
+                left, right = (_log_softmax(one).gather(1, place)[:, 0] for one in pair)
+                ahead.append(torch.where(known, left - right.to(left.device), 0.0))
+            return torch.cat(apart).double().cpu(), torch.cat(ahead).double().cpu()
+
+        yield compared
+
+
+@contextmanager
+def _logits(
+    reference: LayerwiseModel, model: LayerwiseModel
+) -> Iterator[Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]]:
+    """A function from both models' rows (n, d) to both models' logits, a chunk of rows at a time.
+
     Logits of many rows never exist together.
     """
     tokens = common_tokens(reference.model, model.model)
     chunk = max(16, CHUNK_LOGITS // tokens)
     with finishing(reference) as wanted, finishing(model) as found:
 
-        def divergence(own: Tensor, other: Tensor) -> Tensor:
+        def logits(own: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             blocks = (torch.split(rows, chunk) for rows in (own, other))
-            parts = [
-                kl_divergence(wanted(left)[:, :tokens], found(right)[:, :tokens])
-                for left, right in zip(*blocks, strict=True)
-            ]
-            return torch.cat(parts).double().cpu()
+            for left, right in zip(*blocks, strict=True):
+                yield wanted(left)[:, :tokens], found(right)[:, :tokens]
 
-        yield divergence
+        yield logits
 
 
 def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
@@ -45,12 +86,15 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
     In float32, or wider where the logits are.
     """
-    dtype = torch.promote_types(wanted.dtype, torch.float32)
-    log_p = wanted.to(dtype).log_softmax(-1)
-    log_q = found.to(log_p.device, dtype).log_softmax(-1)
+    log_p = _log_softmax(wanted)
+    log_q = found.to(log_p.device, log_p.dtype).log_softmax(-1)
     p = log_p.exp()
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
     return terms.sum(-1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def common_tokens(*models: Any) -> int:

@@ -117,11 +117,34 @@ Start = Annotated[
     ),
     Number,
 ]
+Teacher = Annotated[
+    Literal["instruct", "contrast"],
+    Field(
+        description="For fit: streams, what is aimed at in answers: the instruct model's hidden "
+        "states, or the reasoning model's plus what the instruction changes in the instruct "
+        "model's."
+    ),
+]
+RankShare = Annotated[
+    Share,
+    Field(
+        description="For fit: streams, the share of the fitted energy that the low-rank change of "
+        "a weight keeps; its rank follows, within max_rank or size_budget."
+    ),
+]
 TeacherStrength = Annotated[
     NonNegative,
     Field(
         description="For fit: streams, the share of the instruct model in the aim at answers "
         "(the rest is the reasoning model's), or the factor on the contrast."
+    ),
+]
+Margin = Annotated[
+    NonNegative | None,
+    Field(
+        description="For fit: streams, an answer token stays the reasoning model's where that one "
+        "finds the sample's next token likelier than the instruct model does by this much (nats of "
+        "log probability); null: the instruct model teaches all of them."
     ),
 ]
 FitExperts = Annotated[
@@ -190,7 +213,14 @@ RegMean = Annotated[
 
 # Who reads a setting, where not all do: a `fit` of rain, or another method by its name.
 _STREAMS = (
-    *("teacher", "teacher_strength", "stream_weights", "stream_epsilon", "stream_rank_share"),
+    *(
+        "teacher",
+        "teacher_strength",
+        "teacher_margin",
+        "stream_weights",
+        "stream_epsilon",
+        "stream_rank_share",
+    ),
     *("stream_emphasis", "stream_start", "stream_experts"),
 )
 _PROJECTION = (

@@ -15,12 +15,14 @@ from rain_mergekit.config.setting_types import (
     Fit,
     FitExperts,
     Gamma,
+    Margin,
     MarkersOrAuto,
     NonNegative,
     Number,
     Off,
     PositiveInt,
     PresetName,
+    RankShare,
     ReasoningData,
     RegMean,
     RegMeanSettings,
@@ -28,6 +30,7 @@ from rain_mergekit.config.setting_types import (
     ShareOrNone,
     Start,
     StreamWeights,
+    Teacher,
     TeacherStrength,
     TemplateArguments,
     Weights,
@@ -84,26 +87,14 @@ class RainSettings(BaseModel):
 
     preset: PresetName = None
     fit: Fit = "streams"
-    teacher: Annotated[
-        Literal["instruct", "contrast"],
-        Field(
-            description="For fit: streams, what is aimed at in answers: the instruct model's "
-            "hidden states, or the reasoning model's plus what the instruction changes in the "
-            "instruct model's."
-        ),
-    ] = "instruct"
+    teacher: Teacher = "instruct"
     teacher_strength: TeacherStrength = 1.0
+    teacher_margin: Margin = None
     stream_start: Start = 0.0
     stream_weights: Weights = StreamWeights()
     stream_emphasis: Emphasis = "divergence"
     stream_epsilon: EpsilonOrAuto = "auto"
-    stream_rank_share: Annotated[
-        Share,
-        Field(
-            description="For fit: streams, the share of the fitted energy that the low-rank change "
-            "of a weight keeps; its rank follows, within max_rank or size_budget."
-        ),
-    ] = 0.99
+    stream_rank_share: RankShare = 0.99
     stream_experts: FitExperts = True
     gamma: Gamma = 0.0
     projection: Annotated[
@@ -278,6 +269,16 @@ class RainSettings(BaseModel):
             return NO_MARKERS if self.markers == "none" else None
         found = Markers.of([(pair.open, pair.close) for pair in self.markers])
         return replace(found, optional=self.blocks == "optional")
+
+    @property
+    def answer_margin(self) -> float | None:
+        """teacher_margin, where the instruct model itself teaches the answers."""
+        return self.teacher_margin if self.teacher == "instruct" else None
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether both models read the answers before anything is fitted."""
+        return self.stream_emphasis == "divergence" or self.answer_margin is not None
 
     @property
     def keeps_response(self) -> bool:

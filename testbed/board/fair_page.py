@@ -20,6 +20,19 @@ SHOWN = (  # in the pictures
     *("linear", TASK, "ties, density 0.2", "ties, density 0.5", "dare_ties", "slerp"),
     *("regmean", "aim", "opcm", "pcb", "wudi", RAIN, STREAMS),
 )
+# Pages with a table of some methods, by their names.
+PARTS = {
+    "comparison.md": (
+        *("reasoning", CEILING),
+        *SHOWN,
+        "dare_linear",
+        "rain projection, two models",
+    ),
+    "companions.md": (
+        *(CEILING, TASK, "nuslerp, task vectors", "regmean", "regmean, anchored", "regmean++"),
+        *("aim", "aim, shuffled channels", "opcm", "pcb", "wudi", STREAMS),
+    ),
+}
 TRIO = """\
 # {name}
 
@@ -49,8 +62,11 @@ the best strength is at an end that could not move.
 
 
 def write_pages(out: Path, trios: Sequence[Trio]) -> None:
-    """Write the page, one for each trio beside it, and their pictures."""
+    """Write the page, one for each trio beside it, their pictures, and tables of other pages."""
     out.write_text(page(trios), encoding="utf-8")
+    for other in PARTS:
+        path = out.with_name(other)
+        path.write_text(with_table(path.read_text(encoding="utf-8"), other, trios), "utf-8")
     for trio in trios:
         path = out.parent / out.stem / f"{trio.name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +83,11 @@ def page(trios: Sequence[Trio]) -> str:
         pages=", ".join(f"[{trio.name}](results/{trio.name}.md)" for trio in trios),
     )
     return text.rstrip("\n") + "\n"
+
+
+def with_table(text: str, name: str, trios: Sequence[Trio]) -> str:
+    """Another page's text with its table of methods. name: that of its file."""
+    return tables.between(text, "small trios", f"\n{_methods(trios, PARTS[name])}\n")
 
 
 def _overview(trios: Sequence[Trio]) -> str:
@@ -86,10 +107,12 @@ def _overview(trios: Sequence[Trio]) -> str:
     return markdown(header, lines)
 
 
-def _methods(trios: Sequence[Trio]) -> str:
+def _methods(trios: Sequence[Trio], names: Sequence[str] | None = None) -> str:
     header = ["method", *(trio.name for trio in trios)]
     lines = []
     for row in fair_rows():
+        if names is not None and row.name not in names:
+            continue
         found = [trio.best.get(row.name) for trio in trios]
         if any(found):
             lines.append([row.name, *(_cell(one) for one in found)])

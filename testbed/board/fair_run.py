@@ -47,7 +47,7 @@ def asks_for(record: Mapping[str, Any], constraints: Sequence[str]) -> bool:
 
 
 def best_strength(found: Mapping[float, Numbers]) -> float:
-    """Most answers both right and as asked; among equals the most plain prompts right, then the least.
+    """Most answers both right and as asked; among equals the most plain ones right, then the least.
 
     Where no strength has any, the largest is taken, so that the grid goes on.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from testbed.language import questions, vote_page
+from testbed.language import methods_page, questions, vote_page
 from testbed.language.board import Board, load_rows
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.lessons import LESSONS
@@ -111,6 +111,7 @@ def page(options: argparse.Namespace) -> None:
         print(path)
     print(vote_page.write_page(options.results))
     print(questions.write_page(options.results))
+    print(methods_page.write_page(options.results))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -165,6 +165,7 @@ class Reference:
         ]
         self.read = given[0][0]  # by the instruct model as it is asked
         self.even = tiny.config().settings.stream_emphasis == "even"
+        self.margin = tiny.config().settings.teacher_margin
 
     def _start(self, share: float) -> None:
         """Each linear map of the layers between the reasoning and the instruct model."""
@@ -207,15 +208,42 @@ class Reference:
             part = torch.ones(len(text.ids), dtype=torch.float64)
             count = int(text.answers.sum())
             if count and not self.even:
-                with torch.no_grad():
-                    own, other = (
-                        model(input_ids=torch.tensor([ids])).logits[0, -count:].log_softmax(-1)
-                        for model, ids in ((self.reasoning, text.ids), (self.instruct, reading))
-                    )
+                own, other = self.next_tokens(text, reading)
                 apart = nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
                 part[-count:] = apart + 0.1
             parts.append(part)
         return torch.cat(parts)
+
+    def next_tokens(self, text: Text, reading: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Both models' log probabilities of what follows each answer token."""
+        pairs, count = (
+            ((self.reasoning, text.ids), (self.instruct, reading)),
+            int(text.answers.sum()),
+        )
+        with torch.no_grad():
+            own, other = (
+                model(input_ids=torch.tensor([ids])).logits[0, -count:].log_softmax(-1)
+                for model, ids in pairs
+            )
+        return own, other
+
+    @cached_property
+    def better(self) -> list[list[int]]:
+        """Of each text, the answer tokens of which the reasoning model says better what follows."""
+        found: list[list[int]] = []
+        for text, reading in zip(self.texts, self.read, strict=True):
+            count = int(text.answers.sum())
+            places: list[int] = []
+            if count and self.margin is not None:
+                own, other = self.next_tokens(text, reading)
+                following = text.ids[1 - count :]
+                places = [
+                    len(text.ids) - count + row
+                    for row, token in enumerate(following)
+                    if float(own[row, token] - other[row, token]) > self.margin
+                ]
+            found.append(places)
+        return found
 
     @cached_property
     def aside(self) -> Tensor:
@@ -226,11 +254,13 @@ class Reference:
         rows = []
         for index, text in enumerate(self.texts):
             target = self.base[index][1][key].clone()
+            own = target[self.better[index]]
             count = int(text.answers.sum())
             if count:
                 for outputs, keeps, share in self.taught:
                     taught = outputs[index][1][key][-count:]
                     target[-count:] = keeps * target[-count:] + share * taught
+            target[self.better[index]] = own
             rows.append(target)
         return torch.cat(rows)
 
@@ -307,6 +337,23 @@ def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> N
 @pytest.mark.parametrize("family", ["qwen2", "llama-bias"])
 def test_the_fit_may_start_between_both_models(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE, stream_start=0.3)
+    agree(tiny, Reference(tiny))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-bias"])
+def test_the_reasoning_model_teaches_what_it_says_better(tmp_path: Path, family: str) -> None:
+    tiny = Tiny.make(tmp_path, family).using(**WHOLE, teacher_margin=0.1)
+    reference = Reference(tiny)
+    kept, answers = (
+        sum(map(len, reference.better)),
+        sum(int(t.answers.sum()) for t in reference.texts),
+    )
+    assert 0 < kept < answers
+    agree(tiny, reference)
+
+
+def test_without_weights_the_answers_are_read_for_that_alone(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, teacher_margin=0.1, stream_emphasis="even")
     agree(tiny, Reference(tiny))
 
 

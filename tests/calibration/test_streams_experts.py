@@ -83,7 +83,10 @@ class MixtureReference(Reference):
 
     @cached_property
     def answers(self) -> Tensor:
-        return torch.cat([text.answers for text in self.texts])
+        taught = [text.answers.clone() for text in self.texts]
+        for mask, places in zip(taught, self.better, strict=True):
+            mask[places] = False
+        return torch.cat(taught)
 
     def fit(self) -> dict[str, Tensor]:
         changes: dict[str, Tensor] = {}
@@ -227,6 +230,13 @@ def check(tmp_path: Path, tiny: Tiny, reference: MixtureReference) -> None:
 def test_experts_are_fitted_as_the_dense_computation_says(tmp_path: Path, family: str) -> None:
     tiny = make(tmp_path, family).using(**WHOLE)
     check(tmp_path, tiny, MixtureReference(tiny))
+
+
+def test_experts_keep_their_own_teacher_where_it_says_better_what_follows(tmp_path: Path) -> None:
+    tiny = make(tmp_path, "qwen3_moe").using(**WHOLE, teacher_margin=0.1)
+    reference = MixtureReference(tiny)
+    assert any(reference.better)
+    check(tmp_path, tiny, reference)
 
 
 def test_penalties_are_chosen_by_texts_held_out_and_what_does_not_help_is_left(

@@ -33,12 +33,12 @@ class HeadReference(Reference):
         return {**found, "lm_head": self._ridge("lm_head", x, error)}
 
 
-@pytest.mark.parametrize("choosing", [False, True])
+@pytest.mark.parametrize(("choosing", "margin"), [(False, None), (True, None), (False, 0.1)])
 def test_the_head_is_fitted_to_the_teachers_logits(
-    tmp_path: Path, choosing: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, choosing: bool, margin: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_head, "BLOCK_ROWS", 64)  # several blocks, the last one not whole
-    settings = {**WHOLE, "lm_head": "all"}
+    settings = {**WHOLE, "lm_head": "all", "teacher_margin": margin}
     if choosing:
         del settings["stream_epsilon"]
     tiny = Tiny.make(tmp_path, "llama").with_head(HEAD).using(**settings)

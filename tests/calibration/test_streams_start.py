@@ -131,9 +131,7 @@ def test_the_file_asks_for_a_reader_that_knows_shares(made: Tiny) -> None:
         ({"start": "half"}, "start"),
     ],
 )
-def test_a_share_that_cannot_be_is_named(
-    made: Tiny, change: dict[str, Any], message: str
-) -> None:
+def test_a_share_that_cannot_be_is_named(made: Tiny, change: dict[str, Any], message: str) -> None:
     header = json.loads(json.dumps(CalibrationFile.open(made.path).header))
     name = next(iter(header["tensors"]))
     header["tensors"][name] |= {"a": None, "b": None, **change}
