@@ -89,8 +89,8 @@ class RainSettings(BaseModel):
     fit: Fit = "streams"
     teacher: Teacher = "instruct"
     teacher_strength: TeacherStrength = 1.0
-    teacher_margin: Margin = None
-    stream_start: Start = 0.0
+    teacher_margin: Margin = 0.5
+    stream_start: Start = 0.5
     stream_weights: Weights = StreamWeights()
     stream_emphasis: Emphasis = "divergence"
     stream_epsilon: EpsilonOrAuto = "auto"

@@ -53,7 +53,7 @@ merged model's hidden states follow the reasoning model's at prompts and in the 
 instruct model's at answers ("stream matching"; the roles and calibration sets are those of
 [RAIN-Merging](https://arxiv.org/abs/2602.22538)):
 
-    W = W_reasoning + λ · A Bᵀ"""
+    W = W_reasoning + λ · {change}"""
 _CITATION = """\
 ```bibtex
 @inproceedings{huang2026rainmerging,
@@ -185,10 +185,17 @@ def section(
         instruct=model_link(models["instruct"]),
         of=of,
         delta=delta,
+        change=_change(summary.matching.start if summary.matching else 0.0),
     )
     told = [*_rows(config, summary), *(measurement(measured) if measured else ())]
     parts = (intro, two_columns(told), USAGE, f"Please cite:\n\n{_CITATION}")
     return "\n\n".join(("## RAIN-Merging", *parts))
+
+
+def _change(start: float) -> str:
+    """What stream matching adds to a weight, as a formula."""
+    share = f"({start:g} (W_instruct − W_reasoning) + A Bᵀ)"  # noqa: RUF001
+    return share if start else "A Bᵀ"
 
 
 def _difference(summary: FileSummary) -> tuple[str, str]:
@@ -228,7 +235,6 @@ def _matching(found: Matching, settings: Mapping[str, Any]) -> str:
     teacher = code(settings.get("teacher", "not recorded"))
     strength = code(settings.get("teacher_strength", "not recorded"))
     text = f"teacher {teacher}, strength {strength}, changes of mean rank {found.mean_rank:.1f}"
-    text += found.origin
     if found.layers and (left := found.layers[-1].held_out or found.layers[-1].fitted):
         errors = ", ".join(f"{group} {error:.1%}" for group, error in left.items())
         text += f"; distance from the teachers after the last layer: {errors}"
