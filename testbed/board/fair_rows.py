@@ -105,7 +105,16 @@ def _companions() -> list[FairRow]:
 
 
 def _rain() -> list[FairRow]:
-    streams = {"fit": "streams"}
+    streams = {
+        STREAMS: {"fit": "streams"},
+        f"{STREAMS}, from the reasoning model": {"fit": "streams", "stream_start": 0.0},
+        f"{STREAMS}, one teacher of answers": {"fit": "streams", "teacher_margin": None},
+        f"{STREAMS}, without both": {
+            "fit": "streams",
+            "stream_start": 0.0,
+            "teacher_margin": None,
+        },
+    }
     projections: Mapping[str, Mapping[str, object]] = {
         RAIN: {},
         TWO_MODELS: {"gamma": 1.0},
@@ -114,14 +123,15 @@ def _rain() -> list[FairRow]:
     }
     return [
         *(
-            FairRow(
-                f"{STREAMS}{HEAD * head}",
-                "rain",
-                settings=streams,
-                strength_setting="teacher_strength",
-                head=head,
-            )
-            for head in (False, True)
+            FairRow(name, "rain", settings=own, strength_setting="teacher_strength")
+            for name, own in streams.items()
+        ),
+        FairRow(
+            f"{STREAMS}{HEAD}",
+            "rain",
+            settings=streams[STREAMS],
+            strength_setting="teacher_strength",
+            head=True,
         ),
         *(
             FairRow(f"{name}{HEAD * head}", "rain", settings=own, head=head)

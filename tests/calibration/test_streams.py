@@ -23,12 +23,14 @@ from rain_mergekit.cli import cli
 from rain_mergekit.errors import RainError
 
 MODULES = 14  # seven linear modules in each of two layers
+# test_streams_start.py has what is otherwise with a share of the instruct model.
+FROM_REASONING = {"fit": "streams", "stream_start": 0.0}
 
 
 @pytest.fixture(scope="module", name="made")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Calibrated with two models alone."""
-    tiny = Tiny.make(tmp_path_factory.mktemp("made"), "qwen2").using(fit="streams")
+    """Calibrated with two models alone, from the reasoning model on."""
+    tiny = Tiny.make(tmp_path_factory.mktemp("made"), "qwen2").using(**FROM_REASONING)
     tiny.path.with_suffix(".yml").write_text(yaml.safe_dump(alone(tiny)))
     run("calibrate", str(tiny.path.with_suffix(".yml")), "--quiet")
     return tiny
@@ -77,7 +79,7 @@ def test_another_lambda_is_warned_of(made: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_pretrained_model_changes_nothing(made: Tiny) -> None:
-    three = made.using("three.rain.safetensors", fit="streams")
+    three = made.using("three.rain.safetensors", **FROM_REASONING)
     three.calibrate()
     two = products(made)
     assert all(torch.equal(change, two[name]) for name, change in products(three).items())
@@ -116,7 +118,9 @@ def test_an_opened_block_is_read_by_an_instruct_model_that_opens_none(tmp_path: 
 
 def test_the_same_model_as_teacher_changes_nothing(made: Tiny) -> None:
     """The instruct model is the reasoning model: every target is what the module gives already."""
-    tiny = made.using("same.rain.safetensors", fit="streams", accept=["no_thinking", "same_model"])
+    tiny = made.using(
+        "same.rain.safetensors", **FROM_REASONING, accept=["no_thinking", "same_model"]
+    )
     content = alone(tiny)
     content["models"][0]["model"] = str(tiny.folder / "twin")
     twin = tiny.folder / "twin"
@@ -133,7 +137,7 @@ def test_the_same_model_as_teacher_changes_nothing(made: Tiny) -> None:
 
 
 def test_strength_0_is_the_reasoning_model_everywhere(made: Tiny) -> None:
-    tiny = made.using("zero.rain.safetensors", fit="streams", teacher_strength=0.0)
+    tiny = made.using("zero.rain.safetensors", **FROM_REASONING, teacher_strength=0.0)
     tiny.calibrate()
     weights = tiny.weights("reasoning")
     for name, change in products(tiny).items():
@@ -141,11 +145,11 @@ def test_strength_0_is_the_reasoning_model_everywhere(made: Tiny) -> None:
 
 
 def test_the_contrast_reads_without_the_instructions_and_has_a_strength(made: Tiny) -> None:
-    tiny = made.using("contrast.rain.safetensors", fit="streams", teacher="contrast")
+    tiny = made.using("contrast.rain.safetensors", **FROM_REASONING, teacher="contrast")
     summary = tiny.calibrate()
     assert summary.layer_passes["instruct"] == 2 * 3 * 2  # two readings, three texts, two layers
     whole = products(tiny)
-    settings = {"fit": "streams", "teacher": "contrast", "teacher_strength": 0.5}
+    settings = {**FROM_REASONING, "teacher": "contrast", "teacher_strength": 0.5}
     half = made.using("half.rain.safetensors", **settings)
     half.calibrate()
     first = "model.layers.0.self_attn.q_proj.weight"  # fitted before anything else has changed
@@ -156,7 +160,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(made: Tiny) -> None:
     class Stop(Exception):
         pass
 
-    tiny = made.using("resumed.rain.safetensors", fit="streams")
+    tiny = made.using("resumed.rain.safetensors", **FROM_REASONING)
     original = stream_engine.write_stream_layer
 
     def stopping(path: Path, name: str, result: Any) -> None:

@@ -165,7 +165,7 @@ class Reference:
         ]
         self.read = given[0][0]  # by the instruct model as it is asked
         self.even = tiny.config().settings.stream_emphasis == "even"
-        self.margin = tiny.config().settings.teacher_margin
+        self.margin = tiny.config().settings.answer_margin
 
     def _start(self, share: float) -> None:
         """Each linear map of the layers between the reasoning and the instruct model."""

@@ -316,7 +316,7 @@ def test_with_the_same_model_as_teacher_no_expert_changes(tmp_path: Path) -> Non
     tiny = make(tmp_path, "qwen3_moe")
     shutil.rmtree(tmp_path / "instruct")
     shutil.copytree(tmp_path / "reasoning", tmp_path / "instruct")
-    tiny = tiny.using(fit="streams", accept=["no_thinking", "same_model"])
+    tiny = tiny.using(fit="streams", stream_start=0.0, accept=["no_thinking", "same_model"])
     tiny.calibrate()
     assert not unchanged(tiny)  # no change is worse, none is there
     file, weights = CalibrationFile.open(tiny.path), tiny.weights("reasoning")
@@ -328,13 +328,13 @@ def test_with_the_same_model_as_teacher_no_expert_changes(tmp_path: Path) -> Non
 
 
 def test_experts_may_stay_as_they_are_and_then_there_is_an_adapter(tmp_path: Path) -> None:
-    tiny = make(tmp_path, "qwen3_moe").using(fit="streams")
+    tiny = make(tmp_path, "qwen3_moe").using(fit="streams", stream_start=0.0)
     tiny.calibrate()
     refused = CliRunner().invoke(cli, ["export-lora", str(tiny.path), str(tmp_path / "no")])
     assert refused.exit_code == 1
     assert "stream_experts: false" in refused.output
     assert not (tmp_path / "no").exists()
-    alone = tiny.using(fit="streams", stream_experts=False)
+    alone = tiny.using(fit="streams", stream_start=0.0, stream_experts=False)
     alone.calibrate()
     file = CalibrationFile.open(alone.path)
     assert not any(".experts." in name for name in file.tensors)
@@ -358,7 +358,7 @@ def test_the_layers_come_nearer_to_their_teachers_than_without_experts(tmp_path:
 
 
 def test_a_file_with_packed_experts_asks_for_a_reader_that_knows_them(tmp_path: Path) -> None:
-    tiny = make(tmp_path, "gpt_oss").using(fit="streams", max_rank=3)
+    tiny = make(tmp_path, "gpt_oss").using(fit="streams", stream_start=0.0, max_rank=3)
     tiny.calibrate()
     with safe_open(tiny.path, framework="pt") as file:
         assert file.metadata()["format_version"] == "5"

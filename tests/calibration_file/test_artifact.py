@@ -54,6 +54,7 @@ HEADER: dict[str, Any] = {
         "z": {"site": ["a", "c"], "shape": [2, 4, 6], "input_axis": -1, "rows": "r", "cols": None},
         "v": {"site": None, "shape": [4, 6], "input_axis": -1, "a": "v.a", "b": "v.b", "fit": FIT},
         "u": {"shape": [2, 4, 6], "input_axis": -1, "a": "u.a", "b": "u.b", "ranks": [1, 2]},
+        "t": {"site": None, "shape": [4, 6], "input_axis": -1, "start": 0.5},
     },
     "streams": {
         "layers": [
@@ -590,6 +591,9 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("tensors.v.a", "v.b", "floating-point tensor of shape"),
     ("tensors.v.b", "nothing", "floating-point tensor of shape"),
     ("tensors.v.fit", {"rank": "2"}, "a finite number"),
+    ("tensors.t.start", 1.5, "a number from 0 to 1"),
+    ("tensors.t.start", True, "a finite number"),
+    ("tensors.x.start", 0.5, "left out, but for a matrix"),
     ("tensors.v.ranks", [2], "left out, but for experts"),
     ("tensors.u.ranks", None, "a list of whole numbers"),
     ("tensors.u.ranks", [1, -1], "a list of whole numbers"),

@@ -14,6 +14,7 @@ import torch
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.schema import VERSION
 from rain_mergekit.linalg.merged_weight import changed_experts, changed_weight, merged_weight
+from rain_mergekit.merge_method.rain import RainMerge
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = {
@@ -22,6 +23,7 @@ DIGESTS = {
     3: "d76b023ef7afb0bbd78722276b933863c54338f62be9e642bcceb17ea50c40e2",
     4: "b82ea5c390c8553d79a08dacbb33650687ec6a635c3ab02be65435ec78eaa749",
     5: "f589e69f1035da41834fdeb19dd91afeddc77f544f172523a46e4343df59a8b2",
+    6: "14cce96cae6b2b67dfd3585cbbc6ff556d0eae35c286062ea1732eee12d76c1f",
 }
 SITE = "model.layers.0.self_attn.q_proj"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
@@ -85,6 +87,18 @@ def test_experts_of_version_5_take_each_their_own_change() -> None:
     assert torch.equal(changed_experts(torch.ones(2, 3, 4), added, plan.ranks, 2.0), expected)
     turned = changed_experts(torch.ones(2, 4, 3), added, plan.ranks, 2.0, -2)
     assert torch.equal(turned, expected.mT)
+
+
+def test_weights_of_version_6_start_between_the_models() -> None:
+    """W_R = 1, W_I = 3, a quarter of the way and twice the change of version 2; or half of it."""
+    file, method = opened(6), RainMerge()
+    weights = torch.ones(3, 4), torch.full((3, 4), 3.0), torch.full((3, 4), 7.0)
+    plans = [file.tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "gate")]
+    assert [(plan.start, plan.projected) for plan in plans] == [(0.25, False), (0.5, False)]
+    row = torch.tensor([2.0, 0.0, 1.0, 4.0])
+    changed, alone = (method.merged(file, plan, weights, 2.0) for plan in plans)
+    assert torch.equal(changed, 1 + 2 * 0.25 * 2 + torch.stack([row, 2 * row, -row]))
+    assert torch.equal(alone, torch.full((3, 4), 1 + 2 * 0.5 * 2.0))
 
 
 @pytest.mark.parametrize("version", DIGESTS)

@@ -139,9 +139,13 @@ def test_it_is_calibrated_and_merged(tiny: Tiny, tmp_path: Path, name: str) -> N
     pairs = [] if name == "none" else [["<tool_call>", "</tool_call>"]]
     assert header["data"]["markers"] == pairs
     assert header["tensors"]
+    tuned = tiny.weights("instruct")
     for key, weight in tiny.weights("reasoning").items():
         entry = header["tensors"].get(key)
-        change = torch.zeros(()) if entry is None else stored[entry["a"]] @ stored[entry["b"]].mT
+        change = torch.zeros(())
+        if entry is not None:
+            change = stored[entry["a"]] @ stored[entry["b"]].mT
+            change += entry["start"] * (tuned[key] - weight)
         assert torch.allclose(merged[key], weight + change, rtol=1e-5, atol=1e-6)
         assert entry is None or bool(change.any())
 
