@@ -197,7 +197,7 @@ class StreamEngine:
         tick: Callable[[int], object],
     ) -> StreamLayerResult:
         targets = SiteTargets(folder, self._options.activation_budget // 2, self.layerwise.dtype)
-        teachers, share = self._teachers(texts, streams), self._settings.stream_start
+        teachers = self._teachers(texts, streams)
         try:
             with self.layerwise.layer(index) as layer, ExitStack() as stack:
                 name = self._name(index)
@@ -207,8 +207,8 @@ class StreamEngine:
                 other = stack.enter_context(self.instruct.layer(index))
                 for teacher in teachers:
                     fit.teach_answers(other, teacher, targets)
-                if share:
-                    fit.start(other, share)
+                if self._settings.stream_start:
+                    fit.start(other, self._settings.stream_start)
                 if not fit.experts:  # else these are compared one by one
                     stack.close()
                 trim_heap()
@@ -216,7 +216,7 @@ class StreamEngine:
                 stack.close()
                 fit.advance(streams[MERGED])
                 errors = fit.errors(streams[MERGED], streams[REASONING], teachers)
-                result = fit.result(changes, errors, share)
+                result = fit.result(changes, errors)
         finally:
             targets.close_all()
         self._count(texts, len(fit.sites) + 2 * bool(fit.experts))

@@ -18,6 +18,7 @@ from rain_mergekit.calibration.layer_passes import LayerPasses
 from rain_mergekit.calibration.linear_sites import LinearSite, linear_sites
 from rain_mergekit.calibration.site_sums import Sums, empty_sums
 from rain_mergekit.calibration.stream_result import StreamLayerResult
+from rain_mergekit.calibration.stream_start import Start, moved
 from rain_mergekit.calibration.stream_types import (
     HiddenStates,
     SiteTargets,
@@ -57,6 +58,7 @@ class StreamLayer:
         self.experts = LayerExperts(fitted=experts)
         self._unfit: set[str] = set()
         self._several: dict[int, bool] = {}
+        self._starts: dict[str, float] = {}
 
     def teach(self, states: HiddenStates, targets: SiteTargets) -> None:
         """Run the reasoning model: its outputs become the targets everywhere."""
@@ -89,12 +91,11 @@ class StreamLayer:
             self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
             del trace
 
-    def start(self, other: nn.Module, share: float) -> None:
-        """Move each weight by `share` of the way to the other layer's; routed experts stay."""
+    def start(self, other: nn.Module, start: Start) -> None:
+        """Move each weight towards the other layer's; routed experts stay."""
         for weight in (one for name in self.sites for one in self._fitted(name)):
             own, goal = self.layer.get_parameter(weight), other.get_parameter(weight)
-            wide = torch.promote_types(own.dtype, torch.float32)
-            own.data = torch.lerp(own.data.to(wide), goal.data.to(own.device, wide), share).to(own)
+            own.data, self._starts[weight] = moved(own.data, goal.data, start)
 
     def _fitted(self, name: str) -> list[str]:
         return [one for one in self.sites[name].outputs if one not in self._unfit]
@@ -245,13 +246,12 @@ class StreamLayer:
         self,
         changes: Mapping[str, LowRankChange],
         errors: tuple[StreamErrors, StreamErrors],
-        share: float,
     ) -> StreamLayerResult:
-        """What this layer contributes to the calibration file; share: that of `start`, or 0."""
+        """What this layer contributes to the calibration file."""
         axes = {one: axis for s in self.sites.values() for one, axis in s.input_axes.items()}
         return StreamLayerResult(
             changes=changes,
-            start=share,
+            starts={one: share for one, share in self._starts.items() if share},
             shapes={one: tuple(self.layer.get_parameter(one).shape) for one in changes},
             input_axes={one: axes[one] for one in changes},
             left=tuple(sorted(self._unfit)),

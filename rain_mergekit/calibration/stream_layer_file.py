@@ -26,7 +26,7 @@ def write_stream_layer(path: Path, name: str, result: StreamLayerResult) -> None
     tensors = {
         dotted(name, weight): _entry(dotted(name, weight), weight, result, stored)
         for weight, change in result.changes.items()
-        if change.rank or result.start
+        if change.rank or weight in result.starts
     }
     for weight, experts in result.expert_changes.items():
         tensors[dotted(name, weight)] = _of_experts(dotted(name, weight), experts, stored)
@@ -70,8 +70,8 @@ def _entry(
     name: str, weight: str, result: StreamLayerResult, stored: dict[str, Tensor]
 ) -> dict[str, Any]:
     entry = _plain(result.shapes[weight], result.input_axes[weight])
-    if result.start:
-        entry["start"] = result.start
+    if weight in result.starts:
+        entry["start"] = result.starts[weight]
     change = result.changes[weight]
     return entry | (_change(name, change, stored) if change.rank else {"fit": _fit(change)})
 

@@ -14,14 +14,14 @@ from rain_mergekit.linalg.ridge_solver import LowRankChange
 class StreamLayerResult:
     """What one layer contributes to the calibration file, by the weights' names in the layer.
 
-    start: the share of (instruct - reasoning) that each weight in `changes` has beside its change.
+    starts: the share of (instruct - reasoning) that a weight has beside its change, where it has.
     left: linear maps that are not fitted and stay the reasoning model's. fitted and held_out: the
     relative error of the merged stream by group of tokens, on texts of both kinds. expert_changes:
     by the name of the parameter; experts: what became of each expert, by module.
     """
 
     changes: Mapping[str, LowRankChange]
-    start: float
+    starts: Mapping[str, float]
     shapes: Mapping[str, tuple[int, ...]]
     input_axes: Mapping[str, int]
     left: tuple[str, ...]

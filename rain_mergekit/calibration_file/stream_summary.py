@@ -9,6 +9,7 @@ from typing import Any
 
 from rain_mergekit.calibration_file.reader import CalibrationFile
 from rain_mergekit.calibration_file.site_names import ValueRange, locate, module_order, value_range
+from rain_mergekit.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,23 @@ class MatchedModule:
 class Matching:
     """Stream matching as a calibration file records it.
 
-    start: the share of W_I - W_R that weights have beside their changes.
+    start: the share of W_I - W_R that weights have beside their changes, in `started` of all.
     """
 
     layers: tuple[MatchedLayer, ...]
     modules: tuple[MatchedModule, ...]
     start: float = 0.0
+    started: int = 0
+    weights: int = 0
 
     @property
     def origin(self) -> str:
         """Where the changes are added to, as a phrase; nothing where that is W_R itself."""
+        if not self.started:
+            return ""
         share = f"{self.start:g} (W_instruct − W_reasoning)"  # noqa: RUF001
-        return f", added to W_reasoning + {share}" if self.start else ""
+        some = f" in {self.started} of {counted(self.weights, 'weight')}"
+        return f", added to W_reasoning + {share}{some * (self.started < self.weights)}"
 
     @property
     def mean_rank(self) -> float:
@@ -92,8 +98,9 @@ def matching(file: CalibrationFile) -> Matching | None:
         MatchedLayer(str(one["name"]), dict(one["fitted"]), dict(one["held_out"]), _experts(one))
         for one in section["layers"]
     )
-    start = max((plan.start for plan in file.tensors.values()), default=0.0)
-    return Matching(layers, _modules(file), start)
+    starts = [plan.start for plan in file.tensors.values() if plan.start]
+    start, count = max(starts, default=0.0), len(file.tensors)
+    return Matching(layers, _modules(file), start, len(starts), count)
 
 
 def _experts(layer: Mapping[str, Any]) -> tuple[MatchedExperts, ...]:

@@ -54,7 +54,9 @@ def comparing(
                 start += len(part)
                 known = (part >= 0) & (part < tokens)
                 place = torch.where(known, part, 0)[:, None]
-                left, right = (_log_softmax(one).gather(1, place)[:, 0] for one in pair)
+                left, right = (
+                    _log_softmax(one).gather(1, place.to(one.device))[:, 0] for one in pair
+                )
                 ahead.append(torch.where(known, left - right.to(left.device), 0.0))
             return torch.cat(apart).double().cpu(), torch.cat(ahead).double().cpu()
 

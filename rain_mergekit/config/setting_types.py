@@ -107,15 +107,15 @@ Fit = Annotated[
     ),
 ]
 Start = Annotated[
-    float,
+    Annotated[Literal["auto"], Tag("auto")]
+    | Annotated[float, Field(ge=0.0, le=1.0), Number, Tag("number")],
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "number"),
     Field(
-        ge=0.0,
-        le=1.0,
         description="For fit: streams, where each weight starts: the reasoning model's plus this "
         "share of (instruct - reasoning). What the calibration texts do not decide stays there; 0 "
-        "keeps it the reasoning model's.",
+        "keeps it the reasoning model's. auto: 0.5, or 0 for a weight whose difference is more "
+        "than a quarter of its own size."
     ),
-    Number,
 ]
 Teacher = Annotated[
     Literal["instruct", "contrast"],

@@ -90,7 +90,7 @@ class RainSettings(BaseModel):
     teacher: Teacher = "instruct"
     teacher_strength: TeacherStrength = 1.0
     teacher_margin: Margin = 0.5
-    stream_start: Start = 0.5
+    stream_start: Start = "auto"
     stream_weights: Weights = StreamWeights()
     stream_emphasis: Emphasis = "divergence"
     stream_epsilon: EpsilonOrAuto = "auto"

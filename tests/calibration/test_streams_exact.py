@@ -17,8 +17,9 @@ from zlib import crc32
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stored_changes import products
-from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny
+from tiny import FAMILIES, INSTRUCTION, REASONING, SITES, TEMPLATE, Tiny, read_weights
 from torch import Tensor, nn
 
 from rain_mergekit.calibration import site_sums
@@ -155,6 +156,7 @@ class Reference:
         self.reasoning = tiny.model("reasoning")
         self.instruct = tiny.model("instruct")
         self.merged = tiny.model("reasoning")
+        self.apart: list[float] = []
         self._start(tiny.config().settings.stream_start)
         self.own = Hooks(self.merged)
         self.base = self.run(self.reasoning, Hooks(self.reasoning), own)
@@ -167,11 +169,18 @@ class Reference:
         self.even = tiny.config().settings.stream_emphasis == "even"
         self.margin = tiny.config().settings.answer_margin
 
-    def _start(self, share: float) -> None:
+    def _start(self, start: float | str) -> None:
         """Each linear map of the layers between the reasoning and the instruct model."""
         for name, module in self.merged.model.layers.named_modules():
             if isinstance(module, nn.Linear):
                 other = self.instruct.model.layers.get_submodule(name).weight
+                share = start
+                if isinstance(share, str):  # half-way, up to a quarter of its size
+                    apart = float(
+                        (other - module.weight).detach().norm() / module.weight.detach().norm()
+                    )
+                    share = 0.5 if apart <= 0.25 else 0.0
+                    self.apart.append(apart)
                 with torch.no_grad():
                     module.weight.mul_(1 - share).add_(other, alpha=share)
 
@@ -338,6 +347,23 @@ def test_the_streamed_fit_equals_the_dense_one(tmp_path: Path, family: str) -> N
 def test_the_fit_may_start_between_both_models(tmp_path: Path, family: str) -> None:
     tiny = Tiny.make(tmp_path, family).using(**WHOLE, stream_start=0.3)
     agree(tiny, Reference(tiny))
+
+
+def test_weights_that_are_far_apart_start_as_the_reasoning_model(tmp_path: Path) -> None:
+    """In every second layer map the instruct model is brought near; the others stay random."""
+    tiny = Tiny.make(tmp_path, "qwen2").using(**WHOLE)
+    own, tuned = (read_weights(tmp_path / role) for role in ("reasoning", "instruct"))
+    names = sorted(name for name in own if ".layers." in name and own[name].dim() == 2)
+    for name in names[::2]:
+        tuned[name] = own[name] + 0.1 * (tuned[name] - own[name])
+    save_file(tuned, tmp_path / "instruct" / "model.safetensors", metadata={"format": "pt"})
+    reference = Reference(tiny)
+    assert min(reference.apart) < 0.24
+    assert max(reference.apart) > 0.26
+    agree(tiny, reference)
+    entries = CalibrationFile.open(tiny.path).header["tensors"]
+    starts = [entries[name].get("start", 0.0) for name in names]
+    assert starts == [0.5 * (place % 2 == 0) for place in range(len(names))]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama-bias"])

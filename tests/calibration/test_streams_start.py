@@ -151,7 +151,8 @@ def test_no_adapter_of_a_fit_that_starts_between_the_models(made: Tiny, tmp_path
 def test_inspect_report_and_diff_tell_the_share(made: Tiny, tmp_path: Path) -> None:
     told = "added to W_reasoning + 0.3 (W_instruct \N{MINUS SIGN} W_reasoning)"
     assert told in run("inspect", str(made.path))
-    assert json.loads(run("inspect", str(made.path), "--json"))["matching"]["start"] == START
+    found = json.loads(run("inspect", str(made.path), "--json"))["matching"]
+    assert (found["start"], found["started"], found["weights"]) == (START, MODULES, MODULES)
     page = tmp_path / "report.html"
     run("report", str(made.path), "-o", str(page))
     assert told in page.read_text()

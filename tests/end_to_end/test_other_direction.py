@@ -145,7 +145,7 @@ def test_it_is_calibrated_and_merged(tiny: Tiny, tmp_path: Path, name: str) -> N
         change = torch.zeros(())
         if entry is not None:
             change = stored[entry["a"]] @ stored[entry["b"]].mT
-            change += entry["start"] * (tuned[key] - weight)
+            change += entry.get("start", 0.0) * (tuned[key] - weight)
         assert torch.allclose(merged[key], weight + change, rtol=1e-5, atol=1e-6)
         assert entry is None or bool(change.any())
 
