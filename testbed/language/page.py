@@ -17,7 +17,7 @@ DEFAULTS = "rain, streams"
 # What the parts of a page are named after, by the folder of the rows they are written from.
 TRIOS = {
     PAGE: {
-        "trio-s0-third": "",
+        "trio-s0-fifth": "",
         "trio-s1-third": " of seed 1",
         "trio-s2-third": " of seed 2",
         "trio-gemma-s0-second": " of a second family",
@@ -28,6 +28,7 @@ TRIOS = {
         "trio-s2": " of seed 2",
         "trio-s2-again": " of seed 2 again",
         "trio-gemma-s0": " of a second family",
+        "trio-s0-third": " of seed 0, weighed",
     },
 }
 TRIED = {

@@ -19,6 +19,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
 TABLES = {
     "language questions": ("questions.yml", "trio-s1-third"),
     "language questions of teachers": ("questions-teachers.yml", "trio-s2-fourth"),
+    "language questions of starts": ("questions-starts.yml", "trio-gemma-s0-third"),
 }
 PICTURE = "language-depth"
 SHOWN = {
