@@ -104,6 +104,12 @@ class Trio:
         return sorted(others, key=lambda one: -one.value("both"))
 
     @property
+    def projections(self) -> list[Standing]:
+        """Our rows that project the task vector, at their best."""
+        found = [one for one in self.best.values() if one.row.group == "rain"]
+        return [one for one in found if not one.row.name.startswith(STREAMS)]
+
+    @property
     def divergence(self) -> float:
         """Our L_think as a share of that of task arithmetic at its best strength."""
         return self.ours.value("L_think") / self.best["task_arithmetic"].value("L_think")

@@ -192,11 +192,15 @@ def test_the_first_paragraph_says_what_speaks_against_us(tmp_path: Path) -> None
     text = page([trio])
     said = text.split("\n\n")[2]
     assert "reaches 75 to 75 % of the ceiling on 1 trios" in said
+    assert "as any rival at its best strength, or more, on 1 of them" in said
+    assert (
+        "our own projection, at its best strength, has more on t-s0 (`rain projection` 100" in said
+    )
     assert "less than 85 % of the ceiling on t-s0 (75 %)" in said
     assert "blocks are whole on t-s0 (97)" in said
     assert "than a tenth of that of `task_arithmetic` on t-s0 (1.00)" in said
     assert "on t-s0 (25 against 92)" in said
-    assert "rivals have as many" not in said  # they have 50
+    assert "rivals have more" not in said  # they have 50
     assert "| t-s0 | 75 [10, 90] | 100 | 75 | 50 (task_arithmetic; plain 50) |" in text
 
 
