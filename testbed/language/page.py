@@ -20,7 +20,7 @@ TRIOS = {
         "trio-s0-fifth": "",
         "trio-s1-third": " of seed 1",
         "trio-s2-third": " of seed 2",
-        "trio-gemma-s0-second": " of a second family",
+        "trio-gemma-s0-third": " of a second family",
     },
     EARLIER: {
         "trio-s0": " of seed 0",
@@ -29,6 +29,7 @@ TRIOS = {
         "trio-s2-again": " of seed 2 again",
         "trio-gemma-s0": " of a second family",
         "trio-s0-third": " of seed 0, weighed",
+        "trio-gemma-s0-second": " of a second family, before",
     },
 }
 TRIED = {

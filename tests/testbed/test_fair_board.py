@@ -15,7 +15,7 @@ from mergekit.config import MergeConfiguration
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.merge_method.method import register
 from testbed.board.curves import Numbers
-from testbed.board.fair_page import page, trio_page
+from testbed.board.fair_page import PARTS, page, trio_page, with_table
 from testbed.board.fair_rows import CEILING, MOST, STARTS, FairRow, fair_rows
 from testbed.board.fair_run import (
     UNCALIBRATED,
@@ -28,7 +28,7 @@ from testbed.board.fair_run import (
 )
 from testbed.board.fair_standing import Trio, described
 from testbed.board.recipes import rain_config
-from testbed.board.results_file import Results
+from testbed.board.results_file import Results, kept
 from testbed.board.rivals import with_section
 from testbed.judging.intervals import packed
 from testbed.judging.judge import Judge, chosen
@@ -202,6 +202,18 @@ def test_the_first_paragraph_says_what_speaks_against_us(tmp_path: Path) -> None
     assert "on t-s0 (25 against 92)" in said
     assert "rivals have more" not in said  # they have 50
     assert "| t-s0 | 75 [10, 90] | 100 | 75 | 50 (task_arithmetic; plain 50) |" in text
+
+
+def test_the_pages_say_what_the_numbers_say() -> None:
+    paths = sorted((ROOT / "testbed" / "results" / "fair").glob("*.json"))
+    trios, docs = [Trio(kept(path)) for path in paths], ROOT / "docs"
+    assert (docs / "results.md").read_text(encoding="utf-8") == page(trios)
+    for trio in trios:
+        path = docs / "results" / f"{trio.name}.md"
+        assert path.read_text(encoding="utf-8") == trio_page(trio)
+    for name in PARTS:
+        text = (docs / name).read_text(encoding="utf-8")
+        assert text == with_table(text, name, trios)
 
 
 def test_no_calibration_text_has_the_constraint_left_out(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from doc_blocks import ROOT
 from rain_mergekit.system.shipped_files import TRIO
 from testbed.board.frontier import IMAGES
 from testbed.board.tables import MODELS
-from testbed.language import questions
+from testbed.language import methods_page, questions
 from testbed.language.board import Board, further, load_rows
 from testbed.language.judging import Judge, cached
 from testbed.language.lessons import LESSONS, batches, encode, set_lessons
@@ -238,6 +238,8 @@ def test_the_pages_say_what_their_rows_say(page: Path) -> None:
 def test_the_page_of_questions_says_what_its_rows_say() -> None:
     results = ROOT / "testbed" / "results" / "language"
     assert questions.written(results) == questions.PAGE.read_text("utf-8")
+    companions_page = methods_page.PAGE_OF_COMPANIONS
+    assert methods_page.written(results) == companions_page.read_text("utf-8")
     for name, (_, trio) in questions.TABLES.items():
         rows = load_rows(results / "questions" / trio / "choosing")
         assert {row["name"] for row in rows} == set(questions.asked(name))
