@@ -150,7 +150,7 @@ def test_the_time_is_that_of_the_slower_one(deep: Tiny, fit: str, ratio: float) 
     loading, so its share is taken off, as it vanishes with depth. Without the comparison of
     answers before the fit of streams, which is mostly reading.
     """
-    alike = {"stream_emphasis": "even"} if fit == "streams" else {}
+    alike = {"stream_emphasis": "even", "teacher_margin": None} if fit == "streams" else {}
     tiny = deep.using("simulated.rain.safetensors", fit=fit, **alike)
     counted = Simulation(load=0.0, compute=0.0)
     simulate(tiny, counted)
