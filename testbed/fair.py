@@ -19,7 +19,7 @@ from testbed.board.bench import digest
 from testbed.board.fair_page import write_pages
 from testbed.board.fair_rows import fair_rows
 from testbed.board.fair_run import FairBench, calibrated_without, run_all
-from testbed.board.fair_standing import Trio, described
+from testbed.board.fair_standing import Trio, prompt_facts
 from testbed.board.results_file import Results, kept
 from testbed.puzzles.records import read_lines
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             seen = calibrated_without(trio, Path(folder) / trio.name)
             results = Results(RESULTS / f"{trio.name}.json", trio.name, digest(seen))
-            results.data["prompts"] = described(read_lines(trio / "test.jsonl"))
+            results.data["prompts"] = prompt_facts(read_lines(trio / "test.jsonl"))
             run_all(FairBench(seen, Path(folder)), results, wanted, lambda: time.monotonic() > end)
             results.save()
     if options.out is not None:

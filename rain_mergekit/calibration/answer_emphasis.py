@@ -59,9 +59,10 @@ class AnswerReader:
     def emphasised(self, texts: StreamTexts, *, quiet: bool) -> StreamTexts:
         """The texts with an emphasis for each answer token: KL(instruct || reasoning) + FLOOR.
 
-        And with the tokens that the reasoning model teaches itself. Every process reads its share
-        of the texts; quiet: without a progress bar. Where the two tokenizers number the answers'
-        tokens in two ways, no distributions can be compared, and the texts come back as they are.
+        They say, too, which tokens the reasoning model teaches itself. Every process reads its
+        share of the texts; quiet: without a progress bar. Where the two tokenizers number the
+        answers' tokens in two ways, no distributions can be compared, and the texts come back as
+        they are.
         """
         if not comparable(texts):
             LOG.warning(
@@ -92,7 +93,10 @@ class AnswerReader:
         return replace(texts, instruction=[self._weighed(*one) for one in answers])
 
     def _weighed(self, text: TaughtText, factors: Tensor, ahead: Tensor) -> TaughtText:
-        """One text with what is known of its last tokens; ahead: of the instruct model, in nats."""
+        """One text with what is known of its last tokens.
+
+        ahead: how much likelier the instruct model finds what follows each of them, in nats.
+        """
         if self.emphasis:
             text = replace(text, emphasis=tuple(factors.tolist()))
         if self.margin is not None:

@@ -30,4 +30,4 @@ def moved(own: Tensor, goal: Tensor, start: Start) -> tuple[Tensor, float]:
     ahead = goal.to(base) - base
     near = start != "auto" or bool(ahead.norm() <= MOST_APART * base.norm())
     share = (SHARE if start == "auto" else start) if near else 0.0
-    return base.add(ahead, alpha=share).to(own), share
+    return (base.add(ahead, alpha=share).to(own) if share else own), share

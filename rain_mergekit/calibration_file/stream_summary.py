@@ -75,7 +75,7 @@ class Matching:
             return ""
         share = f"{self.start:g} (W_instruct − W_reasoning)"  # noqa: RUF001
         some = f" in {self.started} of {counted(self.weights, 'weight')}"
-        return f", added to W_reasoning + {share}{some * (self.started < self.weights)}"
+        return f"added to W_reasoning + {share}{some * (self.started < self.weights)}"
 
     @property
     def mean_rank(self) -> float:

@@ -49,15 +49,14 @@ def comparing(
             apart, ahead = [], []
             start = 0
             for pair in logits(own, other):
-                apart.append(kl_divergence(*pair))
-                part = following[start : start + len(pair[0])].to(pair[0].device)
+                log_p, log_q = _log_probabilities(*pair)
+                apart.append(_divergence(log_p, log_q))
+                part = following[start : start + len(log_p)].to(log_p.device)
                 start += len(part)
                 known = (part >= 0) & (part < tokens)
                 place = torch.where(known, part, 0)[:, None]
-                left, right = (
-                    _log_softmax(one).gather(1, place.to(one.device))[:, 0] for one in pair
-                )
-                ahead.append(torch.where(known, left - right.to(left.device), 0.0))
+                more = (log_p.gather(1, place) - log_q.gather(1, place))[:, 0]
+                ahead.append(torch.where(known, more, 0.0))
             return torch.cat(apart).double().cpu(), torch.cat(ahead).double().cpu()
 
         yield compared
@@ -88,15 +87,20 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
     In float32, or wider where the logits are.
     """
-    log_p = _log_softmax(wanted)
-    log_q = found.to(log_p.device, log_p.dtype).log_softmax(-1)
+    return _divergence(*_log_probabilities(wanted, found))
+
+
+def _log_probabilities(wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two tensors of logits (..., vocabulary), on one device, in float32 or wider."""
+    dtype = torch.promote_types(wanted.dtype, torch.float32)
+    log_p = wanted.to(dtype).log_softmax(-1)
+    return log_p, found.to(log_p.device, dtype).log_softmax(-1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
     return terms.sum(-1)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def common_tokens(*models: Any) -> int:

@@ -163,8 +163,8 @@ def _matching(found: Matching) -> list[str]:
             f"  {name:<{wide}} {rank:<14}  {_share(module.explained):<13}  "
             f"{_share(module.fitted):<13}  {_penalty(module.epsilon)}".rstrip()
         )
-    if found.start:
-        lines.append(f"  {found.origin.removeprefix(', ')}")
+    if found.origin:
+        lines.append(f"  {found.origin}")
     return [*lines, *_experts(found), *_distances(found)]
 
 

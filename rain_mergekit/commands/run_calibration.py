@@ -141,7 +141,8 @@ def _merging(config: RainConfig, load: LoadOptions) -> str:
 def _matching(found: Matching) -> str:
     """Ranks, and how far the merged hidden states are from their teachers after the last layer."""
     weights = counted(sum(module.weights for module in found.modules), "weight")
-    text = f"changes of mean rank {found.mean_rank:.1f} for {weights}{found.origin}"
+    text = f"changes of mean rank {found.mean_rank:.1f} for {weights}"
+    text += f", {found.origin}" if found.origin else ""
     if not found.layers:
         return text
     last = found.layers[-1]

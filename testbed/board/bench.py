@@ -46,6 +46,8 @@ def digest(trio: Path) -> str:
 class Bench:
     """One trio, and a folder for what is made on the way."""
 
+    uncalibrated: Sequence[str] = ()  # constraints that no calibration text shows
+
     def __init__(self, trio: Path, folder: Path) -> None:
         register()
         self.trio, self._folder = trio, folder
@@ -59,7 +61,8 @@ class Bench:
         """The judge of a split's first prompts; made once."""
         if (split, limit) not in self._judges:
             prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
-            judge = Judge(self.trio / "reasoning", self._voices["reasoning"], prompts)
+            voice = self._voices["reasoning"]
+            judge = Judge(self.trio / "reasoning", voice, prompts, self.uncalibrated)
             self._judges[split, limit] = judge
         return self._judges[split, limit]
 

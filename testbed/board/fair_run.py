@@ -19,7 +19,6 @@ from testbed.board.methods import Method
 from testbed.board.recipes import rain_config
 from testbed.board.results_file import Results
 from testbed.board.rivals import CalibratedRecipe, with_section
-from testbed.judging.judge import Judge, chosen
 from testbed.judging.strengths import beyond_edge
 from testbed.puzzles.records import read_lines, write_lines
 
@@ -81,12 +80,7 @@ class FairBench(Bench):
     Strengths are chosen without divergences, which take as long as all outputs of a model.
     """
 
-    def judge(self, split: str, limit: int | None) -> Judge:
-        if (split, limit) not in self._judges:
-            prompts = chosen(read_lines(self.trio / f"{split}.jsonl"), limit)
-            judge = Judge(self.trio / "reasoning", self._voices["reasoning"], prompts, UNCALIBRATED)
-            self._judges[split, limit] = judge
-        return self._judges[split, limit]
+    uncalibrated = UNCALIBRATED
 
     def measure(
         self, method: Method, strength: float, split: str, limit: int | None

@@ -15,7 +15,7 @@ from testbed.puzzles.records import Record
 NOT_RIVALS = ("models", "rain", "controls")  # groups
 
 
-def described(records: Sequence[Record]) -> dict[str, Any]:
+def prompt_facts(records: Sequence[Record]) -> dict[str, Any]:
     """What paired comparisons need of the test prompts, for the JSON file."""
     prompts = chosen(records, None)
     where = domains(prompts, UNCALIBRATED)

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_streams import MODULES, alone, products, run
+from test_streams import MODULES, alone, products, run, stays_at_lambda_0
 from test_streams_exact import WHOLE, agree
 from test_streams_normed import FAMILIES, Normed
 from tiny import Tiny
@@ -58,10 +58,7 @@ def test_mergekit_adds_the_share_and_the_change(made: Tiny, tmp_path: Path) -> N
 
 
 def test_with_lambda_0_the_reasoning_model_stays_bit_for_bit(made: Tiny, tmp_path: Path) -> None:
-    parameters = {"calibration": str(made.path), "lambda": 0.0}
-    outcome = merging.merge_process(tmp_path, alone(made, parameters=parameters))
-    own = made.weights("reasoning")
-    assert all(torch.equal(tensor, own[name]) for name, tensor in outcome.weights().items())
+    assert stays_at_lambda_0(made, tmp_path)
 
 
 def test_a_pretrained_model_changes_nothing(made: Tiny, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from testbed.board.fair_run import (
     next_strength,
     run_row,
 )
-from testbed.board.fair_standing import Trio, described
+from testbed.board.fair_standing import Trio, prompt_facts
 from testbed.board.recipes import rain_config
 from testbed.board.results_file import Results, kept
 from testbed.board.rivals import with_section
@@ -150,7 +150,7 @@ def measured(path: Path, names: Sequence[str]) -> tuple[Counted, Trio]:
     """A board on which these rows are measured, twice: the second time asks nothing."""
     counted, results = Counted(), Results(path, "t-s0", "digest")
     rows = [row for row in fair_rows() if row.name in names]
-    results.data["prompts"] = described(PROMPTS)
+    results.data["prompts"] = prompt_facts(PROMPTS)
     for row in rows:
         run_row(counted, results, row)
     again = len(counted.asked)
