@@ -20,14 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.device_shapes import (
-    ROLES,
-    SHAPES,
-    DeviceShape,
-    write_configs,
-    write_model,
-    write_sets,
-)
+from benchmarks.device_models import write_model
+from benchmarks.device_shapes import ROLES, SHAPES, DeviceShape, write_configs, write_sets
 from benchmarks.device_table import table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -131,7 +125,7 @@ def stages(run: Run, shape: DeviceShape) -> None:
     write_sets(home, shape)
     write_configs(home, home / "c.rain.safetensors")
     run.stage(f"{name}: calibrate", lambda: calibrated(run, home))
-    for method in ("task_arithmetic", "rain"):
+    for method in ("task_arithmetic", "rain") if shape.merges else ():
         run.stage(f"{name}: merge {method}", lambda method=method: merged(run, home, method))
     shutil.rmtree(home)
     run.stage(f"{name}: done", dict)

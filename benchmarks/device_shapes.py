@@ -1,27 +1,24 @@
-"""Random models of published shapes, and texts as long as the package's own, for a device run."""
+"""Published shapes, and texts as long as the package's own, for a device run."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import random
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import yaml
-from torch import Tensor
-
-from benchmarks.shapes import TOKENIZER, TOKENIZER_FILES
-from rain_mergekit.calibration_file.container import Entry, raw_bytes, write_header
 
 ROLES = ("reasoning", "instruct")
 SETS = Path(__file__).parents[1] / "calibration"
 _WORDS = ["a", "minus", "is", "six", "keys", "how", "many", "plus", "four", "answer", "nine"]
-_ANSWER, _SCALE, _NOISE = "FOUR KEYS", 0.02, 0.1  # the noise is relative
+_ANSWER = "FOUR KEYS"
+
+Stored: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"  # type and shape of a tensor in a file
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,8 @@ class DeviceShape:
     """A published model: its size, its config.json, and how many of its layers are written.
 
     texts: of both sets, or fewer; every one of them where they are None.
+    block: of FP8 weights, the rows and columns that share a scale, which divide all sizes; None
+        for bfloat16.
     """
 
     name: str
@@ -36,10 +35,16 @@ class DeviceShape:
     layers: int
     config: Mapping[str, Any]
     texts: int | None = None
+    block: int | None = None
 
     def fields(self) -> dict[str, Any]:
         """Its config.json."""
-        return {**self.config, "num_hidden_layers": self.layers, "max_position_embeddings": 65536}
+        found = {**self.config, "num_hidden_layers": self.layers, "max_position_embeddings": 65536}
+        if self.block is None:
+            return found
+        published = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        published["weight_block_size"] = [self.block, self.block]
+        return {**found, "quantization_config": published}
 
     @property
     def hidden(self) -> int:
@@ -63,32 +68,57 @@ class DeviceShape:
             found |= _mlp(f"mlp.experts.{expert}", d, c["moe_intermediate_size"])
         return found
 
-    def rest_shapes(self) -> dict[str, tuple[int, ...]]:
+    def layer_stored(self) -> dict[str, Stored]:
+        """How a checkpoint stores the tensors of one layer."""
+        found: dict[str, Stored] = {}
+        for name, shape in self.layer_shapes().items():
+            if self.block is None or not name.endswith("_proj.weight"):
+                found[name] = torch.bfloat16, shape
+                continue
+            found[name] = torch.float8_e4m3fn, shape
+            scales = tuple(size // self.block for size in shape)
+            found[f"{name}_scale_inv"] = torch.float32, scales
+        return found
+
+    def rest_stored(self) -> dict[str, Stored]:
         """The tensors beside the layers."""
-        table = (int(self.config["vocab_size"]), self.hidden)
+        table = torch.bfloat16, (int(self.config["vocab_size"]), self.hidden)
         return {
             "model.embed_tokens.weight": table,
             "lm_head.weight": table,
-            "model.norm.weight": (self.hidden,),
+            "model.norm.weight": (torch.bfloat16, (self.hidden,)),
         }
 
     @property
     def layer_bytes(self) -> int:
-        return _bytes(self.layer_shapes())
+        return _bytes(self.layer_stored())
 
     @property
     def model_bytes(self) -> int:
-        return self.layers * self.layer_bytes + _bytes(self.rest_shapes())
+        return self.layers * self.layer_bytes + _bytes(self.rest_stored())
+
+    @property
+    def merges(self) -> bool:
+        """Whether the run ends with merges; stock mergekit-yaml reads no FP8."""
+        return self.block is None
+
+    @property
+    def _copies(self) -> float:
+        """Times its own bytes: both models, and beside them a merged one and the calibration file.
+
+        The file is a tenth of a model in bfloat16, and while it is written there twice.
+        """
+        return 3.1 if self.merges else 2.4
 
     @property
     def disk_bytes(self) -> int:
-        """Both models, a merged one, and a tenth for the calibration file, beside each other."""
-        return int(3.1 * self.model_bytes)
+        """What is on the disk at the most."""
+        return int(self._copies * self.model_bytes)
 
     def within(self, free: int) -> DeviceShape:
         """With as many layers as that much disk has room for; at least one."""
-        spare = free - int(3.1 * _bytes(self.rest_shapes()))
-        return replace(self, layers=max(1, min(self.layers, int(spare / 3.1 / self.layer_bytes))))
+        room = free / self._copies - _bytes(self.rest_stored())
+        return replace(self, layers=max(1, min(self.layers, int(room / self.layer_bytes))))
 
 
 def _mlp(prefix: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -96,8 +126,8 @@ def _mlp(prefix: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.{name}_proj.weight": shape for name, shape in shapes.items()}
 
 
-def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+def _bytes(stored: Mapping[str, Stored]) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in stored.values())
 
 
 def _config(model_type: str, architecture: str, **fields: Any) -> dict[str, Any]:
@@ -156,72 +186,14 @@ SHAPES: dict[str, tuple[DeviceShape, ...]] = {
     "mixture": tuple(
         DeviceShape(f"30B-A3B-{depth}-layers", 48, depth, _30B, texts=8) for depth in (2, 4)
     ),
+    # All layers of it, as its publisher stores it in 8 bits: two models of 31 GB fit a disk.
+    "whole": (DeviceShape("30B-A3B-FP8", 48, 48, _30B, texts=4, block=128),),
     "small": (
         DeviceShape("7B", 28, 2, _dense(64, 160, 4, 739), texts=3),
         DeviceShape("30B-A3B", 48, 2, _mixture(64, 32, 8, 16, 739), texts=3),
+        DeviceShape("30B-A3B-FP8", 48, 2, _mixture(64, 32, 8, 16, 739), texts=3, block=16),
     ),
 }
-
-
-def write_model(home: Path, shape: DeviceShape, role: str, device: str) -> int:
-    """One checkpoint, a shard for each layer; returns the bytes that were not there yet.
-
-    All layers hold the same random numbers, and are files of their own.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "config.json").write_text(json.dumps(shape.fields()))
-    for name in TOKENIZER_FILES:
-        shutil.copy(TOKENIZER / name, home / name)
-    shards = {f"layer-{n:05d}.safetensors": f"model.layers.{n}." for n in range(shape.layers)}
-    parts = {
-        file: {prefix + n: s for n, s in shape.layer_shapes().items()}
-        for file, prefix in shards.items()
-    }
-    parts["rest.safetensors"] = shape.rest_shapes()
-    places = {name: file for file, names in parts.items() for name in names}
-    index = {"metadata": {"total_size": shape.model_bytes}, "weight_map": places}
-    (home / "model.safetensors.index.json").write_text(json.dumps(index))
-    missing = [file for file in parts if not (home / file).exists()]
-    layer = list(_numbers(shape.layer_shapes(), role, device)) if missing else []
-    written = 0
-    for file in missing:
-        rest = _numbers(parts[file], role, device) if file == "rest.safetensors" else layer
-        written += _write_shard(home / file, parts[file], rest)
-    return written
-
-
-def _numbers(shapes: Mapping[str, tuple[int, ...]], role: str, device: str) -> Iterator[Tensor]:
-    """Random tensors; the instruct model's are near the reasoning model's."""
-    base = torch.Generator(device).manual_seed(0)
-    other = torch.Generator(device).manual_seed(1)
-    for shape in shapes.values():
-        if len(shape) == 1:
-            yield torch.ones(shape, dtype=torch.bfloat16)
-            continue
-        value = torch.randn(shape, generator=base, device=device)
-        if role != "reasoning":
-            value += torch.randn(shape, generator=other, device=device).mul_(_NOISE)
-        yield value.mul_(_SCALE).to(torch.bfloat16).cpu()
-
-
-def _write_shard(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor] | Iterator[Tensor]
-) -> int:
-    """Whole or not at all, and on the disk when it returns."""
-    entries, position = dict[str, Entry](), 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        entries[name] = Entry(torch.bfloat16, shape, position, size)
-        position += size
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as file:
-        file.write(write_header({"format": "pt"}, entries))
-        for tensor in tensors:
-            file.write(raw_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    return position
 
 
 def write_sets(folder: Path, shape: DeviceShape) -> None:

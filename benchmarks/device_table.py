@@ -53,8 +53,9 @@ def _rows(found: Found, shape: DeviceShape) -> Iterator[tuple[str, str]]:
         spent = cell("calibrate", "phases", phase) or (0.0 if seconds else None)
         yield f"time in {phase}", _share(spent / seconds if seconds else None)
     yield "calibration file, GiB", _number(cell("calibrate", "file_bytes"), _GIB)
-    yield "task_arithmetic merge, s", _number(cell("merge task_arithmetic", "seconds"))
-    yield "rain merge, s", _number(cell("merge rain", "seconds"))
+    for method in ("task_arithmetic", "rain"):
+        merged = _number(cell(f"merge {method}", "seconds")) if shape.merges else "not merged"
+        yield f"{method} merge, s", merged
 
 
 def _per_second(record: Mapping[str, Any] | None) -> float | None:

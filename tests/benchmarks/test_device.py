@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from benchmarks.device import main
-from benchmarks.device_shapes import SHAPES, DeviceShape, write_model
+from benchmarks.device_models import write_model
+from benchmarks.device_shapes import SHAPES, DeviceShape
 from benchmarks.device_table import NOT_YET, table
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "device.sh"
@@ -64,9 +65,13 @@ def test_the_script_goes_on_to_the_whole_table(tmp_path: Path) -> None:
 def test_its_models_are_whole(tmp_path: Path, shape: DeviceShape) -> None:
     for role in ("reasoning", "instruct"):
         write_model(tmp_path / role, shape, role, "cpu")
-        _, told = AutoModelForCausalLM.from_pretrained(tmp_path / role, output_loading_info=True)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            tmp_path / role, output_loading_info=True
+        )
         assert not told["missing_keys"]
         assert not told["unexpected_keys"]
+        spread = model.get_parameter("model.layers.1.self_attn.q_proj.weight").float().std()
+        assert 0.019 < spread < 0.021  # the scales of FP8 too are read
     size = sum(path.stat().st_size for path in (tmp_path / "instruct").glob("*.safetensors"))
     assert 0 <= size - shape.model_bytes < 10_000 * (shape.layers + 1)
 
