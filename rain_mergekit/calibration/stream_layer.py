@@ -76,6 +76,7 @@ class StreamLayer:
                     targets.put(name, text, batch.part(rows, number))
             self.experts.teach(batch, routed)
             del trace, found, routed  # else they live on while the next texts pass
+            trim_heap()
 
     def teach_answers(self, layer: nn.Module, teacher: Teacher, targets: SiteTargets) -> None:
         """Run another model's layer: its outputs enter the targets at the answers."""
@@ -85,11 +86,11 @@ class StreamLayer:
             trace = passes.teach(batch)
             for name, rows in self._by_site(trace.outputs()):
                 for number, reading in enumerate(batch.texts):
-                    lesson = lessons[reading]
-                    answer = batch.part(rows, number)[-lesson.tokens :]
-                    targets.mix(name, lesson, answer, teacher)
+                    answer = batch.part(rows, number)[-lessons[reading].tokens :]
+                    targets.mix(name, lessons[reading], answer, teacher)
             self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
             del trace
+            trim_heap()
 
     def start(self, other: nn.Module, start: Start) -> None:
         """Move each weight towards the other layer's; routed experts stay."""
