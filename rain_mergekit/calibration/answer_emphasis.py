@@ -24,6 +24,7 @@ from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.stream_texts import StreamTexts
 from rain_mergekit.calibration.stream_types import HiddenStates
 from rain_mergekit.calibration.token_teachers import TaughtText
+from rain_mergekit.calibration.work_folder import WorkDir
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layers_ahead import ReaderThread
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
@@ -56,11 +57,12 @@ class AnswerReader:
     emphasis: bool
     margin: float | None
 
-    def emphasised(self, texts: StreamTexts, *, quiet: bool) -> StreamTexts:
+    def emphasised(self, texts: StreamTexts, work: WorkDir, *, quiet: bool) -> StreamTexts:
         """The texts with an emphasis for each answer token: KL(instruct || reasoning) + FLOOR.
 
         They say, too, which tokens the reasoning model teaches itself. Every process reads its
-        share of the texts; quiet: without a progress bar. Where the two tokenizers number the
+        share of the texts; a run that goes on from `work` reads none. quiet: without a progress
+        bar. Where the two tokenizers number the
         answers' tokens in two ways, no distributions can be compared, and the texts come back as
         they are.
         """
@@ -71,18 +73,10 @@ class AnswerReader:
                 "the instruct model teaches all of them (teacher_margin: null)"
             )
             return texts
-        lengths = [one.answer for one in texts.readings]
-        found = torch.zeros(2, sum(lengths), dtype=torch.float64)
-        places = self.world.part(torch.split(found, lengths, dim=1))
-        part = texts.part(self.world)
-        lengths_read = part.compared
-        samples, tokens, layers = len(lengths_read), sum(lengths_read), len(self.own.layers)
-        label = "Answers, layer"
-        with Progress(layers, samples, tokens, label=label, quiet=quiet) as progress:
-            for place, values in zip(places, self._compared(part, progress), strict=True):
-                place.copy_(values)
+        found = work.found("answers", lambda: self._found(texts, quiet=quiet))
         # Where a model overflows, the text is named when it is fitted.
-        apart, ahead = self.world.sum(found).nan_to_num(nan=0.0, posinf=MOST)
+        apart, ahead = found.nan_to_num(nan=0.0, posinf=MOST)
+        lengths = [one.answer for one in texts.readings]
         factors = apart.clamp(min=0.0) + FLOOR
         answers = zip(
             texts.instruction,
@@ -91,6 +85,19 @@ class AnswerReader:
             strict=True,
         )
         return replace(texts, instruction=[self._weighed(*one) for one in answers])
+
+    def _found(self, texts: StreamTexts, *, quiet: bool) -> Tensor:
+        """What `_compared` gives for all texts and processes, (2, n) float64."""
+        lengths = [one.answer for one in texts.readings]
+        found = torch.zeros(2, sum(lengths), dtype=torch.float64)
+        places = self.world.part(torch.split(found, lengths, dim=1))
+        part = texts.part(self.world)
+        samples, tokens = len(part.compared), sum(part.compared)
+        label, layers = "Answers, layer", len(self.own.layers)
+        with Progress(layers, samples, tokens, label=label, quiet=quiet) as progress:
+            for place, values in zip(places, self._compared(part, progress), strict=True):
+                place.copy_(values)
+        return self.world.sum(found)
 
     def _weighed(self, text: TaughtText, factors: Tensor, ahead: Tensor) -> TaughtText:
         """One text with what is known of its last tokens.

@@ -124,7 +124,7 @@ class StreamEngine:
         Also returns how likely the markers are by the hidden states that left the last layer.
         """
         folder = work.path / f"process-{self._world.rank}"
-        self.texts = self._emphasised(folder)  # before the rule is made of them
+        self.texts = self._emphasised(work, folder)  # before the rule is made of them
         texts = self.texts.part(self._world)
         with ExitStack() as stack:
             streams = stack.enter_context(self._streams(texts, folder))
@@ -177,7 +177,7 @@ class StreamEngine:
         compared = self._settings.compares_answers and comparable(texts)
         return work.comparing(texts) if compared else work
 
-    def _emphasised(self, folder: Path) -> StreamTexts:
+    def _emphasised(self, work: WorkDir, folder: Path) -> StreamTexts:
         """All texts, with what the two models' next tokens say of the answers, where wanted."""
         settings = self._settings
         if not settings.compares_answers:
@@ -186,7 +186,7 @@ class StreamEngine:
         weighed = settings.stream_emphasis == "divergence"
         reader = AnswerReader(self.layerwise, self.instruct, *how, weighed, settings.answer_margin)
         with naming_shortage("while both models read the answers", CALIBRATION):
-            return reader.emphasised(self.texts, quiet=self._job.quiet)
+            return reader.emphasised(self.texts, work, quiet=self._job.quiet)
 
     def _layer(
         self,

@@ -1,6 +1,7 @@
 """The folder that lets an interrupted calibration continue where it stopped.
 
-It holds one file a finished layer and, from time to time, all hidden states after a layer. It is
+It holds one file a finished layer, from time to time all hidden states after a layer, and what was
+found before the first one. It is
 only used again by a run of the same job: same models, data, settings, dtype and version.
 """
 
@@ -19,6 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.atomic_file import replacing
@@ -27,7 +31,9 @@ from rain_mergekit.system.profile import WRITE, phase
 
 LOG = logging.getLogger(__name__)
 # Files of a work folder; anything else in it is never deleted.
-_OURS = re.compile(r"lock|(job|snapshot)\.json|(layer|hidden|process)-.*|\..*\.tmp", re.DOTALL)
+_OURS = re.compile(
+    r"lock|(job|snapshot)\.json|(layer|hidden|process|found)-.*|\..*\.tmp", re.DOTALL
+)
 
 
 class WorkDir:
@@ -169,6 +175,23 @@ class WorkDir:
         for item in self.path.glob("hidden-*"):
             if except_for is None or not item.name.startswith(f"hidden-{except_for:05d}."):
                 item.unlink(missing_ok=True)
+
+    def found(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        """What an earlier run of the job found by that name, else what `find` returns, kept.
+
+        `find` is called by every process or by none, and returns the same to each.
+        """
+        path = self.path / f"found-{name}.safetensors"
+        first = self._world.rank == 0
+        known: list[Tensor] = [load_file(path)[name]] if first and path.exists() else []
+        known = self._world.broadcast(known, 0)
+        if known:
+            return known[0]
+        value = find()
+        if first:
+            with replacing(path) as out:
+                out.write(save({name: value.contiguous()}))
+        return value
 
     def part(self, layer: int) -> Path:
         """The path of one layer's results."""
