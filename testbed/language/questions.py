@@ -20,6 +20,8 @@ TABLES = {
     "language questions": ("questions.yml", "trio-s1-third"),
     "language questions of teachers": ("questions-teachers.yml", "trio-s2-fourth"),
     "language questions of starts": ("questions-starts.yml", "trio-gemma-s0-third"),
+    "language questions of prompts": ("questions-prompts.yml", "trio-gemma-s0-fourth"),
+    "language questions of prompts, first family": ("questions-prompts.yml", "trio-s2-fifth"),
 }
 PICTURE = "language-depth"
 SHOWN = {
