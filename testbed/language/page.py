@@ -19,7 +19,7 @@ TRIOS = {
     PAGE: {
         "trio-s0-fifth": "",
         "trio-s1-third": " of seed 1",
-        "trio-s2-third": " of seed 2",
+        "trio-s2-fifth": " of seed 2",
         "trio-gemma-s0-third": " of a second family",
     },
     EARLIER: {
@@ -30,6 +30,7 @@ TRIOS = {
         "trio-gemma-s0": " of a second family",
         "trio-s0-third": " of seed 0, weighed",
         "trio-gemma-s0-second": " of a second family, before",
+        "trio-s2-third": " of seed 2, third",
     },
 }
 TRIED = {
