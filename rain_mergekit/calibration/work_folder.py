@@ -1,8 +1,8 @@
 """The folder that lets an interrupted calibration continue where it stopped.
 
 It holds one file a finished layer, from time to time all hidden states after a layer, and what was
-found before the first one. It is
-only used again by a run of the same job: same models, data, settings, dtype and version.
+found before the first one. It is only used again by a run of the same job: same models, data,
+settings, dtype and version.
 """
 
 from __future__ import annotations
