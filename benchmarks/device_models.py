@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from benchmarks.device_shapes import DeviceShape, Stored
 from benchmarks.shapes import TOKENIZER, TOKENIZER_FILES
+from rain_mergekit.system.atomic_file import replacing
 
 _SCALE, _NOISE = 0.02, 0.1  # the noise is relative
 _REST = "rest.safetensors"
@@ -36,30 +36,28 @@ def write_model(home: Path, shape: DeviceShape, role: str, device: str) -> int:
     index = {"metadata": {"total_size": shape.model_bytes}, "weight_map": places}
     (home / "model.safetensors.index.json").write_text(json.dumps(index))
     missing = [file for file in parts if not (home / file).exists()]
-    layer = list(_numbers(shape, shape.layer_stored(), role, device)) if missing else []
+    layer = list(_numbers(shape.layer_stored(), shape.block, role, device)) if missing else []
     written = 0
     for file in missing:
         rest = file == _REST
-        tensors = list(_numbers(shape, shape.rest_stored(), role, device)) if rest else layer
-        _write_shard(home / file, dict(zip(parts[file], tensors, strict=True)))
+        tensors = list(_numbers(shape.rest_stored(), None, role, device)) if rest else layer
+        with replacing(home / file) as out:
+            out.write(save(dict(zip(parts[file], tensors, strict=True)), {"format": "pt"}))
         written += sum(tensor.nbytes for tensor in tensors)
     return written
 
 
 def _numbers(
-    shape: DeviceShape, stored: Mapping[str, Stored], role: str, device: str
+    stored: Mapping[str, Stored], block: int | None, role: str, device: str
 ) -> Iterator[Tensor]:
-    """Random tensors; the instruct model's are near the reasoning model's.
+    """Random tensors in the order of `stored`; the instruct model's are near the reasoning model's.
 
-    The scales of FP8 weights follow these, as `stored` has them.
+    block: of the FP8 weights, each of which its scales follow; None where there are none.
     """
     base = torch.Generator(device).manual_seed(0)
     other = torch.Generator(device).manual_seed(1)
-    scales: Tensor | None = None
     for dtype, size in stored.values():
-        if scales is not None:
-            yield scales
-            scales = None
+        if dtype == torch.float32:  # scales, which have come with their weight
             continue
         if len(size) == 1:
             yield torch.ones(size, dtype=dtype)
@@ -68,9 +66,10 @@ def _numbers(
         if role != "reasoning":
             value += torch.randn(size, generator=other, device=device).mul_(_NOISE)
         value = value.mul_(_SCALE).cpu()
-        if shape.block is not None and dtype == torch.float8_e4m3fn:
-            value, scales = _fp8(value, shape.block)
-        yield value.to(dtype)
+        if block is not None and dtype == torch.float8_e4m3fn:
+            yield from _fp8(value, block)
+        else:
+            yield value.to(dtype)
 
 
 def _fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -79,12 +78,3 @@ def _fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
     found = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return found.reshape(weight.shape), scales
-
-
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Whole or not at all, and on the disk when it returns."""
-    unfinished = path.with_suffix(".part")
-    save_file(dict(tensors), unfinished, metadata={"format": "pt"})
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)

@@ -21,7 +21,10 @@ TABLES = {
     "language questions of teachers": ("questions-teachers.yml", "trio-s2-fourth"),
     "language questions of starts": ("questions-starts.yml", "trio-gemma-s0-third"),
     "language questions of prompts": ("questions-prompts.yml", "trio-gemma-s0-fourth"),
-    "language questions of prompts, first family": ("questions-prompts.yml", "trio-s2-fifth"),
+    "language questions of prompts, first family": (
+        "questions-prompts-smollm2.yml",
+        "trio-s2-fifth",
+    ),
 }
 PICTURE = "language-depth"
 SHOWN = {
