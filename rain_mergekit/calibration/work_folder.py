@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -179,11 +180,17 @@ class WorkDir:
     def found(self, name: str, find: Callable[[], Tensor]) -> Tensor:
         """What an earlier run of the job found by that name, else what `find` returns, kept.
 
-        `find` is called by every process or by none, and returns the same to each.
+        `find` is called by every process or by none, and returns the same to each. A file that
+        cannot be read is named in a warning and found anew.
         """
         path = self.path / f"found-{name}.safetensors"
         first = self._world.rank == 0
-        known: list[Tensor] = [load_file(path)[name]] if first and path.exists() else []
+        known: list[Tensor] = []
+        if first and path.exists():
+            try:
+                known = [load_file(path)[name]]
+            except (SafetensorError, KeyError, OSError) as error:
+                LOG.warning("%s: cannot be read (%s); it is made again", path, error)
         known = self._world.broadcast(known, 0)
         if known:
             return known[0]

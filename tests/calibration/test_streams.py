@@ -161,13 +161,13 @@ def test_the_contrast_reads_without_the_instructions_and_has_a_strength(made: Ti
     assert torch.allclose(products(half)[first] * 2, whole[first], rtol=1e-3, atol=1e-6)
 
 
-def test_an_interrupted_run_ends_with_the_same_bytes(made: Tiny) -> None:
-    """Nor are the answers compared again, for which both models would be read whole."""
+def interrupted(made: Tiny, name: str) -> Tiny:
+    """The same calibration, stopped once the first layer is done."""
 
     class Stop(Exception):
         pass
 
-    tiny = made.using("resumed.rain.safetensors", **FROM_REASONING)
+    tiny = made.using(name, **FROM_REASONING)
     original = stream_engine.write_stream_layer
 
     def stopping(path: Path, name: str, result: Any) -> None:
@@ -179,11 +179,32 @@ def test_an_interrupted_run_ends_with_the_same_bytes(made: Tiny) -> None:
         patch.setattr(stream_engine, "write_stream_layer", stopping)
         with pytest.raises(Stop):
             tiny.calibrate(snapshot_seconds=0.0)
+    return tiny
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    resumed = load_file(other)
+    return all(torch.equal(t, resumed[key]) for key, t in load_file(one).items())
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(made: Tiny) -> None:
+    """Nor are the answers compared again, for which both models would be read whole."""
+    tiny = interrupted(made, "resumed.rain.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answer_emphasis, "comparing", lambda *_: pytest.fail("compared again"))
         assert tiny.calibrate(snapshot_seconds=0.0).first_layer == 1
-    resumed = load_file(tiny.path)
-    assert all(torch.equal(t, resumed[key]) for key, t in load_file(made.path).items())
+    assert same_bytes(made.path, tiny.path)
+
+
+def test_answers_are_compared_again_where_what_was_found_is_damaged(
+    made: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = interrupted(made, "damaged.rain.safetensors")
+    found = tiny.path.with_name(tiny.path.name + ".work") / "found-answers.safetensors"
+    found.write_bytes(found.read_bytes()[:-5])
+    assert tiny.calibrate(snapshot_seconds=0.0).first_layer == 1
+    assert f"{found}: cannot be read" in caplog.text
+    assert same_bytes(made.path, tiny.path)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT 0.21 asks
