@@ -110,7 +110,7 @@ class ExpertRows:
 
     def teach_answer(self, lesson: Lesson, found: RoutedText, teacher: Teacher) -> None:
         """What another model's experts saw and gave at an answer."""
-        rows, after = found.inputs[-lesson.tokens :], found.given[-lesson.tokens :]
+        rows, after = lesson.rows(found.inputs), lesson.rows(found.given)
         self._targets.mix(self.part(AFTER), lesson, after, teacher)
         self._targets.mix(self.part(LAG), lesson, torch.zeros_like(rows), teacher)
         self._targets.mix(self.part(OTHER), lesson, rows, teacher)

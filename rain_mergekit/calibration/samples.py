@@ -47,7 +47,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
             chat_template_kwargs=options,
             window=settings.window,
             max_tokens=settings.max_tokens,
-            spans_needed=settings.fit == "projection",
+            spans=settings.spans_read,
         )
     return Samples(reasoning, instruction, markers)
 

@@ -227,7 +227,7 @@ class StreamEngine:
         """The instruct model at the answers; for the contrast, minus itself uninstructed."""
         first = len(texts.reasoning)
         lessons = [
-            Lesson(first + number, number, reading.answer, text.kept)
+            Lesson.of(first + number, number, text, reading)
             for number, (reading, text) in enumerate(
                 zip(texts.readings, texts.instruction, strict=True)
             )

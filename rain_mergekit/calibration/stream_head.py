@@ -165,7 +165,7 @@ class HeadFitter:
         second = torch.zeros_like(aim)
         for teacher, lesson in streams.lessons.get(index, ()):
             states = teacher.states.store.get(lesson.reading).to(device)
-            rows = arrive[1](states)[-lesson.tokens :]
+            rows = lesson.rows(arrive[1](states))
             teacher.mix_into(aim, lesson, rows)
             teacher.mix_into(second, lesson, rows)
         return torch.cat([aim - inputs, second], 1).to(SUM_DTYPE)

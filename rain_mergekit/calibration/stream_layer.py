@@ -86,7 +86,7 @@ class StreamLayer:
             trace = passes.teach(batch)
             for name, rows in self._by_site(trace.outputs()):
                 for number, reading in enumerate(batch.texts):
-                    answer = batch.part(rows, number)[-lessons[reading].tokens :]
+                    answer = lessons[reading].rows(batch.part(rows, number))
                     targets.mix(name, lessons[reading], answer, teacher)
             self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
             del trace
@@ -235,7 +235,7 @@ class StreamLayer:
         for index, text in enumerate(self.texts):
             target = reasoning.store.get(index).clone()
             for teacher, lesson in lessons.get(index, ()):
-                rows = teacher.states.store.get(lesson.reading)[-lesson.tokens :]
+                rows = lesson.rows(teacher.states.store.get(lesson.reading))
                 teacher.mix_into(target, lesson, rows)
             groups = torch.tensor(text.groups, dtype=torch.long)
             found[text.held_out].add(merged.store.get(index), target, groups)

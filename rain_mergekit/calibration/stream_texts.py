@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -85,9 +85,17 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
         found = [view[source] for view in views]
         problem = next((p for p in (_problem(tokens, f, own, other) for f in found) if p), None)
         if problem is None:
-            kept.append((tokens, [one for one in found if isinstance(one, AnswerReading)]))
+            readings = [one for one in found if isinstance(one, AnswerReading)]
+            kept.append((_asked_alike(tokens, readings[0], own, other), readings))
         else:
             dropped.append((source, problem))
+    apart = sum(bool(used[t.source].asked_positions) > bool(t.asked_positions) for t, _ in kept)
+    if apart:
+        LOG.warning(
+            "the instruct model's tokenizer divides the instructions of %s otherwise, so the "
+            "reasoning model teaches them there (teach_instructions)",
+            counted(apart, "sample"),
+        )
     for source, problem in dropped[:3]:
         LOG.warning("%s is left out: %s", source, problem)
     if not kept:
@@ -98,6 +106,18 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     reasoning, instruction = taught_texts(samples.reasoning.samples, [tokens for tokens, _ in kept])
     bare = [views[1] for _, views in kept] if len(views) > 1 else []
     return StreamTexts(reasoning, instruction, [v[0] for _, v in kept], bare, dropped)
+
+
+def _asked_alike(
+    tokens: InstructionTokens,
+    reading: AnswerReading,
+    own: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+) -> InstructionTokens:
+    """Without its instructions' tokens where the instruct model does not read the same ones."""
+    mine = own.convert_ids_to_tokens([tokens.input_ids[place] for place in tokens.asked_positions])
+    theirs = other.convert_ids_to_tokens([reading.input_ids[place] for place in reading.asked])
+    return tokens if mine == theirs else replace(tokens, asked_positions=())
 
 
 def _tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

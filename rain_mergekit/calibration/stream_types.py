@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rain_mergekit.calibration.token_teachers import GROUPS
+from rain_mergekit.calibration.token_teachers import GROUPS, TaughtText
 from rain_mergekit.capture.activation_store import ActivationStore
 from rain_mergekit.capture.layer_calls import LayerCall
 from rain_mergekit.capture.text_batches import TextBatch
+from rain_mergekit.text.answer_readings import AnswerReading
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,42 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Lesson:
-    """An answer that a second model teaches.
+    """What a second model teaches of one text: the answer, and perhaps tokens of the prompt.
 
     text: index of the text among all; reading: index among that model's own texts; tokens: how
-    many of the last tokens are the answer, in both; kept: those of the text's tokens among them
-    that this model does not teach.
+    many of the text's last tokens are looked at; kept: those of them that this model does not
+    teach; places: where each of them is in that model's own text (anywhere for those kept), empty
+    where they are the last ones there too.
     """
 
     text: int
     reading: int
     tokens: int
     kept: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, index: int, number: int, text: TaughtText, reading: AnswerReading) -> Lesson:
+        """The lesson of the text `index`, of which the other model's text `number` is a reading."""
+        if not text.asked:
+            return cls(index, number, reading.answer, text.kept)
+        first, answer = text.lesson_start, text.answer_start
+        asked = dict(zip(text.asked, reading.asked, strict=True))
+        ahead = (asked.get(place, 0) for place in range(first, answer))
+        there = len(reading.input_ids)
+        places = (*ahead, *range(there - reading.answer, there))
+        return cls(index, number, len(places), text.kept, places)
+
+    def rows(self, reading: Tensor) -> Tensor:
+        """The other model's rows for `tokens`, from those of its whole text."""
+        return reading[list(self.places)] if self.places else reading[-self.tokens :]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that teaches answers: target = Σ share · its output, beside the reasoning model's.
+    """A model that teaches lessons: target = Σ share · its output, beside the reasoning model's.
 
-    share: of this model in the target at the answers. keeps: the factor on the target so far.
+    share: of this model in the target of a lesson. keeps: the factor on the target so far.
     """
 
     states: HiddenStates

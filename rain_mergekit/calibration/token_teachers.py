@@ -3,7 +3,7 @@
 The reasoning model is the teacher of prompts, markers, thinking, and of the reasoning set's
 responses. The instruct model is the teacher of the instruction set's answers, from the token that
 predicts an answer's first token on, but for tokens of which the reasoning model says better what
-follows.
+follows; and of the instructions in its prompts, where that is wanted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class TaughtText:
 
     held_out: its tokens measure the fit and take no part in it. emphasis: how much each of the
     last tokens counts beside others of `answers`; all alike where there is none. better: tokens of
-    `answers` that the reasoning model teaches, because it says what follows them better.
+    `answers` that the reasoning model teaches, because it says what follows them better. asked:
+    tokens of the prompt that the instruct model teaches, sorted. twin: another text has the same
+    prompt and stands for it, so the tokens of `prompts` count nothing here.
     """
 
     source: str
@@ -43,6 +45,8 @@ class TaughtText:
     held_out: bool
     emphasis: tuple[float, ...] = ()
     better: frozenset[int] = frozenset()
+    asked: tuple[int, ...] = ()
+    twin: bool = False
 
     @property
     def answer_start(self) -> int:
@@ -60,14 +64,17 @@ class TaughtText:
         return self.input_ids[: next(i for i, group in enumerate(self.groups) if group in first)]
 
     @property
+    def lesson_start(self) -> int:
+        """The first token that the instruct model teaches, instructions among them."""
+        return min(self.answer_start, *self.asked) if self.asked else self.answer_start
+
+    @property
     def kept(self) -> tuple[int, ...]:
-        """Tokens after the answer's start that the instruct model does not teach."""
-        start, answers = self.answer_start, GROUPS.index(ANSWERS)
-        return tuple(
-            i
-            for i in range(start, len(self.groups))
-            if self.groups[i] != answers or i in self.better
-        )
+        """Tokens from `lesson_start` on that the instruct model does not teach."""
+        answers, prompts = GROUPS.index(ANSWERS), GROUPS.index(PROMPTS)
+        taught = {i for i, group in enumerate(self.groups) if group == answers} - self.better
+        taught |= {i for i in self.asked if self.groups[i] == prompts}
+        return tuple(i for i in range(self.lesson_start, len(self.groups)) if i not in taught)
 
     @property
     def shares(self) -> Tensor:
@@ -77,6 +84,8 @@ class TaughtText:
             last = torch.tensor(self.emphasis, dtype=torch.float64)
             taught = torch.tensor(self.groups[-len(last) :]) == GROUPS.index(ANSWERS)
             found[-len(last) :] = torch.where(taught, last, 1.0)
+        if self.twin:
+            found[torch.tensor(self.groups) == GROUPS.index(PROMPTS)] = 0.0
         return found
 
     def without_response(self) -> TaughtText:
@@ -93,12 +102,19 @@ def taught_texts(
     """Both sets with the group of every token; about one text in eight of each is held out.
 
     Where both sets have the same prompt, the reasoning set's text ends with its thinking: the
-    instruct model teaches what follows there, and one place has one teacher.
+    instruct model teaches what follows there, and one place has one teacher. So the prompt counts
+    in the instruction set's text alone, where that model teaches a part of it.
     """
-    answered = [_text(one, _of_instruction(one), len(instruction)) for one in instruction]
-    asked = {text.prompt for text in answered}
+    answered = [
+        replace(_text(one, _of_instruction(one), len(instruction)), asked=one.asked_positions)
+        for one in instruction
+    ]
+    twins = {text.prompt: bool(text.asked) for text in answered}
     own = [_text(one, _of_reasoning(one), len(reasoning)) for one in reasoning]
-    return [text.without_response() if text.prompt in asked else text for text in own], answered
+    return [
+        replace(text.without_response(), twin=twins[text.prompt]) if text.prompt in twins else text
+        for text in own
+    ], answered
 
 
 def _text(

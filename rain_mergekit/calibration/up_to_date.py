@@ -33,6 +33,7 @@ _AS_BEFORE = {
     "gamma": 0.0,
     "lm_head": "off",
     "regmean": RegMeanSettings().model_dump(mode="json"),
+    "teach_instructions": False,
 }
 
 

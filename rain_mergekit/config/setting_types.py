@@ -125,6 +125,30 @@ Teacher = Annotated[
         "model's."
     ),
 ]
+LmHead = Annotated[
+    Literal["off", "all", "unseen"],
+    Off,
+    Field(
+        description="The map to the vocabulary, merged like the other weights: not at all, all "
+        "of its rows, or those of tokens that the instruction set's responses have and the "
+        "reasoning set never has (the only choice where it is the embedding)."
+    ),
+]
+Projection = Annotated[
+    Literal["oblique", "orthogonal"],
+    Field(
+        description="oblique spares what the instruct model does to instruction features; "
+        "orthogonal is the paper's."
+    ),
+]
+TeachInstructions = Annotated[
+    bool,
+    Field(
+        description="For fit: streams, whether the instruct model teaches the instructions' tokens "
+        "in the prompt too (prompt_spans of the instruction set), so that they are read as it "
+        "reads them."
+    ),
+]
 RankShare = Annotated[
     Share,
     Field(
@@ -217,6 +241,7 @@ _STREAMS = (
         "teacher",
         "teacher_strength",
         "teacher_margin",
+        "teach_instructions",
         "stream_weights",
         "stream_epsilon",
         "stream_rank_share",

@@ -15,6 +15,7 @@ from rain_mergekit.config.setting_types import (
     Fit,
     FitExperts,
     Gamma,
+    LmHead,
     Margin,
     MarkersOrAuto,
     NonNegative,
@@ -22,6 +23,7 @@ from rain_mergekit.config.setting_types import (
     Off,
     PositiveInt,
     PresetName,
+    Projection,
     RankShare,
     ReasoningData,
     RegMean,
@@ -32,6 +34,7 @@ from rain_mergekit.config.setting_types import (
     StreamWeights,
     Teacher,
     TeacherStrength,
+    TeachInstructions,
     TemplateArguments,
     Weights,
 )
@@ -90,6 +93,7 @@ class RainSettings(BaseModel):
     teacher: Teacher = "instruct"
     teacher_strength: TeacherStrength = 1.0
     teacher_margin: Margin = 0.5
+    teach_instructions: TeachInstructions = False
     stream_start: Start = "auto"
     stream_weights: Weights = StreamWeights()
     stream_emphasis: Emphasis = "divergence"
@@ -97,13 +101,7 @@ class RainSettings(BaseModel):
     stream_rank_share: RankShare = 0.99
     stream_experts: FitExperts = True
     gamma: Gamma = 0.0
-    projection: Annotated[
-        Literal["oblique", "orthogonal"],
-        Field(
-            description="oblique spares what the instruct model does to instruction features; "
-            "orthogonal is the paper's."
-        ),
-    ] = "oblique"
+    projection: Projection = "oblique"
     rank_by: Annotated[
         Literal["response_energy", "energy", "tolerance", "count", "full"],
         Field(
@@ -202,15 +200,7 @@ class RainSettings(BaseModel):
         ),
     ] = 2048
 
-    lm_head: Annotated[
-        Literal["off", "all", "unseen"],
-        Off,
-        Field(
-            description="The map to the vocabulary, merged like the other weights: not at all, all "
-            "of its rows, or those of tokens that the instruction set's responses have and the "
-            "reasoning set never has (the only choice where it is the embedding)."
-        ),
-    ] = "off"
+    lm_head: LmHead = "off"
 
     coefficients: Annotated[
         Literal["off", "normalized", "closed_form"],
@@ -250,6 +240,8 @@ class RainSettings(BaseModel):
             raise ValueError("rank_by: count needs `rank_count` (how many directions to protect)")
         if self.alpha_min > self.alpha_max:
             raise ValueError("alpha_min must not be above alpha_max")
+        if self.teach_instructions and self.teacher == "contrast":
+            raise ValueError("teach_instructions needs teacher: instruct")
         if self.needs_instruction_data and self.instruction_data is None:
             raise ValueError(
                 "instruction_data is missing: fit: streams, the oblique projection, the "
@@ -279,6 +271,13 @@ class RainSettings(BaseModel):
     def compares_answers(self) -> bool:
         """Whether both models read the answers before anything is fitted."""
         return self.stream_emphasis == "divergence" or self.answer_margin is not None
+
+    @property
+    def spans_read(self) -> Literal["all", "prompt", "none"]:
+        """Which spans of the instruction set are looked for."""
+        if self.fit == "projection":
+            return "all"
+        return "prompt" if self.teach_instructions else "none"
 
     @property
     def keeps_response(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.rendering import Renderer, UnusableError
 from rain_mergekit.text.samples import InstructionSample
-from rain_mergekit.text.token_positions import encode
+from rain_mergekit.text.token_positions import Encoded, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerReading:
-    """Token ids of one sample, of which the last `answer` ones are the answer's."""
+    """Token ids of one sample, of which the last `answer` ones are the answer's.
+
+    asked: positions of the instructions in the prompt, sorted.
+    """
 
     source: str
     input_ids: tuple[int, ...]
     answer: int
+    asked: tuple[int, ...] = ()
 
 
 def read_answers(
@@ -48,8 +53,18 @@ def read_answers(
             readings[sample.source] = str(error)
             continue
         answer = len(tokens.input_ids) - tokens.answer_start()
-        readings[sample.source] = AnswerReading(sample.source, tokens.input_ids, answer)
+        places = () if without_instructions else _asked(sample, tokens)
+        readings[sample.source] = AnswerReading(sample.source, tokens.input_ids, answer, places)
     return readings
+
+
+def _asked(sample: InstructionSample, tokens: Encoded) -> tuple[int, ...]:
+    """Those that are found; who looks for them in another tokenisation says what is missing."""
+    found: set[int] = set()
+    for spec in sample.instructions:
+        with suppress(UnusableError):
+            found.update(tokens.in_prompt(spec.prompt_spans))
+    return tuple(sorted(found))
 
 
 def _without_spans(sample: InstructionSample) -> InstructionSample:

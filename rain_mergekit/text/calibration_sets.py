@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.json_samples import StrPath, read_samples
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", ReasoningSample, InstructionSample)
 T = TypeVar("T")
+Spans = Literal["all", "prompt", "none"]
 _DEFAULT_MARKERS = Markers()
 
 
@@ -123,12 +124,13 @@ def load_instruction(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     window: int = 5,
     max_tokens: int | None = None,
-    spans_needed: bool = True,
+    spans: Spans = "all",
 ) -> DataSet[InstructionTokens]:
     """Tokenise an instruction set and find the tokens of every instruction's spans.
 
-    Without `spans_needed` no span is looked for, so none can make a sample unusable, and a sample
-    may list none.
+    spans: which of an instruction's spans are looked for. all: those in prompt and response, and a
+    sample must list one; prompt: the former alone (`asked_positions`), and none: no span, where a
+    sample may list no instruction and stays without one that is not found.
 
     A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
     RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
@@ -144,14 +146,15 @@ def load_instruction(
             think_positions=tokens.think(window),
             thinking_positions=tokens.inside(),
             response_positions=tokens.response(),
-            spans=_all_spans(sample, tokens, notes) if spans_needed else (),
+            spans=_all_spans(sample, tokens, notes) if spans == "all" else (),
             answer_start=tokens.answer_start(),
             kept_positions=tokens.kept(window),
+            asked_positions=_asked(sample, tokens, notes) if spans == "prompt" else (),
         )
 
     _check_options(window, max_tokens)
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
-    return _load(path, partial(parse_instruction, spans_needed=spans_needed), convert)
+    return _load(path, partial(parse_instruction, spans_needed=spans == "all"), convert)
 
 
 def _load(
@@ -182,6 +185,17 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
     return encode(tokenizer, renderer.render(sample))
+
+
+def _asked(sample: InstructionSample, tokens: Encoded, notes: list[str]) -> tuple[int, ...]:
+    """Token positions of the instructions in the prompt, sorted."""
+    found: set[int] = set()
+    for spec in sample.instructions:
+        try:
+            found.update(tokens.in_prompt(spec.prompt_spans))
+        except UnusableError as exc:  # noqa: PERF203 - an instruction stands for itself
+            notes.append(f"instruction {spec.instruction_id!r}: {exc}")
+    return tuple(sorted(found))
 
 
 def _all_spans(

@@ -58,7 +58,8 @@ class InstructionTokens:
 
     `think_positions` is Ω_think; `thinking_positions` is everything between the markers of a
     block; `answer_start` is the token that predicts the answer's first token; `kept_positions` are
-    blocks after it, which are no part of the answer.
+    blocks after it, which are no part of the answer; `asked_positions` are the instructions in the
+    prompt, where they are looked for.
     """
 
     source: str
@@ -69,6 +70,7 @@ class InstructionTokens:
     spans: tuple[SpanPositions, ...]
     answer_start: int = 0
     kept_positions: tuple[int, ...] = ()
+    asked_positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

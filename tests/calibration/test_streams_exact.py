@@ -46,6 +46,7 @@ class Text:
 
     ids: tuple[int, ...]
     groups: tuple[str, ...]
+    asked: tuple[int, ...] = ()  # instructions in the prompt, where the instruct model teaches them
 
     @property
     def answers(self) -> Tensor:
@@ -61,6 +62,7 @@ def read_texts(tiny: Tiny) -> list[Text]:
         for name in ("instruction.jsonl", "reasoning.jsonl")
     )
     samples = load_reasoning(settings.reasoning_data, tokenizer, keep_response=True).samples
+    taught = settings.teach_instructions
     for prompt, sample in zip(own, samples, strict=True):
         groups = ["prompts"] * len(sample.input_ids)
         for name, positions in (
@@ -70,6 +72,8 @@ def read_texts(tiny: Tiny) -> list[Text]:
         ):
             for position in positions:
                 groups[position] = name
+        if taught and prompt in asked:  # the other text stands for this prompt
+            groups = [UNTAUGHT if group == "prompts" else group for group in groups]
         texts.append(Text(sample.input_ids, tuple(groups)))
     for other in load_instruction(str(settings.instruction_data), tokenizer).samples:
         groups = ["prompts"] * len(other.input_ids)
@@ -86,7 +90,8 @@ def read_texts(tiny: Tiny) -> list[Text]:
             groups[position] = "markers"
         for position in range(first, len(groups)):
             groups[position] = "answers"
-        texts.append(Text(other.input_ids, tuple(groups)))
+        spans = {i for span in other.spans for i in span.prompt} if taught else ()
+        texts.append(Text(other.input_ids, tuple(groups), tuple(sorted(spans))))
     return texts
 
 
@@ -266,9 +271,11 @@ class Reference:
             own = target[self.better[index]]
             count = int(text.answers.sum())
             if count:
+                places = [*text.asked, *range(len(target) - count, len(target))]
+                shift = len(self.read[index]) - len(target)  # what the other template has more
                 for outputs, keeps, share in self.taught:
-                    taught = outputs[index][1][key][-count:]
-                    target[-count:] = keeps * target[-count:] + share * taught
+                    taught = outputs[index][1][key][[place + shift for place in places]]
+                    target[places] = keeps * target[places] + share * taught
             target[self.better[index]] = own
             rows.append(target)
         return torch.cat(rows)

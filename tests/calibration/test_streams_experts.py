@@ -84,8 +84,9 @@ class MixtureReference(Reference):
     @cached_property
     def answers(self) -> Tensor:
         taught = [text.answers.clone() for text in self.texts]
-        for mask, places in zip(taught, self.better, strict=True):
+        for mask, text, places in zip(taught, self.texts, self.better, strict=True):
             mask[places] = False
+            mask[list(text.asked)] = True
         return torch.cat(taught)
 
     def fit(self) -> dict[str, Tensor]:
@@ -236,6 +237,13 @@ def test_experts_keep_their_own_teacher_where_it_says_better_what_follows(tmp_pa
     tiny = make(tmp_path, "qwen3_moe").using(**WHOLE, teacher_margin=0.1)
     reference = MixtureReference(tiny)
     assert any(reference.better)
+    check(tmp_path, tiny, reference)
+
+
+def test_experts_of_the_instruct_model_teach_the_instructions_too(tmp_path: Path) -> None:
+    tiny = make(tmp_path, "qwen3_moe").using(**WHOLE, teach_instructions=True)
+    reference = MixtureReference(tiny)
+    assert any(text.asked for text in reference.texts)
     check(tmp_path, tiny, reference)
 
 

@@ -49,6 +49,12 @@ def test_the_head_is_fitted_to_the_teachers_logits(
     assert float(changes(tiny)["lm_head"].norm()) > 0.1
 
 
+def test_the_head_of_the_instruct_model_teaches_the_instructions_too(tmp_path: Path) -> None:
+    settings = {**WHOLE, "lm_head": "all", "teach_instructions": True}
+    tiny = Tiny.make(tmp_path, "llama").with_head(HEAD).using(**settings)
+    agree(tiny, HeadReference(tiny))
+
+
 def test_an_instruct_model_with_fewer_rows_leaves_the_others(tmp_path: Path) -> None:
     tiny = Tiny.make(tmp_path, "llama").with_head(HEAD).using(**WHOLE, lm_head="all")
     tiny.calibrate()
