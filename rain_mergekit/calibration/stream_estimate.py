@@ -140,7 +140,8 @@ def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
 def _notes(shape: StreamShape, work: StreamWork) -> Iterator[str]:
     """Which inputs are too wide for their sums, what that costs, and which budget is enough."""
     sites = {site.width: work.fit(site) for layer, _ in shape.layers for site in layer.sites}
-    cut = {width: one.directions for width, one in sorted(sites.items()) if not one.whole}
+    allowed = {width: one.affordable for width, one in sorted(sites.items())}
+    cut = {width: directions for width, directions in allowed.items() if directions < width}
     if not cut:
         return
     enough = 2 * sums_bytes(max(cut))

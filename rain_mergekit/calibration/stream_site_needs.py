@@ -41,9 +41,14 @@ class FitNeeds:
         return max(FLOAT32, self.itemsize)
 
     @property
-    def directions(self) -> int:
-        """Within how many directions of the input it is fitted."""
+    def affordable(self) -> int:
+        """How many directions of the input the budget allows."""
         return directions_within(self.site.width, self.budget)
+
+    @property
+    def directions(self) -> int:
+        """Within how many it is fitted; an expert's are no more than its tokens."""
+        return min(self.affordable, max(1, self.tokens)) if self.site.experts else self.affordable
 
     @property
     def whole(self) -> bool:
