@@ -25,6 +25,11 @@ TABLES = {
         "questions-prompts-smollm2.yml",
         "trio-s2-fifth",
     ),
+    "language questions of instructions": ("questions-instructions.yml", "trio-gemma-s0-fifth"),
+    "language questions of instructions, first family": (
+        "questions-instructions.yml",
+        "trio-s1-fifth",
+    ),
 }
 PICTURE = "language-depth"
 SHOWN = {
