@@ -89,8 +89,7 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
             kept.append((_asked_alike(tokens, readings[0], own, other), readings))
         else:
             dropped.append((source, problem))
-    apart = sum(bool(used[t.source].asked_positions) > bool(t.asked_positions) for t, _ in kept)
-    if apart:
+    if apart := sum(t.asked_positions != used[t.source].asked_positions for t, _ in kept):
         LOG.warning(
             "the instruct model's tokenizer divides the instructions of %s otherwise, so the "
             "reasoning model teaches them there (teach_instructions)",
