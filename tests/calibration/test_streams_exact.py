@@ -272,9 +272,10 @@ class Reference:
             count = int(text.answers.sum())
             if count:
                 places = [*text.asked, *range(len(target) - count, len(target))]
-                shift = len(self.read[index]) - len(target)  # what the other template has more
                 for outputs, keeps, share in self.taught:
-                    taught = outputs[index][1][key][[place + shift for place in places]]
+                    given = outputs[index][1][key]
+                    shift = len(given) - len(target)  # what this reading has more, in front
+                    taught = given[[place + shift for place in places]]
                     target[places] = keeps * target[places] + share * taught
             target[self.better[index]] = own
             rows.append(target)
