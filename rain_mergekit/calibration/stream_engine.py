@@ -224,7 +224,7 @@ class StreamEngine:
         return result
 
     def _teachers(self, texts: StreamTexts, streams: Mapping[str, HiddenStates]) -> list[Teacher]:
-        """The instruct model at the answers; for the contrast, minus itself uninstructed."""
+        """The instruct model at its lessons; for the contrast, minus itself uninstructed."""
         first = len(texts.reasoning)
         lessons = [
             Lesson.of(first + number, number, text, reading)

@@ -86,8 +86,8 @@ class StreamLayer:
             trace = passes.teach(batch)
             for name, rows in self._by_site(trace.outputs()):
                 for number, reading in enumerate(batch.texts):
-                    answer = lessons[reading].rows(batch.part(rows, number))
-                    targets.mix(name, lessons[reading], answer, teacher)
+                    taught = lessons[reading].rows(batch.part(rows, number))
+                    targets.mix(name, lessons[reading], taught, teacher)
             self.experts.teach_answers(batch, lessons, trace.experts(), teacher)
             del trace
             trim_heap()

@@ -142,7 +142,14 @@ def _readings(
     bare: bool,
 ) -> dict[str, AnswerReading | str]:
     options = settings.chat_template_kwargs
-    return read_answers(raw, tokenizer, samples.markers, options, without_instructions=bare)
+    return read_answers(
+        raw,
+        tokenizer,
+        samples.markers,
+        options,
+        without_instructions=bare,
+        asked_needed=settings.teach_instructions,
+    )
 
 
 def _problem(

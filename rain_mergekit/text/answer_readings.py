@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.rendering import Renderer, UnusableError
 from rain_mergekit.text.samples import InstructionSample
-from rain_mergekit.text.token_positions import Encoded, encode
+from rain_mergekit.text.token_positions import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,12 +35,14 @@ def read_answers(
     chat_template_kwargs: Mapping[str, Any],
     *,
     without_instructions: bool = False,
+    asked_needed: bool = False,
 ) -> dict[str, AnswerReading | str]:
     """Render and tokenise each sample; by source, the tokens, or why there are none.
 
     The template is the tokenizer's own; a reason says why a sample cannot be read. The answer
     begins with the token that predicts its first token. without_instructions: the instructions'
-    spans are cut out of the prompt.
+    spans are cut out of the prompt. asked_needed: they are looked for in it; what is missing is
+    left out, as it is told where the sample is first read.
     """
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
     readings: dict[str, AnswerReading | str] = {}
@@ -53,18 +54,9 @@ def read_answers(
             readings[sample.source] = str(error)
             continue
         answer = len(tokens.input_ids) - tokens.answer_start()
-        places = () if without_instructions else _asked(sample, tokens)
+        places = tokens.asked(sample.instructions, []) if asked_needed else ()
         readings[sample.source] = AnswerReading(sample.source, tokens.input_ids, answer, places)
     return readings
-
-
-def _asked(sample: InstructionSample, tokens: Encoded) -> tuple[int, ...]:
-    """Those that are found; who looks for them in another tokenisation says what is missing."""
-    found: set[int] = set()
-    for spec in sample.instructions:
-        with suppress(UnusableError):
-            found.update(tokens.in_prompt(spec.prompt_spans))
-    return tuple(sorted(found))
 
 
 def _without_spans(sample: InstructionSample) -> InstructionSample:

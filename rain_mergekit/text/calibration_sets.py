@@ -149,7 +149,7 @@ def load_instruction(
             spans=_all_spans(sample, tokens, notes) if spans == "all" else (),
             answer_start=tokens.answer_start(),
             kept_positions=tokens.kept(window),
-            asked_positions=_asked(sample, tokens, notes) if spans == "prompt" else (),
+            asked_positions=tokens.asked(sample.instructions, notes) if spans == "prompt" else (),
         )
 
     _check_options(window, max_tokens)
@@ -185,17 +185,6 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
     return encode(tokenizer, renderer.render(sample))
-
-
-def _asked(sample: InstructionSample, tokens: Encoded, notes: list[str]) -> tuple[int, ...]:
-    """Token positions of the instructions in the prompt, sorted."""
-    found: set[int] = set()
-    for spec in sample.instructions:
-        try:
-            found.update(tokens.in_prompt(spec.prompt_spans))
-        except UnusableError as exc:  # noqa: PERF203 - an instruction stands for itself
-            notes.append(f"instruction {spec.instruction_id!r}: {exc}")
-    return tuple(sorted(found))
 
 
 def _all_spans(

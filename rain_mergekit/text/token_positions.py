@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from rain_mergekit.text.samples import InstructionSpec
+
 
 # A normalizer may drop a few characters; a wrongly loaded vocabulary silently drops whole words.
 _MAX_LOST = 0.05
@@ -172,6 +174,16 @@ class Encoded:
         """Tokens of every occurrence of `spans` in the texts of users and system."""
         before = range(self.blocks[-1].open.start)
         return self._positions(spans, self.rendered.prompt, before, "prompt")
+
+    def asked(self, instructions: Iterable[InstructionSpec], notes: list[str]) -> tuple[int, ...]:
+        """Tokens of all instructions in the prompt, sorted; `notes` gets why one is left out."""
+        found: set[int] = set()
+        for one in instructions:
+            try:
+                found.update(self.in_prompt(one.prompt_spans))
+            except UnusableError as exc:  # noqa: PERF203 - an instruction stands for itself
+                notes.append(f"instruction {one.instruction_id!r}: {exc}")
+        return tuple(sorted(found))
 
     def in_response(self, spans: Iterable[str]) -> tuple[int, ...]:
         """Tokens of every occurrence of `spans` after the last close marker."""

@@ -124,12 +124,8 @@ def test_the_file_and_the_passes_are_as_planned(tmp_path: Path) -> None:
     assert planned.file_bytes <= written <= planned.file_bytes + 64 * 1024
 
 
-def test_every_eigenvalue_decomposition_is_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are many times slower than as many products, so they have a rate of their own."""
-    tiny = Tiny.make(tmp_path, "qwen2").using(fit="projection")
-    planned = plan(tiny.config(), RunOptions()).operations.eigen
+def decomposed_sides(patch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the side of each matrix whose eigenvalues are computed from now on."""
     sides: list[int] = []
     decompose = torch.linalg.eigh
 
@@ -137,7 +133,17 @@ def test_every_eigenvalue_decomposition_is_planned(
         sides.append(matrix.shape[-1])
         return decompose(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    patch.setattr(torch.linalg, "eigh", counted)
+    return sides
+
+
+def test_every_eigenvalue_decomposition_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are many times slower than as many products, so they have a rate of their own."""
+    tiny = Tiny.make(tmp_path, "qwen2").using(fit="projection")
+    planned = plan(tiny.config(), RunOptions()).operations.eigen
+    sides = decomposed_sides(monkeypatch)
     tiny.calibrate()
     # Planned are as many tokens read in prompts as in responses.
     assert planned == pytest.approx(sum(side**3 for side in sides), rel=0.1)
@@ -151,14 +157,7 @@ def test_experts_are_planned_within_the_tokens_that_they_see(
     tiny = Tiny.make(tmp_path, "qwen2", model_type="qwen3_moe", num_experts_per_tok=2, **sizes)
     tiny = tiny.using(fit="streams")
     planned = plan(tiny.config(), RunOptions())
-    sides: list[int] = []
-    decompose = torch.linalg.eigh
-
-    def counted(matrix: torch.Tensor) -> object:
-        sides.append(matrix.shape[-1])
-        return decompose(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    sides = decomposed_sides(monkeypatch)
     tiny.calibrate()
     done = sum(side**3 for side in sides)
     # Not all see as many: 1.6 here, and 8.5 where whole widths were planned.

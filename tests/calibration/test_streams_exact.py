@@ -457,12 +457,16 @@ def test_a_part_of_the_instruct_model_is_aimed_at(tmp_path: Path) -> None:
 def test_the_instruct_model_reads_in_its_own_chat_format(tmp_path: Path) -> None:
     """Its template puts a system message in front, so that its answers stand elsewhere."""
     tiny = Tiny.make(tmp_path, "llama").using(**WHOLE)
+    agree(tiny, Reference(tiny, [(with_system_message(tiny), 0.0, 1.0)]))
+
+
+def with_system_message(tiny: Tiny) -> list[tuple[int, ...]]:
+    """What the instruct model reads once its template puts a system message in front."""
     own = tiny.tokenizer()
     own.chat_template = "<|user|>Be kind.<|end|>" + TEMPLATE
-    own.save_pretrained(tmp_path / "instruct")
+    own.save_pretrained(tiny.folder / "instruct")
     front = tuple(own("<|user|>Be kind.<|end|>", add_special_tokens=False)["input_ids"])
-    readings = [(*front, *text.ids) for text in read_texts(tiny)]
-    agree(tiny, Reference(tiny, [(readings, 0.0, 1.0)]))
+    return [(*front, *text.ids) for text in read_texts(tiny)]
 
 
 def test_the_contrast_is_what_the_instruction_changes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_streams_exact import WHOLE, Reference, agree, changes, read_texts
+from test_streams_exact import WHOLE, Reference, agree, changes, read_texts, with_system_message
 from tiny import FAMILIES, INSTRUCTION, TEMPLATE, Tiny
 
 from rain_mergekit.cli import cli
@@ -48,12 +48,7 @@ def test_a_part_of_the_instruct_model_is_aimed_at_there_too(tmp_path: Path) -> N
 
 def test_the_instruct_model_reads_them_in_its_own_chat_format(tmp_path: Path) -> None:
     tiny = Tiny.make(tmp_path, "llama").using(**TAUGHT)
-    own = tiny.tokenizer()
-    own.chat_template = "<|user|>Be kind.<|end|>" + TEMPLATE
-    own.save_pretrained(tmp_path / "instruct")
-    front = tuple(own("<|user|>Be kind.<|end|>", add_special_tokens=False)["input_ids"])
-    readings = [(*front, *text.ids) for text in read_texts(tiny)]
-    agree(tiny, Reference(tiny, [(readings, 0.0, 1.0)]))
+    agree(tiny, Reference(tiny, [(with_system_message(tiny), 0.0, 1.0)]))
 
 
 def test_texts_together_and_alone_give_the_same(tmp_path: Path) -> None:
