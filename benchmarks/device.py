@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 
 from benchmarks.device_models import write_model
 from benchmarks.device_shapes import ROLES, SHAPES, DeviceShape, write_configs, write_sets
-from benchmarks.device_table import table
+from benchmarks.device_table import per_second, table
+from rain_mergekit.system.loader_choice import LOADERS, MMAP
 
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 460  # in all, with what a shell and the imports take: under eight minutes
@@ -124,7 +126,10 @@ def stages(run: Run, shape: DeviceShape) -> None:
     run.stage(f"{name}: disk", lambda: read_rate(home))
     write_sets(home, shape)
     write_configs(home, home / "c.rain.safetensors")
-    run.stage(f"{name}: calibrate", lambda: calibrated(run, home))
+    for loader in LOADERS:
+        run.stage(f"{name}: read {loader}", lambda loader=loader: read(run, shape, home, loader))
+    best = max(LOADERS, key=lambda one: per_second(run.found[f"{name}: read {one}"]) or 0.0)
+    run.stage(f"{name}: calibrate", lambda: calibrated(run, home, best))
     for method in ("task_arithmetic", "rain") if shape.merges else ():
         run.stage(f"{name}: merge {method}", lambda method=method: merged(run, home, method))
     shutil.rmtree(home)
@@ -168,17 +173,29 @@ def forget(home: Path) -> None:
         os.close(descriptor)
 
 
-def calibrated(run: Run, home: Path) -> dict[str, Any]:
+def read(run: Run, shape: DeviceShape, home: Path, loader: str) -> dict[str, Any]:
+    """All layers of both models by one loader, with nothing to compute.
+
+    Nothing where it is not installed, or where the models are quantised: then it is not used.
+    """
+    if loader != MMAP and (find_spec(loader) is None or shape.block is not None):
+        return {}
+    return child(run, home, {"what": "read", "loader": loader})
+
+
+def calibrated(run: Run, home: Path, loader: str) -> dict[str, Any]:
     """One calibration; seconds are those of the run that finished it."""
+    trace = str(run.folder / f"{home.name}-trace.json")
+    more = {"folder": str(home), "budget": run.budget, "trace": trace}
+    found = child(run, home, {"what": "calibrate", "loader": loader, **more})
+    return {**found, "loader": loader}
+
+
+def child(run: Run, home: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own found, with the weights on the disk alone in the beginning."""
     forget(home)
-    options = {
-        "config": str(home / "rain.yml"),
-        "folder": str(home),
-        "device": run.device,
-        "budget": run.budget,
-        "trace": str(run.folder / f"{home.name}-trace.json"),
-    }
-    out = run.command(["-m", "benchmarks.device_child", json.dumps(options)])
+    asked = {"config": str(home / "rain.yml"), "device": run.device, **options}
+    out = run.command(["-m", "benchmarks.device_child", json.dumps(asked)])
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.device_shapes import DeviceShape
+from rain_mergekit.system.loader_choice import LOADERS
 
 Found = Mapping[str, Mapping[str, Any]]
 _GIB, _GIGA = 1024**3, 1e9
@@ -35,8 +36,13 @@ def _rows(found: Found, shape: DeviceShape) -> Iterator[tuple[str, str]]:
     yield "layers, of the published", _text(layers, f"{layers} of {shape.published_layers}")
     yield "a model, GiB", _number(cell("write reasoning", "model_bytes"), _GIB)
     yield "written, GB/s", _rate(of("write instruct"))
-    own = _per_second(disk)
+    own = per_second(disk)
     yield "disk's own rate, GB/s", _number(own, _GIGA)
+    for loader in LOADERS:
+        unused = of(f"read {loader}") == {}  # not installed, or the models are quantised
+        yield f"{loader} alone, GB/s", "not used" if unused else _rate(of(f"read {loader}"))
+    loader = cell("calibrate", "loader")
+    yield "calibrated with", _text(loader, str(loader))
     seconds = cell("calibrate", "seconds")
     yield "calibrate, s", _number(seconds)
     yield "planned by this machine's rates, s", _number(cell("calibrate", "planned_seconds"))
@@ -58,12 +64,13 @@ def _rows(found: Found, shape: DeviceShape) -> Iterator[tuple[str, str]]:
         yield f"{method} merge, s", merged
 
 
-def _per_second(record: Mapping[str, Any] | None) -> float | None:
-    return None if record is None else record["bytes"] / max(record["seconds"], 1e-9)
+def per_second(record: Mapping[str, Any] | None) -> float | None:
+    """Bytes a second; None where nothing was read."""
+    return record["bytes"] / max(record["seconds"], 1e-9) if record else None
 
 
 def _rate(record: Mapping[str, Any] | None) -> str:
-    return _number(_per_second(record), _GIGA)
+    return _number(per_second(record), _GIGA)
 
 
 def _text(value: Any, text: str) -> str:

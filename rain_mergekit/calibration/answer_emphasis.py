@@ -154,7 +154,7 @@ class AnswerReader:
             with ExitStack() as stack:
                 indices = range(len(model.layers))
                 if self.options.read_ahead:
-                    thread = stack.enter_context(ReaderThread())
+                    thread = stack.enter_context(ReaderThread(self.options.loader))
                     stack.enter_context(model.reading_ahead(indices, thread))
                 for index in indices:
                     progress.layer(index)

@@ -160,7 +160,8 @@ class CalibrationEngine:
         if not self._options.read_ahead:
             yield
             return
-        with ReaderThread() as thread, self.layerwise.reading_ahead(self.indices[first:], thread):
+        indices, reader = self.indices[first:], ReaderThread(self._options.loader)
+        with reader as thread, self.layerwise.reading_ahead(indices, thread):
             yield
 
     def _solve_head(self, head: HeadWeight, streams: Mapping[str, Stream], path: Path) -> None:

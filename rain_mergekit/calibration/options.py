@@ -13,6 +13,7 @@ from rain_mergekit.calibration.estimate import (
 )
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import LoadOptions
+from rain_mergekit.system.loader_choice import MMAP
 
 MIN_RANK_CAP = 96
 MIN_RANK_CAP_EXPERTS = 32  # of stream matching where there are routed experts
@@ -42,6 +43,7 @@ class RunOptions:
             alone; None: as many as suit the device. Changes rounding.
         read_ahead: the next layer is read while the present one computes; one layer more of each
             model is in memory then, as it is stored.
+        loader: how layers are read ahead: `mmap`, or `fastsafetensors` where it is installed.
         quiet: no progress bar.
     """
 
@@ -54,6 +56,7 @@ class RunOptions:
     deterministic: bool = False
     batch_tokens: int | None = None
     read_ahead: bool = True
+    loader: str = MMAP
     quiet: bool = False
 
     @property

@@ -38,6 +38,7 @@ from rain_mergekit.models.merge_names import lost_tensors, merge_names
 from rain_mergekit.system.atomic_file import destination
 from rain_mergekit.system.determinism import deterministic
 from rain_mergekit.system.distributed import World, join, leave
+from rain_mergekit.system.loader_choice import require_loader
 from rain_mergekit.system.profile import WRITE, phase
 
 
@@ -74,6 +75,7 @@ def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
     Raises RainError for anything wrong with the input; then no calibration file is written.
     """
     start = time.monotonic()
+    require_loader(options.loader, ahead=options.read_ahead)
     _check_writable(config.calibration)
     world = join(options.device)
     try:

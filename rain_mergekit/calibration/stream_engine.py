@@ -131,7 +131,7 @@ class StreamEngine:
             stores = {name: states.store for name, states in streams.items()}
             first = work.restore(stores)
             if self._options.read_ahead:
-                thread = stack.enter_context(ReaderThread())
+                thread = stack.enter_context(ReaderThread(self._options.loader))
                 for model in (self.layerwise, self.instruct):
                     stack.enter_context(model.reading_ahead(self.indices[first:], thread))
             writer = stack.enter_context(ResultWriter())

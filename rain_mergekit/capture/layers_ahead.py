@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rain_mergekit.capture.file_loader import ThreadedFiles
 from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.system.loader_choice import MMAP
 from rain_mergekit.system.profile import LOAD, moved, phase
 
 _PAGE = 4096
@@ -29,7 +31,9 @@ StoredLayer = dict[str, Tensor]
 class ReaderThread:
     """The thread; a context manager, which waits for what is being read at the moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, loader: str = MMAP) -> None:
+        """loader: one of LOADERS, how it reads."""
+        self.loader = loader
         self._pool = ThreadPoolExecutor(1, "layer-reader")
 
     def __enter__(self) -> ReaderThread:  # noqa: PYI034 - Self needs Python 3.11
@@ -129,15 +133,34 @@ class Stage:
 class LayerReader:
     """Reads layers of a model as they are stored, through open files of its own.
 
-    names: the tensors of a layer, by its index; tensors: those of the model.
+    names: the tensors of a layer, by its index; tensors: those of the model; files: reads them
+    by several threads, None: from mapped files.
     """
 
     names: Callable[[int], Iterable[str]]
     tensors: ModelTensors
     stage: Stage
+    files: ThreadedFiles | None = None
+
+    @classmethod
+    def of(
+        cls,
+        names: Callable[[int], Iterable[str]],
+        tensors: ModelTensors,
+        device: torch.device,
+        loader: str,
+    ) -> LayerReader:
+        """Reads by that loader; what is quantised is dequantised from mapped files in any case."""
+        threaded = loader != MMAP and tensors.checkpoint.plain
+        files = ThreadedFiles(tensors, device) if threaded else None
+        return cls(names, tensors, Stage.of(device), files)
 
     def read(self, index: int) -> StoredLayer:
         """All tensors of one layer, by name; called in the reader's thread."""
+        if self.files is not None:
+            found = self.files.read(self.names(index))
+            moved(LOAD, sum(tensor.nbytes for tensor in found.values()))
+            return found
         found = StoredLayer()
         for name in self.names(index):
             stored = self.tensors.get(name)

@@ -31,7 +31,6 @@ from rain_mergekit.capture.layers_ahead import (
     LayerReader,
     LayersAhead,
     ReaderThread,
-    Stage,
     StoredLayer,
     use,
 )
@@ -203,7 +202,7 @@ class LayerwiseModel:
 
         One more layer is in memory then, in the type in which it is stored.
         """
-        reader = LayerReader(self._names, self.tensors.twin(), Stage.of(self.device))
+        reader = LayerReader.of(self._names, self.tensors.twin(), self.device, thread.loader)
         self._ahead = LayersAhead.begin(reader.read, indices, thread)
         try:
             yield

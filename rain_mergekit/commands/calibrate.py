@@ -22,6 +22,7 @@ from rain_mergekit.commands.options import (
     threads_option,
     typed,
 )
+from rain_mergekit.system.loader_choice import LOADERS, MMAP
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CalibrateOptions:
     deterministic: bool
     batch_tokens: int | None
     read_ahead: bool
+    loader: str
     profile: str | None
     plan: bool
     as_json: bool
@@ -81,6 +83,13 @@ class CalibrateOptions:
     help="Read the next layer while one computes; takes the memory of a stored layer a model.",
 )
 @click.option(
+    "--loader",
+    type=click.Choice(LOADERS),
+    default=MMAP,
+    show_default=True,
+    help="How layers are read ahead: from mapped files, or by the threads of fastsafetensors.",
+)
+@click.option(
     "--profile",
     type=click.Path(dir_okay=False),
     metavar="FILE",
@@ -120,6 +129,7 @@ def calibrate(options: CalibrateOptions) -> None:
         deterministic=options.deterministic,
         batch_tokens=options.batch_tokens,
         read_ahead=options.read_ahead,
+        loader=options.loader,
         quiet=not console.progress,
     )
     config = read_config(options.config)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,6 +96,11 @@ class Checkpoint:
         """How those of the named tensors that exist are stored, in safetensors' words (`BF16`)."""
         return {name: stored for name, (stored, _) in header_entries(self.index, names).items()}
 
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of the named tensors that exist, as they are stored."""
+        entries = header_entries(self.index, names)
+        return {name: prod(shape) * _bits(stored) // 8 for name, (stored, shape) in entries.items()}
+
     def get(self, name: str) -> Tensor:
         """Read one tensor to the CPU; RainError names the model if it is missing or broken."""
         try:
@@ -113,6 +120,12 @@ class Checkpoint:
     def release(self) -> None:
         """Close the open shard, so that its mapped memory can be freed."""
         self._loader.flush()
+
+
+def _bits(stored: str) -> int:
+    """Of one number, from safetensors' word for its type: `F8_E4M3`, `BF16`, `BOOL`."""
+    width = re.search(r"\d+", stored)
+    return int(width[0]) if width else 8
 
 
 def open_index(path: str, reference: ModelReference) -> ShardedTensorIndex:

@@ -99,14 +99,19 @@ class ModelTensors:
 
     def get(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; RainError names the model if it is missing."""
-        source = self.sources.get(name)
-        if source is None:
-            raise RainError(f"{self.checkpoint.reference}: tensor {name} is not in the checkpoint")
+        source = self.source(name)
         if source.name is not None:
             return self.checkpoint.get(source.name)
         if name not in self._last:
             self._last = self._converted(name, source, self.checkpoint.get)
         return self._last[name]
+
+    def source(self, name: str) -> Source:
+        """What that tensor is made of; RainError names the model if it is missing."""
+        source = self.sources.get(name)
+        if source is None:
+            raise RainError(f"{self.checkpoint.reference}: tensor {name} is not in the checkpoint")
+        return source
 
     @property
     def embedding(self) -> str:

@@ -15,6 +15,7 @@ from benchmarks.device import main
 from benchmarks.device_models import write_model
 from benchmarks.device_shapes import SHAPES, DeviceShape
 from benchmarks.device_table import NOT_YET, table
+from rain_mergekit.system.loader_choice import LOADERS, MMAP
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "device.sh"
 
@@ -45,7 +46,13 @@ def test_the_script_goes_on_to_the_whole_table(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert text in done.stdout
     assert NOT_YET not in text
-    for row in ("calibrate, s", "time in forward", "task_arithmetic merge, s", "rain merge, s"):
+    for row in (
+        "calibrate, s",
+        "mmap alone, GB/s",
+        "time in forward",
+        "task_arithmetic merge, s",
+        "rain merge, s",
+    ):
         cells = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
         assert len(cells) == 1, row
         assert all(float(cell.strip(" %")) > 0 for cell in cells[0].split("|")[2:4]), cells
@@ -54,6 +61,12 @@ def test_the_script_goes_on_to_the_whole_table(tmp_path: Path) -> None:
         record = found[f"{shape.name}: calibrate"]
         assert 0 < sum(record["phases"].values()) <= record["seconds"]
         assert record["read_bytes"] >= 2 * shape.layers * shape.layer_bytes
+        readings = [found[f"{shape.name}: read {loader}"] for loader in LOADERS]
+        if shape.block is None:
+            assert {one["bytes"] for one in readings} == {2 * shape.layers * shape.layer_bytes}
+        else:
+            assert readings[1] == {}  # quantised, so never read by the library
+            assert record["loader"] == MMAP
         assert not (tmp_path / shape.name).exists()  # the disk is free for the next
     assert found["7B: write reasoning"] == written["7B: write reasoning"]
     again = run(tmp_path, "--seconds", "60")

@@ -124,7 +124,7 @@ NAMES = {"pyyaml": "yaml", "if-verifiable": "if_verifiable"}  # what is not impo
 def requirements() -> dict[str, str]:
     """Import name and requirement, of what runs need (not of what builds docs or tests need)."""
     extras = PROJECT["optional-dependencies"]
-    names = ("report", "ifeval", "parquet")
+    names = ("report", "ifeval", "parquet", "fast")
     lines = [*PROJECT["dependencies"], *(line for name in names for line in extras[name])]
     found = {}
     for line in lines:

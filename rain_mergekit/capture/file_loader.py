@@ -1,0 +1,82 @@
+"""Layers by way of the library fastsafetensors: several threads read into the device's memory.
+
+Beside mapped files, which are the default: there one thread reads, and a GPU gets its weights by a
+copy from pinned memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.system.loader_choice import MMAP
+from rain_mergekit.system.untrusted_input import first_line
+
+_CHUNK = 256 * 1024**2  # bytes read at a time; a larger tensor is a chunk of its own
+
+
+class ThreadedFiles:
+    """Reads many tensors of one model at once, as they are stored, into the device's memory."""
+
+    def __init__(self, tensors: ModelTensors, device: torch.device) -> None:
+        """tensors: of a checkpoint that is not quantised."""
+        self._tensors, self._device = tensors, str(device)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those tensors of the model on the device; RainError names the file that is broken.
+
+        A tensor that is put together from several of the checkpoint is, once they are there.
+        """
+        sources = {name: self._tensors.source(name) for name in names}
+        stored = self._stored({part for s in sources.values() for part, _ in s.parts})
+        return {
+            name: self._tensors.assembled(name, stored.__getitem__)
+            if source.name is None
+            else stored[source.name]
+            for name, source in sources.items()
+        }
+
+    def _stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names in the checkpoint, of as many files as they lie in."""
+        index = self._tensors.checkpoint.index
+        by_file: dict[str, set[str]] = defaultdict(set)
+        for name in names:
+            by_file[index.tensor_paths[name]].add(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in sorted(by_file.items()):
+            found |= self._of_file(os.path.join(index.base_path, file), wanted)
+        return found
+
+    def _of_file(self, path: str, wanted: set[str]) -> dict[str, Tensor]:
+        from fastsafetensors import ParallelLoader  # noqa: PLC0415 - an extra
+
+        largest = max(self._tensors.checkpoint.sizes(wanted).values())
+        try:
+            loader: Any = ParallelLoader(
+                None,
+                [path],
+                queue_size=-1,  # one chunk at a time: this is a thread of its own already
+                use_tqdm_on_load=False,
+                device=self._device,
+                nogds=True,  # by pinned memory, which needs no driver of its own
+                set_numa=False,  # which would bind the whole process to the GPU's node
+                tensor_filter=wanted.__contains__,
+                all_local=True,  # each process of several reads for itself
+                max_batch_bytes=max(largest, _CHUNK),
+            )
+            try:
+                return dict(loader.iterate_weights())
+            finally:
+                loader.close()
+        except Exception as error:  # noqa: BLE001 - the library raises no narrower one
+            raise RainError(
+                f"{path}: fastsafetensors cannot read it: {first_line(error)}; fetch the file "
+                f"again, or try --loader {MMAP}"
+            ) from None
