@@ -27,7 +27,7 @@ class ThreadedFiles:
 
     def __init__(self, tensors: ModelTensors, device: torch.device) -> None:
         """tensors: of a checkpoint that is not quantised."""
-        self._tensors, self._device = tensors, str(device)
+        self._tensors, self._device = tensors, device
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those tensors of the model on the device; RainError names the file that is broken.
@@ -64,19 +64,27 @@ class ThreadedFiles:
                 [path],
                 queue_size=-1,  # one chunk at a time: this is a thread of its own already
                 use_tqdm_on_load=False,
-                device=self._device,
+                device=_numbered(self._device),
                 nogds=True,  # by pinned memory, which needs no driver of its own
                 set_numa=False,  # which would bind the whole process to the GPU's node
                 tensor_filter=wanted.__contains__,
                 all_local=True,  # each process of several reads for itself
                 max_batch_bytes=max(largest, _CHUNK),
             )
+            weights: Any = loader.iterate_weights()
             try:
-                return dict(loader.iterate_weights())
+                return dict(weights)
             finally:
+                weights.close()  # first: it holds what is being read
                 loader.close()
         except Exception as error:  # noqa: BLE001 - the library raises no narrower one
             raise RainError(
                 f"{path}: fastsafetensors cannot read it: {first_line(error)}; fetch the file "
                 f"again, or try --loader {MMAP}"
             ) from None
+
+
+def _numbered(device: torch.device) -> str:
+    """The device with its number, which the library needs of a GPU: `cuda` is the present one."""
+    name = str(device)
+    return f"cuda:{torch.cuda.current_device()}" if name == "cuda" else name
