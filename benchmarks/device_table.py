@@ -39,7 +39,7 @@ def _rows(found: Found, shape: DeviceShape) -> Iterator[tuple[str, str]]:
     own = per_second(disk)
     yield "disk's own rate, GB/s", _number(own, _GIGA)
     for loader in LOADERS:
-        unused = of(f"read {loader}") == {}  # not installed, or the models are quantised
+        unused = of(f"read {loader}") == {}  # not installed, failed, or the models are quantised
         yield f"{loader} alone, GB/s", "not used" if unused else _rate(of(f"read {loader}"))
     loader = cell("calibrate", "loader")
     yield "calibrated with", _text(loader, str(loader))

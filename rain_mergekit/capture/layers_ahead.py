@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rain_mergekit.capture.file_loader import ThreadedFiles
+from rain_mergekit.capture.file_loader import ThreadedFiles, numbered
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.system.loader_choice import MMAP
 from rain_mergekit.system.profile import LOAD, moved, phase
@@ -152,7 +152,7 @@ class LayerReader:
     ) -> LayerReader:
         """Reads by that loader; what is quantised is dequantised from mapped files in any case."""
         threaded = loader != MMAP and tensors.checkpoint.plain
-        files = ThreadedFiles(tensors, device) if threaded else None
+        files = ThreadedFiles(tensors, numbered(device)) if threaded else None
         return cls(names, tensors, Stage.of(device), files)
 
     def read(self, index: int) -> StoredLayer:

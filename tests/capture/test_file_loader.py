@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from tiny import Tiny
 
 from rain_mergekit.capture.file_loader import ThreadedFiles
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.loading import LoadOptions, open_model
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.system import loader_choice
 from rain_mergekit.system.loader_choice import FASTSAFETENSORS
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the library has no wheels there")
 
 
 @pytest.fixture
@@ -91,21 +93,41 @@ def tensors(folder: Path) -> ModelTensors:
     return ModelTensors.of(checkpoint, tiny.model())
 
 
-def test_a_broken_file_is_one_sentence_that_names_it(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_one_sentence_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that was whole when its header was read, and is not any more."""
     Tiny.make(tmp_path, "llama")
     model = tensors(tmp_path / "reasoning")
     names = [name for name in model.known if ".layers.0." in name]
-    nowhere = ThreadedFiles(model, torch.device("cuda:99"))
-    with pytest.raises(RainError, match=r"model\.safetensors: fastsafetensors cannot read it: "):
-        nowhere.read(names)
-    files = ThreadedFiles(model, CPU)
-    assert files.read(names).keys() == set(names)
     path = tmp_path / "reasoning" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RainError, match=r"model\.safetensors: cannot read the checkpoint: "):
-        files.read(names)
+    whole = path.read_bytes()
+    files = ThreadedFiles(model, "cpu")
+    assert files.read(names).keys() == set(names)
     with pytest.raises(RainError, match="tensor no such is not in the checkpoint"):
         files.read(["no such"])
+    path.write_bytes(whole[:-100])
+    with pytest.raises(RainError, match=r"model\.safetensors: cannot read the checkpoint: "):
+        files.read(names)
+    path.write_bytes(whole)
+    sizes = Checkpoint.sizes
+
+    def truncating(self: Checkpoint, wanted: Iterable[str]) -> dict[str, int]:
+        found = sizes(self, wanted)
+        path.write_bytes(whole[: len(whole) // 4])
+        return found
+
+    monkeypatch.setattr(Checkpoint, "sizes", truncating)
+    capfd.readouterr()
+    with pytest.raises(RainError, match=r"model\.safetensors: fastsafetensors cannot read it: "):
+        files.read([name for name in model.known if ".layers.1." in name])
+    assert capfd.readouterr().out == ""  # where --json is asked for, nothing else may stand
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    Tiny.make(tmp_path, "llama")
+    with pytest.raises(RainError, match=r"cannot read it: .*; read it with --loader mmap"):
+        ThreadedFiles(tensors(tmp_path / "reasoning"), "cuda:99").read(["lm_head.weight"])
 
 
 def test_sizes_are_those_of_the_tensors(tmp_path: Path) -> None:
