@@ -7,6 +7,7 @@ from typing import Any
 from testbed.board.frontier import draw
 from testbed.board.tables import MODELS, between, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
+from testbed.language.repeats import repeats
 from testbed.language.table import table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -19,8 +20,8 @@ TRIOS = {
     PAGE: {
         "trio-s0-fifth": "",
         "trio-s1-third": " of seed 1",
-        "trio-s2-fifth": " of seed 2",
-        "trio-gemma-s0-third": " of a second family",
+        "trio-s2-sixth": " of seed 2",
+        "trio-gemma-s0-sixth": " of a second family",
     },
     EARLIER: {
         "trio-s0": " of seed 0",
@@ -31,6 +32,8 @@ TRIOS = {
         "trio-s0-third": " of seed 0, weighed",
         "trio-gemma-s0-second": " of a second family, before",
         "trio-s2-third": " of seed 2, third",
+        "trio-s2-fifth": " of seed 2, fifth",
+        "trio-gemma-s0-third": " of a second family, third",
     },
 }
 TRIED = {
@@ -70,6 +73,7 @@ def written(page: Path, results: Path) -> str:
         text = between(text, f"language strengths{named}", "\n" + strengths(rows) + "\n")
     if page == PAGE:
         text = between(text, "language overview", "\n" + overview(results) + "\n")
+        text = between(text, "language repeats", "\n" + repeats(results) + "\n")
         text = between(text, "language attempts", "\n" + attempts(results) + "\n")
     return text
 
