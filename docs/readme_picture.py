@@ -7,6 +7,7 @@ the tutorial's answers; a test compares.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -17,6 +18,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 WIDTH, HEIGHT = 960, 400
 # Left, top, width, height of the plot's area.
 AREA = (560, 70, 350, 250)
+Place = tuple[float, float]
 STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #1f2328; }
   .title { font-weight: 600; } .small { font-size: 12px; }
@@ -135,30 +137,34 @@ def _plot() -> list[str]:
     shown.append(f'<path class="rule" d="M{left} {y:.0f}H{left + width}"/>')
     shown.append(_text(left + 4, y - 7, "about the most that a merge can reach", "small soft"))
     points = {name: place(*values) for name, values in table().items()}
-    crowd = sorted((at for at in points.values() if at[0] < left + width / 2), key=_from_right)
+    crowd = sorted((n for n, at in points.items() if at[0] < left + width / 2), key=points.get)
+    labels = _column([points[name] for name in crowd], y + 16)
+    beside = dict(zip(reversed(crowd), labels, strict=True))  # the rightmost dot has the first
     for name, at in points.items():
-        shown += _point(name, at, crowd)
+        shown += _point(name, at, beside.get(name))
     return shown
 
 
-def _from_right(at: tuple[float, float]) -> tuple[float, float]:
-    return -at[0], at[1]
+def _column(dots: Sequence[Place], first: float) -> list[Place]:
+    """Where a crowd's labels stand: to its right, from `first` to just above its highest dot."""
+    x, last = max(x for x, _ in dots) + 14, min(y for _, y in dots) - 10
+    step = min(15.0, (last - first) / (len(dots) - 1))
+    return [(x, last - step * left) for left in reversed(range(len(dots)))]
 
 
-def _point(name: str, at: tuple[float, float], crowd: list[tuple[float, float]]) -> list[str]:
-    """A dot with its label: to its left, or, of the crowd, in a column above to the right."""
+def _point(name: str, at: Place, label: Place | None) -> list[str]:
+    """A dot with its label: at its place, else to the left; of the trio's models to the right."""
     kind = "ours" if name.startswith("rain") else "origin"
     kind = "other" if kind == "origin" and name not in ("reasoning", "instruct") else kind
     x, y = at
-    label = re.sub(r" at [\d.]+$", "", name)
     bold = " title" if kind == "ours" else ""
-    where, line, anchor = x - 11, y + 4, "end"
-    if at in crowd:
-        top = min(each for _, each in crowd) - 15 * len(crowd)
-        where, line, anchor = crowd[0][0] + 14, top + 15 * crowd.index(at), "start"
+    left = label is None and kind != "origin"
+    where, line = label or (x - 11 if left else x + 11, y + 4)
+    text = re.sub(r" at [\d.]+$", "", name)
+    anchor = "end" if left else "start"
     return [
         f'<circle class="{kind}" cx="{x:.0f}" cy="{y:.0f}" r="{6 if kind == "ours" else 5}"/>',
-        _text(where, line, label, f"small{bold}", anchor),
+        _text(where, line, text, f"small{bold}", anchor),
     ]
 
 
