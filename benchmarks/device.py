@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch
 from benchmarks.device_models import write_model
 from benchmarks.device_shapes import ROLES, SHAPES, DeviceShape, write_configs, write_sets
 from benchmarks.device_table import per_second, table
-from rain_mergekit.system.loader_choice import LOADERS, MMAP
+from rain_mergekit.errors import RainError
+from rain_mergekit.system.loader_choice import LOADERS, MMAP, require_loader
 
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 460  # in all, with what a shell and the imports take: under eight minutes
@@ -182,11 +182,12 @@ def read(run: Run, shape: DeviceShape, home: Path, loader: str) -> dict[str, Any
     asked = {"what": "read", "loader": loader}
     if loader == MMAP:
         return child(run, home, asked)
-    if find_spec(loader) is None or shape.block is not None:
+    if shape.block is not None:
         return {}
     try:
+        require_loader(loader, ahead=True)
         return child(run, home, asked)
-    except RuntimeError as error:  # an optional one must not end the run
+    except (RainError, RuntimeError) as error:  # an optional one must not end the run
         print(error)
         return {}
 

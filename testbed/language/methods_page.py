@@ -6,8 +6,9 @@ from typing import Any
 
 from testbed.board.tables import NONE, between, markdown, percent
 from testbed.language.board import load_rows
-from testbed.language.page import DEFAULTS, DOCS, PAGE, TRIOS
+from testbed.language.page import DOCS, PAGE, TRIOS
 from testbed.language.recipes import companions
+from testbed.language.table import DEFAULTS
 
 PAGE_OF_COMPANIONS = DOCS / "companions.md"
 BESIDE = ("ceiling", DEFAULTS, "task_arithmetic", "linear", "nuslerp")

@@ -8,13 +8,12 @@ from testbed.board.frontier import draw
 from testbed.board.tables import MODELS, between, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
 from testbed.language.repeats import repeats
-from testbed.language.table import table
+from testbed.language.table import DEFAULTS, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results-language.md"
 EARLIER = DOCS / "results-language-earlier.md"
 OURS = "rain"
-DEFAULTS = "rain, streams"
 # What the parts of a page are named after, by the folder of the rows they are written from.
 TRIOS = {
     PAGE: {

@@ -7,6 +7,7 @@ from typing import Any
 from testbed.board.tables import MODELS, NONE, markdown, percent, small, with_interval
 from testbed.language.board import load_rows
 
+DEFAULTS = "rain, streams"  # the name of the row of rain as it is
 COLUMNS = {
     "plain right": "plain_right",
     "whole, plain": "whole_plain",

@@ -12,7 +12,7 @@ import pytest
 from testbed.judging.intervals import packed
 from testbed.language import repeats
 
-NAME = repeats.STREAMS
+NAME = repeats.DEFAULTS
 
 
 def board(folder: Path, both: range, right: range, **key: Any) -> None:
