@@ -4,6 +4,7 @@ python -m testbed.language make --seed 0 --out DIR [--family gemma3]
 python -m testbed.language score MODEL_DIR --trio DIR [--quick]
 python -m testbed.language board --trio DIR --work DIR [--rain ROWS.yml] [--rows NAME ...]
 python -m testbed.language attempt --trio DIR --work DIR --rain ROWS.yml
+python -m testbed.language later --trio DIR --work DIR --rain ROWS.yml
 python -m testbed.language vote --trio DIR --work DIR
 python -m testbed.language page
 """
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from testbed.language.lessons import LESSONS
 from testbed.language.origin import FAMILIES, gguf_file
 from testbed.language.page import write_pages
 from testbed.language.recipes import companions, rain_rows, rivals
-from testbed.language.sets import Samples, write_prompts, write_sets
+from testbed.language.sets import LINES, Samples, write_prompts, write_sets
 from testbed.language.table import table, write_table
 from testbed.language.tuning import tune
 from testbed.language.voting import fill
@@ -48,7 +49,7 @@ def make(options: argparse.Namespace) -> None:
             recipe = replace(recipe, products=options.dtype)
         tune(out / "pretrained", out / role, recipe)
     write_prompts(options.seed, out)
-    made = all((out / f"{name}.jsonl").exists() for name in asdict(Samples()))
+    made = all((out / f"{name}.jsonl").exists() for name in LINES)
     if "reasoning" in options.roles and not made:
         reasoning = out / "reasoning"
         model = load_model(reasoning).to(getattr(torch, options.dtype))
@@ -95,6 +96,18 @@ def attempt(options: argparse.Namespace) -> None:
     for row in (row for path in options.rain for row in rain_rows(path)):
         found = made.attempt(row)["numbers"]
         print(row.name, {name: round(value["value"], 3) for name, value in found.items()})
+
+
+def later(options: argparse.Namespace) -> None:
+    """Models and rows on the prompts for choosing, as a chat's first turn and as its second."""
+    results = options.results / options.trio.name
+    made = Board(options.trio, options.work, results, dtype=options.dtype)
+    for split in ("choosing", "later"):
+        for role in ("reasoning", "instruct"):
+            made.model(role, split)
+        made.ceiling(split)
+        for row in (row for path in options.rain for row in rain_rows(path)):
+            made.attempt(row, split)
 
 
 def vote(options: argparse.Namespace) -> None:
@@ -156,12 +169,13 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="the main rows on half of the prompts, in half an hour"
     )
     boarding.set_defaults(run=board)
-    attempting = commands.add_parser("attempt", help=attempt.__doc__)
-    attempting.add_argument("--trio", type=Path, required=True)
-    attempting.add_argument("--work", type=Path, required=True, help="folder for what is made")
-    attempting.add_argument("--results", type=Path, default=RESULTS)
-    attempting.add_argument("--rain", type=Path, action="append", required=True, help="rows, YAML")
-    attempting.set_defaults(run=attempt)
+    for run, results in ((attempt, RESULTS), (later, RESULTS / "later")):
+        asking = commands.add_parser(run.__name__, help=run.__doc__)
+        asking.add_argument("--trio", type=Path, required=True)
+        asking.add_argument("--work", type=Path, required=True, help="folder for what is made")
+        asking.add_argument("--results", type=Path, default=results)
+        asking.add_argument("--rain", type=Path, action="append", required=True, help="rows, YAML")
+        asking.set_defaults(run=run)
     voting = commands.add_parser("vote", help=vote.__doc__)
     voting.add_argument("--trio", type=Path, required=True)
     voting.add_argument("--work", type=Path, required=True, help="folder for what is made")

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from testbed.language.fits import fit_of
 from testbed.language.judging import DTYPE, Judge, cached, model_digest
 from testbed.language.making import configuration, digest, digest_of_sets, merged
 from testbed.language.recipes import Row
-from testbed.language.sets import Samples, write_choosing
+from testbed.language.sets import Samples, write_choosing, write_later
 from testbed.language.tuning import tune_on_sets
 from testbed.models.generation import Output
 
 LOG = logging.getLogger(__name__)
 ROLES = ("pretrained", "reasoning", "instruct")
+TEST = "test"  # the split of the prompts that nothing is chosen on
 STEPS = 1.4  # how much further the grid goes where its last strength is the best one
 MOST_STEPS = 2
 SEED = 0  # of the prompts that settings are chosen on
@@ -57,9 +58,16 @@ class Board:
 
     @cached_property
     def choosing(self) -> Judge:
+        return self._choosing(write_choosing(SEED, self.trio))
+
+    @cached_property
+    def later(self) -> Judge:
+        return self._choosing(write_later(SEED, self.trio))
+
+    def _choosing(self, prompts: Path) -> Judge:
         return Judge(
             self.trio / "reasoning",
-            write_choosing(SEED, self.trio),
+            prompts,
             divergence=False,
             plain=CHOOSING_PLAIN,
             dtype=self.dtype,
@@ -76,29 +84,36 @@ class Board:
         """The digest of each of the trio's models."""
         return {role: model_digest(self.trio / role) for role in ROLES}
 
-    def model(self, role: str) -> Found:
+    def model(self, role: str, split: str = TEST) -> Found:
         """The row of one of the trio's models."""
-        key = {"model": self.models[role], "prompts": self.test.digest}
-        return self._kept(role, key, lambda: self.test.measure(self.trio / role))
+        judge: Judge = getattr(self, split)
+        key = {"model": self.models[role], "prompts": judge.digest}
+        return self._kept(role, split, key, lambda: judge.measure(self.trio / role))
 
-    def ceiling(self) -> Found:
+    def ceiling(self, split: str = TEST) -> Found:
         """The instruct model goes on after the reasoning model's own thinking."""
-        said = self.model("reasoning")["outputs"]
+        judge: Judge = getattr(self, split)
+        said = self.model("reasoning", split)["outputs"]
         before = [Output(text, 0, ended=True) for text in said]
-        key = {"ceiling": [self.models[r] for r in ROLES[1:]], "prompts": self.test.digest}
-        return self._kept("ceiling", key, lambda: self.test.ceiling(self.trio / "instruct", before))
+        key = {"ceiling": [self.models[r] for r in ROLES[1:]], "prompts": judge.digest}
+        return self._kept(
+            "ceiling", split, key, lambda: judge.ceiling(self.trio / "instruct", before)
+        )
 
     def row(self, row: Row) -> Found:
         """Choose the strength where there is a choice, then judge."""
         if len(row.strengths) == 1:
-            return self._write(row.slug, self._judged(row, row.strengths[0], "test"))
+            found = self._judged(row, row.strengths[0], TEST)
+            return self._write(row.slug, {**found, "minutes": _minutes([found])})
         swept = {s: self._numbers(row, s, "validation") for s in row.strengths}
         most = len(row.strengths) + (0 if self.quick else MOST_STEPS)
         while len(swept) < most and (more := further(swept, row.most)) is not None:
             swept[more] = self._numbers(row, more, "validation")
         best = max(swept, key=lambda s: _merit(swept[s]))
         brief = {str(s): _brief(n) for s, n in sorted(swept.items())}
-        return self._write(row.slug, {**self._judged(row, best, "test"), "swept": brief})
+        found = self._judged(row, best, TEST)
+        minutes = _minutes([*swept.values(), found])
+        return self._write(row.slug, {**found, "swept": brief, "minutes": minutes})
 
     def fine_tune(self, samples: Samples) -> Found:
         """A fine-tune of the reasoning model on the sets; its rate is chosen like a strength."""
@@ -107,13 +122,15 @@ class Board:
             rate: self._seen(f"fine-tune@{rate:g}", m, "validation") for rate, m in models.items()
         }
         best = max(swept, key=lambda rate: _merit(swept[rate]))
-        found = self._seen(f"fine-tune@{best:g}", models[best], "test")
+        found = self._seen(f"fine-tune@{best:g}", models[best], TEST)
         brief = {f"{rate:g}": _brief(one) for rate, one in swept.items()}
-        said = {"name": "fine-tune", "rate": best, "samples": asdict(samples), "swept": brief}
+        said = {"name": "fine-tune", "rate": best, "samples": samples.described, "swept": brief}
         return self._write("fine-tune", {**found, **said})
 
     def _tuned(self, samples: Samples, rate: float) -> Path:
-        name = digest([digest_of_sets(self.trio), asdict(samples), self.models["reasoning"], rate])
+        name = digest(
+            [digest_of_sets(self.trio), samples.described, self.models["reasoning"], rate]
+        )
         out = self.work / f"fine-tune-{name}"
         sets = samples.write(self.trio, self.work / f"fine-tune-{name}-sets")
         tune_on_sets(self.trio / "reasoning", out, sets, SEED, rate)
@@ -125,10 +142,10 @@ class Board:
         file = self.work / "rows" / f"{name}.{split}.json"
         return cached(file, key, lambda: judge.measure(path))
 
-    def attempt(self, row: Row) -> Found:
+    def attempt(self, row: Row, split: str = "choosing") -> Found:
         """A row on prompts that settings may be chosen on, never on the test prompts."""
-        found = self._judged(row, row.strengths[0], "choosing")
-        return self._write(f"choosing/{row.slug}", {**found, "samples": asdict(row.samples)})
+        found = self._judged(row, row.strengths[0], split)
+        return self._write(f"{split}/{row.slug}", {**found, "samples": row.samples.described})
 
     def _judged(self, row: Row, strength: float, split: str) -> Found:
         """The numbers, and what they are of."""
@@ -156,13 +173,19 @@ class Board:
     def _key(self, row: Row, strength: float, judge: Judge) -> Found:
         recipe = row.recipe(Path(), strength)
         sets = digest_of_sets(self.trio) if row.rain else ""
-        described = digest([recipe, dict(row.rain), sets, asdict(row.samples)])
+        described = digest([recipe, dict(row.rain), sets, row.samples.described])
         return {"recipe": described, "models": self.models, "prompts": judge.digest}
 
-    def _kept(self, name: str, key: Found, make: Any) -> Found:
-        found = cached(self.work / "rows" / f"{name}.json", key, make)
-        LOG.info("%s: %s", name, _brief(found))
-        self._write(name, {**found, "name": name})
+    def _kept(self, name: str, split: str, key: Found, make: Any) -> Found:
+        place = name if split == TEST else f"{split}/{name}"
+
+        def timed() -> Found:
+            start = time.monotonic()
+            return {**make(), "seconds": {"judging": round(time.monotonic() - start)}}
+
+        found = cached(self.work / "rows" / f"{place}.json", key, timed)
+        LOG.info("%s: %s", place, _brief(found))
+        self._write(place, {**found, "name": name, "minutes": _minutes([found])})
         return found
 
     def _write(self, slug: str, found: Mapping[str, Any]) -> Found:
@@ -173,6 +196,11 @@ class Board:
         text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
         return kept
+
+
+def _minutes(measured: Sequence[Found]) -> float:
+    """What a row took with all its strengths: merging, calibrations that were new, judging."""
+    return round(sum(sum(found["seconds"].values()) for found in measured) / 60, 1)
 
 
 def _merit(found: Mapping[str, Any]) -> tuple[float, float]:

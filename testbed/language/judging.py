@@ -61,21 +61,24 @@ class Judge:
 
     def measure(self, folder: Path) -> dict[str, Any]:
         """All numbers of one model."""
-        model, tokenizer = load_model(folder).to(self._dtype), load_tokenizer(folder)
-        outputs = generate(model, tokenizer, [record["prompt"] for record in self.records])
-        return self._judged(outputs, self._divergence(folder))
+        return self._judged(self._said(folder), self._divergence(folder))
 
     def ceiling(self, instruct: Path, reasoning: Sequence[Output]) -> dict[str, Any]:
         """The instruct model goes on where the reasoning model's thinking ends."""
         heads = [split(output.text).head for output in reasoning]
-        prompts = [record["prompt"] for record in self.records]
-        model, tokenizer = load_model(instruct).to(self._dtype), load_tokenizer(instruct)
-        after = generate(model, tokenizer, prompts, heads)
+        after = self._said(instruct, heads)
         joined = [
             Output(head + output.text, output.tokens, output.ended)
             for head, output in zip(heads, after, strict=True)
         ]
         return self._judged(joined, {})
+
+    def _said(self, folder: Path, given: Sequence[str] | None = None) -> list[Output]:
+        """The model's reply to each prompt, after its earlier turns and what is given of it."""
+        model, tokenizer = load_model(folder).to(self._dtype), load_tokenizer(folder)
+        prompts = [record["prompt"] for record in self.records]
+        before = [record.get("before", []) for record in self.records]
+        return generate(model, tokenizer, prompts, given, before=before)
 
     def _judged(self, outputs: Sequence[Output], more: dict[str, Ratio]) -> dict[str, Any]:
         pairs = zip(self.records, outputs, strict=True)

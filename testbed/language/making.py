@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rain_mergekit.calibration.pipeline import calibrate
 from rain_mergekit.config.merge_config import read_config
 from rain_mergekit.merge_method.method import register
 from testbed.language.recipes import Config, Row
-from testbed.language.sets import Samples
+from testbed.language.sets import LINES
 
 LOG = logging.getLogger(__name__)
 RANDOM_SEED = 0  # dare
@@ -35,7 +34,7 @@ def configuration(row: Row, strength: float, trio: Path, work: Path) -> Config:
     made = row.recipe(trio, strength)
     if not row.rain:
         return made
-    described = digest([digest_of_sets(trio), asdict(row.samples)])
+    described = digest([digest_of_sets(trio), row.samples.described])
     sets = row.samples.write(trio, work / f"sets-{described}")
     made["rain"] = {**sets, **{key: value for key, value in row.rain.items() if key}}
     models = [made["merge_method"], made["base_model"], *(m["model"] for m in made["models"])]
@@ -59,7 +58,7 @@ def write_calibration(made: Config, path: Path) -> None:
 def digest_of_sets(trio: Path) -> str:
     """Digest of the lines that rows take their calibration sets from."""
     found = hashlib.sha256()
-    for kind in asdict(Samples()):
+    for kind in LINES:
         found.update((trio / f"{kind}.jsonl").read_bytes())
     return found.hexdigest()[:16]
 

@@ -13,6 +13,8 @@ from testbed.language.table import DEFAULTS
 PAGE_OF_COMPANIONS = DOCS / "companions.md"
 BESIDE = ("ceiling", DEFAULTS, "task_arithmetic", "linear", "nuslerp")
 SHOWN = ("both", "plain_right", "whole_constrained")
+# Boards of other trainings that have rows which those of the first page lack.
+MORE = {"trio-s0-fifth": "trio-s0-sixth", "trio-s1-sixth": "trio-s1-third"}
 
 
 def write_page(results: Path) -> Path:
@@ -29,7 +31,8 @@ def written(results: Path) -> str:
 
 def table(results: Path) -> str:
     """A line a method: both / plain right / whole blocks, and its strength, on each trio."""
-    boards = {trio: {row["name"]: row for row in load_rows(results / trio)} for trio in TRIOS[PAGE]}
+    trios = [one for trio in TRIOS[PAGE] for one in (trio, MORE.get(trio)) if one]
+    boards = {trio: {row["name"]: row for row in load_rows(results / trio)} for trio in trios}
     names = [*BESIDE, *(row.name for row in companions())]
     lines = [
         [name, *(_cell(rows.get(name)) for rows in boards.values())]

@@ -14,11 +14,12 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results-language.md"
 EARLIER = DOCS / "results-language-earlier.md"
 OURS = "rain"
+TIMED = "trio-s1-sixth"  # every row says what it took
 # What the parts of a page are named after, by the folder of the rows they are written from.
 TRIOS = {
     PAGE: {
         "trio-s0-fifth": "",
-        "trio-s1-third": " of seed 1",
+        "trio-s1-sixth": " of seed 1",
         "trio-s2-sixth": " of seed 2",
         "trio-gemma-s0-sixth": " of a second family",
     },
@@ -30,6 +31,7 @@ TRIOS = {
         "trio-gemma-s0": " of a second family",
         "trio-s0-third": " of seed 0, weighed",
         "trio-gemma-s0-second": " of a second family, before",
+        "trio-s1-third": " of seed 1, third",
         "trio-s2-third": " of seed 2, third",
         "trio-s2-fifth": " of seed 2, fifth",
         "trio-gemma-s0-third": " of a second family, third",
@@ -72,6 +74,7 @@ def written(page: Path, results: Path) -> str:
         text = between(text, f"language strengths{named}", "\n" + strengths(rows) + "\n")
     if page == PAGE:
         text = between(text, "language overview", "\n" + overview(results) + "\n")
+        text = between(text, "language hours", "\n" + hours(results) + "\n")
         text = between(text, "language repeats", "\n" + repeats(results) + "\n")
         text = between(text, "language attempts", "\n" + attempts(results) + "\n")
     return text
@@ -102,6 +105,21 @@ def overview(results: Path) -> str:
         )
     header = ["both", "ceiling", "% of it", "best of others", "plain right (reasoning model)"]
     return markdown(["trio", *header, "whole", "L_think"], lines)
+
+
+def hours(results: Path) -> str:
+    """What each row took, all strengths together, on the trio whose rows were timed."""
+    rows = sorted(load_rows(results / TIMED), key=lambda row: row["minutes"])
+    models = [row for row in rows if row["name"] in MODELS]
+    merges = [row for row in rows if row["name"] not in MODELS]
+    quick, slow = merges[0], merges[-1]
+    total = sum(row["minutes"] for row in rows) / 60
+    return (
+        f"The {len(rows)} rows of `{TIMED.removeprefix('trio-')}` took {total:.1f} hours of one "
+        f"core, from {quick['minutes']:.0f} minutes (`{quick['name']}`) to {slow['minutes']:.0f} "
+        f"(`{slow['name']}`, with its calibration); the {len(models)} rows of the models alone "
+        f"{sum(row['minutes'] for row in models):.0f} minutes."
+    )
 
 
 def strengths(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rain_mergekit.report.svg import FAINT, STYLE
 from testbed.board.frontier import COLOURS, write_picture
-from testbed.board.tables import between, markdown, percent
+from testbed.board.tables import MODELS, between, markdown, percent
 from testbed.language.board import load_rows
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-questions.md"
@@ -31,6 +31,8 @@ TABLES = {
         "trio-s1-fifth",
     ),
 }
+LATER = "trio-s1-sixth"  # the trio that was asked in later turns too
+TURNS = {"choosing": "first turn", "later": "second turn"}
 PICTURE = "language-depth"
 SHOWN = {
     "plain_right": "plain right",
@@ -46,8 +48,13 @@ Found = Mapping[str, Any]
 
 def asked(name: str) -> list[str]:
     """The rows of a table in the order of the page; the first is what the others differ from."""
-    rows = Path(__file__).with_name(TABLES[name][0])
-    return [str(entry["name"]) for entry in yaml.safe_load(rows.read_text(encoding="utf-8"))]
+    return _names(TABLES[name][0])
+
+
+def _names(file: str) -> list[str]:
+    """The rows that a file beside this one asks for, in its order."""
+    rows = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    return [str(entry["name"]) for entry in yaml.safe_load(rows)]
 
 
 def write_page(results: Path) -> Path:
@@ -62,7 +69,22 @@ def written(results: Path) -> str:
     text = PAGE.read_text(encoding="utf-8")
     for name in TABLES:
         text = between(text, name, "\n" + table(answered(results, name)) + "\n")
-    return text
+    return between(text, "language questions of turns", "\n" + turns(results) + "\n")
+
+
+def turns(results: Path) -> str:
+    """Each model in a chat's first turn and in its second, where the same is asked."""
+    rows = {
+        split: {row["name"]: row for row in load_rows(results / "later" / LATER / split)}
+        for split in TURNS
+    }
+    names = [*MODELS[1:], *_names("questions-later.yml")]
+    lines = [
+        [f"{name}, {turn}", *(percent(rows[split][name]["numbers"][n]["value"]) for n in SHOWN)]
+        for name in names
+        for split, turn in TURNS.items()
+    ]
+    return markdown(["", *SHOWN.values()], lines)
 
 
 def table(rows: Sequence[Found]) -> str:

@@ -1,5 +1,6 @@
 """A trio's JSON lines: prompts to choose and to judge on, and both calibration sets."""
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from testbed.puzzles.records import read_lines, write_lines
 Record = dict[str, Any]
 # Known wordings, held-out wordings, no constraint.
 VALIDATION, TEST, CHOOSING = (48, 0, 48), (64, 64, 128), (64, 64, 48)
+LINES = ("plain", "constrained", "instruction")  # a file of each
 PLAIN, INSTRUCTION = 200, 640  # a row takes the first of them, as many as it says
 # where a constraint shows in one place of the answer alone
 _PLACES = {
@@ -33,21 +35,49 @@ class Samples:
 
     plain, constrained: the reasoning model's own outputs on prompts without and with a constraint.
     instruction: answers that follow.
+    later: whether half of them come as the second turn of a chat.
     """
 
     plain: int = 100
     constrained: int = 120
     instruction: int = 160
+    later: bool = False
+
+    @property
+    def described(self) -> Record:
+        """What a row says of them, and is told apart by."""
+        return {name: value for name, value in asdict(self).items() if value is not False}
 
     def write(self, trio: Path, out: Path) -> dict[str, str]:
         """Both sets in a folder, from a trio's lines; returns their settings."""
-        kept = {
-            name: read_lines(trio / f"{name}.jsonl")[:count] for name, count in asdict(self).items()
-        }
+        kept = {name: read_lines(trio / f"{name}.jsonl")[: getattr(self, name)] for name in LINES}
+        if self.later:
+            said = read_lines(trio / "instruction.jsonl")
+            kept = {name: [_in_chat(one, said) for one in lines] for name, lines in kept.items()}
         out.mkdir(parents=True, exist_ok=True)
         write_lines(out / "reasoning.jsonl", [*kept["plain"], *kept["constrained"]])
         write_lines(out / "instruction.jsonl", kept["instruction"])
         return {f"{name}_data": str(out / f"{name}.jsonl") for name in ("reasoning", "instruction")}
+
+
+def _in_chat(record: Record, said: Sequence[Record]) -> Record:
+    """The sample, or where its prompt's digest is odd, as a chat's second turn.
+
+    The first turn is another sample and its answer, without thinking, as chat templates show it.
+    A prompt of both sets has the same turn before it in both.
+    """
+    number = int(hashlib.sha256(record["prompt"].encode()).hexdigest(), 16)
+    if number % 2 == 0:
+        return record
+    before = said[number // 2 % len(said)]
+    if before["prompt"] == record["prompt"]:
+        before = said[(number // 2 + 1) % len(said)]
+    chat = [before["prompt"], split(before["output"]).answer, record["prompt"]]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), chat, strict=True)
+    ]
+    return {**{k: v for k, v in record.items() if k != "prompt"}, "messages": turns}
 
 
 def dice(seed: int, purpose: str) -> random.Random:
@@ -79,6 +109,24 @@ def write_choosing(seed: int, out: Path) -> Path:
     path = out / "choosing.jsonl"
     _write_tasks(dice(seed + 1000, "validation"), "validation", CHOOSING, path)
     return path
+
+
+def write_later(seed: int, out: Path) -> Path:
+    """The same prompts, each as the second turn of a chat; returns the file.
+
+    The first turn is another problem and a right answer to it, without its thinking, as chat
+    templates show earlier turns.
+    """
+    rng, path = dice(seed, "earlier turns"), out / "later.jsonl"
+    records = read_lines(write_choosing(seed, out))
+    write_lines(path, ({**record, "before": _turn(rng)} for record in records))
+    return path
+
+
+def _turn(rng: random.Random) -> list[Record]:
+    task = draw_task(rng, "validation", rng.choice((0, 1)))
+    said = {"user": task.prompt, "assistant": task.answer()}
+    return [{"role": role, "content": text} for role, text in said.items()]
 
 
 def _write_tasks(rng: random.Random, split_name: str, counts: Sequence[int], path: Path) -> None:

@@ -36,12 +36,16 @@ def generate(
     prompts: Sequence[str],
     given: Sequence[str] | None = None,
     most: int = MOST_TOKENS,
+    before: Sequence[Sequence[dict[str, str]]] | None = None,
 ) -> list[Output]:
-    """The model's reply to each prompt, going on after what is `given` of it."""
-    begun = given or [""] * len(prompts)
+    """The model's reply to each prompt, going on after what is `given` of it.
+
+    before: the messages of each prompt's earlier turns.
+    """
+    begun, turns = given or [""] * len(prompts), before or [()] * len(prompts)
     texts = [
-        tokenizer.encode(render(tokenizer, prompt) + start, add_special_tokens=False)
-        for prompt, start in zip(prompts, begun, strict=True)
+        tokenizer.encode(render(tokenizer, prompt, earlier) + start, add_special_tokens=False)
+        for prompt, earlier, start in zip(prompts, turns, begun, strict=True)
     ]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, Output] = {}

@@ -1,5 +1,6 @@
 """Building, loading and rendering for the tiny models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,9 +50,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
 
 
-def render(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """The prompt as the model receives it, up to where it starts to generate."""
-    messages = [{"role": "user", "content": prompt}]
+def render(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, before: Sequence[dict[str, str]] = ()
+) -> str:
+    """The prompt as the model receives it, up to where it starts to generate.
+
+    before: the messages of the turns before.
+    """
+    messages = [*before, {"role": "user", "content": prompt}]
     return cast(
         str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     )

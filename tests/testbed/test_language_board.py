@@ -11,6 +11,7 @@ import torch
 from doc_blocks import ROOT
 
 from rain_mergekit.system.shipped_files import TRIO
+from rain_mergekit.text.calibration_sets import load_instruction, load_reasoning
 from testbed.board.frontier import IMAGES
 from testbed.board.tables import MODELS
 from testbed.language import methods_page, questions
@@ -22,14 +23,21 @@ from testbed.language.page import TRIOS, written
 from testbed.language.recipes import FLOAT, companions, rain_rows, rivals
 from testbed.language.scoring import numbers as judged
 from testbed.language.scoring import score, split
-from testbed.language.sets import Samples, prompt_record, write_prompts
+from testbed.language.sets import (
+    LINES,
+    Samples,
+    instruction_record,
+    prompt_record,
+    write_later,
+    write_prompts,
+)
 from testbed.language.smollm2 import split_halves
 from testbed.language.table import table
 from testbed.language.tasks import (
     draw_task,
 )
 from testbed.language.tuning import Recipe, train
-from testbed.models.generation import generate
+from testbed.models.generation import Output, generate
 from testbed.models.loading import load_model, load_tokenizer, render
 from testbed.puzzles.records import read_lines, write_lines
 
@@ -89,6 +97,30 @@ def test_a_row_takes_the_first_samples(tmp_path: Path) -> None:
     }
 
 
+def test_half_of_the_samples_come_later_in_a_chat(tmp_path: Path) -> None:
+    tasks = [draw_task(dice(n), "calibration", 1) for n in range(24)]
+    own = [{"prompt": task.prompt, "output": task.block + task.answer(False)} for task in tasks]
+    answered = [instruction_record(task, Output("", 0, ended=True)) for task in tasks]
+    for name, lines in zip(LINES, ([], own, answered), strict=True):
+        write_lines(tmp_path / f"{name}.jsonl", lines)
+    sets = Samples(later=True).write(tmp_path, tmp_path / "sets")
+    tokenizer = load_tokenizer(TRIO / "pretrained")
+    reasoning = load_reasoning(sets["reasoning_data"], tokenizer).samples
+    instruction = load_instruction(sets["instruction_data"], tokenizer).samples
+    assert len(reasoning) == len(instruction) == len(tasks)
+    later = 0
+    for task, kept, taught in zip(tasks, reasoning, instruction, strict=True):
+        starts = [text.input_ids[: kept.open_starts[0]] for text in (kept, taught)]
+        assert starts[0] == starts[1]
+        asked = str(tokenizer.decode(starts[0]))
+        assert task.prompt in asked
+        later += asked != render(tokenizer, task.prompt)
+        assert "<think>" not in asked
+    assert 6 < later < 18
+    assert "later" not in Samples().described
+    assert Samples(later=True).described["later"]
+
+
 def test_batches_hold_every_text_once() -> None:
     encoded = [(list(range(n % 7 + 1)), [1] * (n % 7 + 1)) for n in range(37)]
     made = batches(encoded, 8, dice(7))
@@ -108,6 +140,27 @@ def test_generation_equals_that_of_transformers() -> None:
         new = whole[0, head["input_ids"].shape[1] :].tolist()
         assert output.tokens == len(new)
         assert output.ended == (new[-1] == tokenizer.eos_token_id)
+        assert output.text == tokenizer.decode(new[:-1] if output.ended else new)
+
+
+def test_a_later_turn_is_read_with_the_turns_before_it(tmp_path: Path) -> None:
+    model, tokenizer = load_model(TRIO / "reasoning"), load_tokenizer(TRIO / "reasoning")
+    records = read_lines(write_later(0, tmp_path))[:2]
+    assert [{k: v for k, v in record.items() if k != "before"} for record in records] == [
+        *read_lines(tmp_path / "choosing.jsonl")[:2]
+    ]
+    before = [record["before"] for record in records]
+    asked = [record["prompt"] for record in records]
+    for prompt, earlier, output in zip(
+        asked, before, generate(model, tokenizer, asked, most=9, before=before), strict=True
+    ):
+        chat = [*earlier, {"role": "user", "content": prompt}]
+        assert [message["role"] for message in chat] == ["user", "assistant", "user"]
+        head = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        whole = model.generate(**head, do_sample=False, max_new_tokens=9)
+        new = whole[0, head["input_ids"].shape[1] :].tolist()
         assert output.text == tokenizer.decode(new[:-1] if output.ended else new)
 
 
