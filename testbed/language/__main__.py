@@ -102,7 +102,7 @@ def later(options: argparse.Namespace) -> None:
     """Models and rows on the prompts for choosing, as a chat's first turn and as its second."""
     results = options.results / options.trio.name
     made = Board(options.trio, options.work, results, dtype=options.dtype)
-    for split in ("choosing", "later"):
+    for split in questions.TURNS:
         for role in ("reasoning", "instruct"):
             made.model(role, split)
         made.ceiling(split)

@@ -1,6 +1,5 @@
 """A trio's JSON lines: prompts to choose and to judge on, and both calibration sets."""
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -11,7 +10,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from testbed.language.scoring import split
-from testbed.language.tasks import Asked, Task, calibrated_only, draw_task, follows, is_right
+from testbed.language.tasks import (
+    Asked,
+    Task,
+    calibrated_only,
+    draw_task,
+    follows,
+    is_right,
+    number_of,
+)
 from testbed.models.generation import Output, generate
 from testbed.puzzles.records import read_lines, write_lines
 
@@ -45,7 +52,7 @@ class Samples:
 
     @property
     def described(self) -> Record:
-        """What a row says of them, and is told apart by."""
+        """What tells rows apart; `later` is left out where it is not set, as older rows lack it."""
         return {name: value for name, value in asdict(self).items() if value is not False}
 
     def write(self, trio: Path, out: Path) -> dict[str, str]:
@@ -66,18 +73,20 @@ def _in_chat(record: Record, said: Sequence[Record]) -> Record:
     The first turn is another sample and its answer, without thinking, as chat templates show it.
     A prompt of both sets has the same turn before it in both.
     """
-    number = int(hashlib.sha256(record["prompt"].encode()).hexdigest(), 16)
+    number = number_of(record["prompt"])
     if number % 2 == 0:
         return record
     before = said[number // 2 % len(said)]
     if before["prompt"] == record["prompt"]:
         before = said[(number // 2 + 1) % len(said)]
-    chat = [before["prompt"], split(before["output"]).answer, record["prompt"]]
-    turns = [
-        {"role": role, "content": text}
-        for role, text in zip(("user", "assistant", "user"), chat, strict=True)
-    ]
-    return {**{k: v for k, v in record.items() if k != "prompt"}, "messages": turns}
+    earlier = _turn(before["prompt"], split(before["output"]).answer)
+    messages = [*earlier, {"role": "user", "content": record["prompt"]}]
+    return {**{k: v for k, v in record.items() if k != "prompt"}, "messages": messages}
+
+
+def _turn(prompt: str, answer: str) -> list[Record]:
+    """The messages of one turn of a chat."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def dice(seed: int, purpose: str) -> random.Random:
@@ -119,14 +128,11 @@ def write_later(seed: int, out: Path) -> Path:
     """
     rng, path = dice(seed, "earlier turns"), out / "later.jsonl"
     records = read_lines(write_choosing(seed, out))
-    write_lines(path, ({**record, "before": _turn(rng)} for record in records))
+    for record in records:
+        task = draw_task(rng, "validation", rng.choice((0, 1)))
+        record["before"] = _turn(task.prompt, task.answer())
+    write_lines(path, records)
     return path
-
-
-def _turn(rng: random.Random) -> list[Record]:
-    task = draw_task(rng, "validation", rng.choice((0, 1)))
-    said = {"user": task.prompt, "assistant": task.answer()}
-    return [{"role": role, "content": text} for role, text in said.items()]
 
 
 def _write_tasks(rng: random.Random, split_name: str, counts: Sequence[int], path: Path) -> None:

@@ -85,8 +85,13 @@ def is_right(text: str, expected: str) -> bool:
     return found and not any(re.search(rf"\b{name}\b", plain, re.IGNORECASE) for name in others)
 
 
+def number_of(text: str) -> int:
+    """A large number that depends on the text alone."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
 def split_of(question: str) -> str:
-    number = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 100
+    number = number_of(question) % 100
     return next(name for name, numbers_of in SPLITS.items() if number in numbers_of)
 
 
