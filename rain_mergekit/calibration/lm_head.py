@@ -23,6 +23,7 @@ from rain_mergekit.models.empty_model import embedding_weight, output_head
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
+from rain_mergekit.text.token_positions import ReasoningTokens
 
 SITE = "lm_head"
 
@@ -138,9 +139,15 @@ def unseen_tokens(samples: Samples, own: PreTrainedTokenizerBase, count: int) ->
     """
     instruction = samples.instruction.samples if samples.instruction is not None else ()
     written = {one.input_ids[i] for one in instruction for i in one.response_positions}
-    seen = {token for sample in samples.reasoning.samples for token in sample.input_ids}
+    seen = {token for sample in samples.reasoning.samples for token in _own(sample)}
     kept = seen | set(own.get_added_vocab().values())
     return _mask([token for token in written - kept if token < count], count)
+
+
+def _own(sample: ReasoningTokens) -> Iterator[int]:
+    """The sample's tokens, but for an earlier turn of another one's: that has a response's."""
+    lent = frozenset(sample.lent_positions)
+    return (token for place, token in enumerate(sample.input_ids) if place not in lent)
 
 
 def _mask(chosen: Sequence[int], count: int) -> Tensor:

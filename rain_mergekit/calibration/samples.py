@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import Trio
-from rain_mergekit.models.tokenizer import load_tokenizer
-from rain_mergekit.text.calibration_sets import DataSet, load_instruction, load_reasoning
+from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
+from rain_mergekit.system.wording import counted
+from rain_mergekit.text.calibration_sets import (
+    DataSet,
+    load_instruction,
+    load_reasoning,
+    read_instruction,
+    read_reasoning,
+)
+from rain_mergekit.text.chat_template import ChatTemplate
+from rain_mergekit.text.later_turns import LaterTurns, turns_of
 from rain_mergekit.text.marker_detection import find_markers
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,10 +40,12 @@ class Samples:
 
 def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     """Read, render and tokenise the calibration sets with the reasoning model's tokenizer."""
-    tokenizer = load_tokenizer(trio.reasoning)
+    tokenizer, other = tokenizers(trio)
     options, path = settings.chat_template_kwargs, settings.reasoning_data
     markers = settings.marker_texts or find_markers(path, tokenizer, options)
     markers = replace(markers, optional=markers.optional or settings.blocks == "optional")
+    readers = [tokenizer, other] if settings.fit == "streams" else [tokenizer]
+    later = _later_turns(settings, markers, readers)
     reasoning = load_reasoning(
         path,
         tokenizer,
@@ -37,6 +54,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
         window=settings.window,
         max_tokens=settings.max_tokens,
         keep_response=settings.keeps_response,
+        later=later,
     )
     instruction = None
     if settings.needs_instruction_data and settings.instruction_data is not None:
@@ -48,8 +66,54 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
             window=settings.window,
             max_tokens=settings.max_tokens,
             spans=settings.spans_read,
+            later=later,
         )
+    for found in (reasoning, instruction):
+        if found is not None and found.alone:
+            LOG.warning(
+                "%s: %s cannot be a chat's second turn and stay its first (later_turns): %s: %s",
+                found.path,
+                counted(len(found.alone), "sample"),
+                *found.alone[0],
+            )
     return Samples(reasoning, instruction, markers)
+
+
+def tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The reasoning model's tokenizer, and the instruct model's.
+
+    An instruct model without a tokenizer or chat template of its own uses the reasoning model's.
+    """
+    own = load_tokenizer(trio.reasoning)
+    if not has_tokenizer(trio.instruct.path):
+        return own, own
+    other = load_tokenizer(trio.instruct)
+    if not other.chat_template:
+        other.chat_template = own.chat_template
+    return own, other
+
+
+def _later_turns(
+    settings: RainSettings, markers: Markers, readers: Sequence[PreTrainedTokenizerBase]
+) -> LaterTurns | None:
+    """What is to go before samples; None where nothing is, or a chat template takes no more turns.
+
+    readers: the tokenizers of the models that read the samples.
+    """
+    if not settings.later_turns:
+        return None
+    for template in (ChatTemplate(one, settings.chat_template_kwargs) for one in readers):
+        if not template.takes_turns():
+            LOG.warning(
+                "the chat template of %s takes no second turn, so every sample stays a chat's "
+                "first (later_turns)",
+                template.name,
+            )
+            return None
+    path = settings.instruction_data if settings.needs_instruction_data else None
+    said = read_reasoning(settings.reasoning_data) if path is None else read_instruction(path)
+    turns = turns_of(said, markers, str(readers[0].eos_token or ""))
+    return LaterTurns(settings.later_turns, turns) if turns else None
 
 
 def record(samples: Samples) -> dict[str, Any]:
@@ -73,5 +137,6 @@ def _record(data: DataSet[Any], positions: int) -> dict[str, Any]:
         "total": data.total,
         "used": used,
         "skipped": data.total - used,
+        "later": data.later,
         "positions": positions,
     }

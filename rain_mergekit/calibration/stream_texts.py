@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.calibration.samples import Samples
+from rain_mergekit.calibration.samples import Samples, tokenizers
 from rain_mergekit.calibration.token_teachers import TaughtText, taught_texts
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import Trio
-from rain_mergekit.models.tokenizer import has_tokenizer, load_tokenizer
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.answer_readings import AnswerReading, read_answers
@@ -69,7 +68,7 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     if samples.instruction is None or settings.instruction_data is None:
         raise RainError("fit: streams needs rain.instruction_data: its answers are what is fitted")
     used = {one.source: one for one in samples.instruction.samples}
-    own, other = _tokenizers(trio)
+    own, other = tokenizers(trio)
     renderer = Renderer(own, samples.markers, settings.chat_template_kwargs)
     raw = [
         renderer.with_opening(one)  # the instruct model's template may not open the block
@@ -117,20 +116,6 @@ def _asked_alike(
     mine = own.convert_ids_to_tokens([tokens.input_ids[place] for place in tokens.asked_positions])
     theirs = other.convert_ids_to_tokens([reading.input_ids[place] for place in reading.asked])
     return tokens if mine == theirs else replace(tokens, asked_positions=())
-
-
-def _tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The reasoning model's tokenizer, and the instruct model's.
-
-    An instruct model without a tokenizer or chat template of its own uses the reasoning model's.
-    """
-    own = load_tokenizer(trio.reasoning)
-    if not has_tokenizer(trio.instruct.path):
-        return own, own
-    other = load_tokenizer(trio.instruct)
-    if not other.chat_template:
-        other.chat_template = own.chat_template
-    return own, other
 
 
 def _readings(

@@ -31,6 +31,7 @@ _PATHS = ("reasoning_data", "instruction_data")
 _AS_BEFORE = {
     "blocks": "required",
     "gamma": 0.0,
+    "later_turns": 0.0,
     "lm_head": "off",
     "regmean": RegMeanSettings().model_dump(mode="json"),
     "teach_instructions": False,

@@ -27,13 +27,17 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Data:
-    """One calibration set; counts of None were not recorded."""
+    """One calibration set; counts of None were not recorded.
+
+    later: how many of those used are a chat's second turn, after another sample's.
+    """
 
     path: str
     sha256: str
     total: int | None
     used: int | None
     positions: int | None
+    later: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ def _data(section: Mapping[str, Any]) -> dict[str, Data]:
             sha256=_text(entry.get("sha256", "")),
             total=_count(entry.get("total")),
             used=_count(entry.get("used")),
+            later=_count(entry.get("later")),
             positions=_count(entry.get("positions")),
         )
         for name, entry in found.items()

@@ -87,21 +87,26 @@ def likelihood(
     """The likelihoods by the hidden states (T, d) with which each sample left the last layer.
 
     Over the samples of all processes; the thinking text over those of them that are in `few`.
+    Samples behind a turn of another one count only where no other sample tells a likelihood: a
+    model may think on its set, and not later in a chat.
     """
     rows: list[Tensor] = []
-    targets: list[tuple[int, int]] = []
+    targets: list[tuple[int, int, int]] = []
     for sample, hidden in zip(samples, states, strict=True):
         places = _places(sample, thinking=sample in few)
         rows += [hidden[place - 1].cpu() for _, place in places]
-        targets += [(kind, sample.input_ids[place]) for kind, place in places]
-    totals = torch.zeros(len(_KINDS), 2, dtype=torch.float64)
-    logs = log_likelihoods(layerwise, rows, [token for _, token in targets])
-    for (kind, _), log in zip(targets, logs, strict=True):
+        lent = int(bool(sample.lent_positions))
+        targets += [(lent, kind, sample.input_ids[place]) for kind, place in places]
+    totals = torch.zeros(2, len(_KINDS), 2, dtype=torch.float64)
+    logs = log_likelihoods(layerwise, rows, [token for _, _, token in targets])
+    for (lent, kind, _), log in zip(targets, logs, strict=True):
         value = log if kind == _THINKING else math.exp(log)
-        totals[kind] += torch.tensor([value, 1.0], dtype=torch.float64)
+        totals[lent, kind] += torch.tensor([value, 1.0], dtype=torch.float64)
+    alone, behind = world.sum(totals).tolist()
+    pairs = [one if one[1] else other for one, other in zip(alone, behind, strict=True)]
     found = {
         name: total / count if count else None
-        for name, (total, count) in zip(_KINDS, world.sum(totals).tolist(), strict=True)
+        for name, (total, count) in zip(_KINDS, pairs, strict=True)
     }
     return Likelihood(found["open"], found["close"] or 0.0, found["thinking"])
 

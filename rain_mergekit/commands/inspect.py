@@ -125,8 +125,10 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 def _data(name: str, data: Data) -> list[tuple[str, str]]:
     used, total = (str(n) if n is not None else "?" for n in (data.used, data.total))
     positions = f", {data.positions} positions" if data.positions is not None else ""
+    later = f", {data.later} of them later in a chat" if data.later else ""
     digest = data.sha256[:12] or "?"
-    return [(name, f"{used} of {total} samples{positions}, sha256 {digest}"), ("", data.path)]
+    said = f"{used} of {total} samples{later}{positions}, sha256 {digest}"
+    return [(name, said), ("", data.path)]
 
 
 def _kinds(kinds: tuple[Kind, ...]) -> list[str]:

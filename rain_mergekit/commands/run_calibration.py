@@ -87,7 +87,8 @@ def report(summary: CalibrationSummary, console: Console) -> None:
     ]
     for name, data in sets:
         if data is not None:
-            console.print(f"  {name}: {len(data.samples)} of {data.total} used")
+            later = f", {data.later} of them later in a chat" if data.later else ""
+            console.print(f"  {name}: {len(data.samples)} of {data.total} used{later}")
             for line in _skipped(data):
                 console.print(f"    skipped {line}")
     for text in summary.warnings:
@@ -114,7 +115,13 @@ def content(summary: CalibrationSummary) -> dict[str, Any]:
 def used(data: DataSet[Any]) -> dict[str, Any]:
     """How much of a set was used as plain values, for `--json`."""
     skipped = [{"source": source, "reason": reason} for source, reason in data.skipped]
-    return {"file": data.path, "total": data.total, "used": len(data.samples), "skipped": skipped}
+    return {
+        "file": data.path,
+        "total": data.total,
+        "used": len(data.samples),
+        "later": data.later,
+        "skipped": skipped,
+    }
 
 
 def next_step(config: RainConfig, load: LoadOptions, console: Console) -> None:

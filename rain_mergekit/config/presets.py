@@ -18,6 +18,7 @@ class Preset:
 
 # Markers alone, the output head left, and bounds of the coefficients as the scripts have them.
 _BOTH = {
+    "later_turns": 0.0,
     "fit": "projection",
     "gamma": 0.0,
     "projection": "orthogonal",

@@ -141,6 +141,13 @@ Projection = Annotated[
         "orthogonal is the paper's."
     ),
 ]
+LaterTurns = Annotated[
+    ShareOrNone,
+    Field(
+        description="The share of the samples that come as a chat's second turn: the prompt and "
+        "the answer of another one go before, without its thinking. 0: samples stay as they are."
+    ),
+]
 TeachInstructions = Annotated[
     bool,
     Field(

@@ -15,6 +15,7 @@ from rain_mergekit.config.setting_types import (
     Fit,
     FitExperts,
     Gamma,
+    LaterTurns,
     LmHead,
     Margin,
     MarkersOrAuto,
@@ -87,6 +88,7 @@ class RainSettings(BaseModel):
         PositiveInt | None,
         Field(description="Longer samples are skipped, counted and reported; null: no limit."),
     ] = None
+    later_turns: LaterTurns = 0.0
 
     preset: PresetName = None
     fit: Fit = "streams"

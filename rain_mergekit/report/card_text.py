@@ -68,7 +68,9 @@ def data_set(data: Data) -> str:
     name = re.split(r"[/\\]", data.path)[-1]
     used = "?" if data.used is None else data.used
     total = "?" if data.total is None else data.total
-    return f"{code(name)}, {used} of {total} samples, SHA-256 {code(data.sha256 or 'unknown')}"
+    later = f" ({data.later} later in a chat)" if data.later else ""
+    digest = code(data.sha256 or "unknown")
+    return f"{code(name)}, {used} of {total} samples{later}, SHA-256 {digest}"
 
 
 def code(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from rain_mergekit.errors import RainError
 from rain_mergekit.system.json_samples import StrPath, read_samples
 from rain_mergekit.system.wording import counted
+from rain_mergekit.text.later_turns import LaterTurns
 from rain_mergekit.text.markers import Markers
 from rain_mergekit.text.rendering import Renderer, UnusableError
 from rain_mergekit.text.samples import (
@@ -49,7 +50,9 @@ class DataSet(Generic[T]):
         samples: token positions of those that can be used.
         skipped: (source, reason), for a whole sample or for one instruction of a sample that is
             still used.
-        read: the usable samples as they stand in the file, in the order of `samples`.
+        read: the usable samples as they were rendered, in the order of `samples`.
+        alone: (source, reason) of samples that stay a chat's first turn, as they cannot be used as
+            its second.
     """
 
     path: str
@@ -58,6 +61,12 @@ class DataSet(Generic[T]):
     samples: tuple[T, ...]
     skipped: tuple[tuple[str, str], ...]
     read: tuple[ReasoningSample | InstructionSample, ...] = ()
+    alone: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def later(self) -> int:
+        """How many samples are the second turn of a chat, after another sample's."""
+        return sum(bool(one.before) for one in self.read)
 
 
 def read_reasoning(path: StrPath) -> list[ReasoningSample]:
@@ -76,7 +85,7 @@ def read_instruction(path: StrPath) -> list[InstructionSample]:
     return read_samples(path, parse_instruction)[1]
 
 
-def load_reasoning(
+def load_reasoning(  # noqa: PLR0913 - all but two by name
     path: StrPath,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -85,8 +94,11 @@ def load_reasoning(
     window: int = 5,
     max_tokens: int | None = None,
     keep_response: bool = False,
+    later: LaterTurns | None = None,
 ) -> DataSet[ReasoningTokens]:
     """Tokenise a reasoning set; ids end with the last close marker unless `keep_response`.
+
+    later: which samples are to be a chat's second turn, and what goes before them.
 
     A sample that cannot be used is skipped with its reason. Raises RainError for a broken file,
     an unfit tokenizer, a template that refuses a sample, or if no sample is left.
@@ -109,14 +121,15 @@ def load_reasoning(
             open_starts=tuple(b.open.start for b in tokens.blocks if b.lead and b.marked),
             open_ends=tuple(block.open.stop for block in tokens.blocks),
             close_starts=tuple(block.close_start for block in tokens.blocks),
+            lent_positions=tokens.lent(),
         )
 
     _check_options(window, max_tokens)
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
-    return _load(path, parse_reasoning, convert)
+    return _load(path, parse_reasoning, convert, later)
 
 
-def load_instruction(
+def load_instruction(  # noqa: PLR0913 - all but two by name
     path: StrPath,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -125,12 +138,14 @@ def load_instruction(
     window: int = 5,
     max_tokens: int | None = None,
     spans: Spans = "all",
+    later: LaterTurns | None = None,
 ) -> DataSet[InstructionTokens]:
     """Tokenise an instruction set and find the tokens of every instruction's spans.
 
     spans: which of an instruction's spans are looked for. all: those in prompt and response, and a
     sample must list one; prompt: the former alone (`asked_positions`), and none: no span, where a
-    sample may list no instruction and stays without one that is not found.
+    sample may list no instruction and stays without one that is not found. later: which samples are
+    to be a chat's second turn, and what goes before them.
 
     A sample, or one instruction of it, that cannot be used is skipped with its reason. Raises
     RainError for a broken file, an unfit tokenizer, a template that refuses a sample, or if no
@@ -154,20 +169,24 @@ def load_instruction(
 
     _check_options(window, max_tokens)
     renderer = Renderer(tokenizer, markers, chat_template_kwargs)
-    return _load(path, partial(parse_instruction, spans_needed=spans == "all"), convert)
+    return _load(path, partial(parse_instruction, spans_needed=spans == "all"), convert, later)
 
 
 def _load(
-    path: StrPath, parse: Callable[[str, object], S], convert: Callable[[S, list[str]], T]
+    path: StrPath,
+    parse: Callable[[str, object], S],
+    convert: Callable[[S, list[str]], T],
+    later: LaterTurns | None,
 ) -> DataSet[T]:
     """Convert every sample; `convert` may add reasons for parts that it left out."""
     digest, samples = read_samples(path, parse)
     used: list[tuple[T, S]] = []
     skipped: list[tuple[str, str]] = []
+    alone: list[tuple[str, str]] = []
     for sample in samples:
-        notes: list[str] = []
         try:
-            used.append((convert(sample, notes), sample))
+            tokens, taken, notes = _converted(sample, convert, later, alone)
+            used.append((tokens, taken))
         except UnusableError as exc:
             notes = [str(exc)]
         skipped += [(sample.source, note) for note in notes]
@@ -175,8 +194,30 @@ def _load(
         reasons = "; ".join(f"{source}: {reason}" for source, reason in skipped[:3])
         count = counted(len(samples), "sample")
         raise RainError(f"{path}: none of its {count} can be used ({reasons})")
-    tokens, read = zip(*used, strict=True)
-    return DataSet(str(path), digest, len(samples), tokens, tuple(skipped), read)
+    rows, read = zip(*used, strict=True)
+    return DataSet(str(path), digest, len(samples), rows, tuple(skipped), read, tuple(alone))
+
+
+def _converted(
+    sample: S,
+    convert: Callable[[S, list[str]], T],
+    later: LaterTurns | None,
+    alone: list[tuple[str, str]],
+) -> tuple[T, S, list[str]]:
+    """The tokens, the sample as it was taken, and notes; `alone` gets why it is no second turn."""
+    given = sample if later is None else later.of(sample)
+    reason = ""
+    if given.before:
+        notes: list[str] = []
+        try:
+            return convert(given, notes), given, notes
+        except UnusableError as exc:
+            reason = str(exc)
+    notes = []
+    tokens = convert(sample, notes)
+    if reason:
+        alone.append((sample.source, reason))
+    return tokens, sample, notes
 
 
 def _encode(

@@ -60,6 +60,16 @@ class ChatTemplate:
             raise RainError(f"{source}: the chat template of {self.name} did not give one text")
         return text
 
+    def takes_turns(self) -> bool:
+        """Whether a chat may have a second turn, of which both questions are shown."""
+        asked = [{"role": "user", "content": _PROBE.format(index)} for index in range(2)]
+        said = {"role": "assistant", "content": "Yes."}
+        try:
+            text = self.render("probe", [asked[0], said, asked[1]])
+        except RainError:
+            return False
+        return all(message["content"] in text for message in asked)
+
     def locate(
         self, text: str, messages: Sequence[Message], tools: Sequence[Any] = ()
     ) -> list[Span] | None:

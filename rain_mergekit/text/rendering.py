@@ -30,7 +30,8 @@ class Rendered:
 
     `prompt` holds the texts of users and system, `blocks` every thinking block, `answers` what the
     model wrote outside of them before the last one: each with what ends its turn. `ahead` is what
-    the last turn says before its first block, where blocks are optional.
+    the last turn says before its first block, where blocks are optional. `lent` is an earlier turn
+    of another sample; its texts are in no `prompt`.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Rendered:
     blocks: tuple[Block, ...]
     answers: tuple[Span, ...] = ()
     ahead: tuple[Span, ...] = ()
+    lent: tuple[Span, ...] = ()
 
 
 class Renderer:
@@ -75,8 +77,10 @@ class Renderer:
             body = self._without_opening(sample.output, opened)
             begun = "" if opened else self._begun(head[places[-1][1] :], body)
             body = body[len(begun) :]
-        roles = [m["role"] for m in messages if m["role"] != "assistant"]
-        asked = (place for place, role in zip(places, roles, strict=True) if role in _ASKING)
+        others = [m for m in messages if m["role"] != "assistant"]
+        said = list(zip(places, others, strict=True))
+        asked = (p for p, m in said if m["role"] in _ASKING and not sample.is_lent(m))
+        lent = ((p[0], after[0][0]) for (p, m), after in pairwise(said) if sample.is_lent(m))
         lead = head[places[-1][1] : len(head) - len(opened)]
         earlier = self._earlier(head, messages, places, lead if opened else "")
         last = self._last(head, opened, body)
@@ -89,7 +93,14 @@ class Renderer:
         if not last:
             last = [_unmarked(sample, start, text)]
         ahead = [(start, last[0].open[0])] if self.markers.optional and not opened else []
-        return Rendered(text, tuple(asked), (*earlier, *last), (*answers, *ahead), tuple(ahead))
+        return Rendered(
+            text=text,
+            prompt=tuple(asked),
+            blocks=(*earlier, *last),
+            answers=(*answers, *ahead),
+            ahead=tuple(ahead),
+            lent=tuple(lent),
+        )
 
     def with_opening(self, sample: InstructionSample) -> InstructionSample:
         """The sample whose verbatim output has the open marker that this template writes, too.

@@ -15,11 +15,18 @@ class _Asked:
 
     prompt: str
     messages: tuple[Message, ...]
+    before: tuple[Message, ...]
 
     @property
     def conversation(self) -> tuple[Message, ...]:
         """The messages for the chat template, up to where the model's last turn begins."""
-        return self.messages or ({"role": "user", "content": self.prompt},)
+        own = self.messages or ({"role": "user", "content": self.prompt},)
+        head = next(i for i, one in enumerate(own) if one["role"] not in ("system", "developer"))
+        return (*own[:head], *self.before, *own[head:])
+
+    def is_lent(self, message: Message) -> bool:
+        """Whether that message of the conversation is another sample's."""
+        return any(message is one for one in self.before)
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class ReasoningSample(_Asked):
     """One reasoning sample: verbatim `output`, or `reasoning` and perhaps a `response`.
 
     `source` is `file:line` (JSON lines) or `file[index]` (JSON list). `messages` is empty
-    where the sample has only a `prompt`.
+    where the sample has only a `prompt`. `before` is an earlier turn that another sample lends.
     """
 
     source: str
@@ -37,6 +44,7 @@ class ReasoningSample(_Asked):
     response: str | None
     messages: tuple[Message, ...] = ()
     tools: tuple[Any, ...] = ()
+    before: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,10 @@ class InstructionSpec:
 
 @dataclass(frozen=True)
 class InstructionSample(_Asked):
-    """One instruction sample: verbatim `output`, or `reasoning` and `response`."""
+    """One instruction sample: verbatim `output`, or `reasoning` and `response`.
+
+    `before` is an earlier turn that another sample lends.
+    """
 
     source: str
     prompt: str
@@ -62,6 +73,7 @@ class InstructionSample(_Asked):
     unrelated_response_spans: tuple[str, ...]
     messages: tuple[Message, ...] = ()
     tools: tuple[Any, ...] = ()
+    before: tuple[Message, ...] = ()
 
 
 def parse_reasoning(source: str, value: object) -> ReasoningSample:

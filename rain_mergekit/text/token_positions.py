@@ -31,6 +31,7 @@ class ReasoningTokens:
     blocks that the model opens itself) and `close_starts` are the markers' first tokens;
     `open_ends` (of all blocks) are the first tokens after the open markers. An output without a
     block is one block of its own: it has no open start, and its close start is its last token.
+    `lent_positions` is an earlier turn of another sample.
     """
 
     source: str
@@ -42,6 +43,7 @@ class ReasoningTokens:
     open_starts: tuple[int, ...]
     open_ends: tuple[int, ...]
     close_starts: tuple[int, ...]
+    lent_positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,10 @@ class Encoded:
     def ahead(self) -> tuple[int, ...]:
         """The tokens of `Rendered.ahead`: what the last turn says before its first block."""
         return self._within(self.rendered.ahead)
+
+    def lent(self) -> tuple[int, ...]:
+        """The tokens of `Rendered.lent`: an earlier turn of another sample."""
+        return self._within(self.rendered.lent)
 
     def _within(self, places: Iterable[Span]) -> tuple[int, ...]:
         covered = bytearray(len(self.rendered.text))
