@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rain_mergekit.calibration.estimate import (
     Estimate,
-    ModelShape,
     Workload,
     estimate,
     hidden_budget,
@@ -28,6 +27,7 @@ from rain_mergekit.calibration.layer_names import (
 )
 from rain_mergekit.calibration.layer_sites import LayerSites
 from rain_mergekit.calibration.lm_head import HeadWeight, calibrate_head, find_head
+from rain_mergekit.calibration.model_shape import ModelShape
 from rain_mergekit.calibration.options import max_rank
 from rain_mergekit.calibration.progress import Progress
 from rain_mergekit.calibration.protected_positions import MERGED

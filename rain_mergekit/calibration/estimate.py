@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
-from rain_mergekit.calibration.estimate_site import FLOAT32, SiteNeeds, SiteShape
+from rain_mergekit.calibration.estimate_site import FLOAT32, SiteNeeds
 from rain_mergekit.calibration.file_choices import FileChoices
+from rain_mergekit.calibration.model_shape import ModelShape
 from rain_mergekit.calibration.operations import Operations
 from rain_mergekit.capture.token_chunks import TOKENS
-from rain_mergekit.models.experts import stays_stored
 
 # Python's objects, and the buffers of the libraries that multiply; measured, alike for all models.
 LIBRARIES = 40 * 1024**2
@@ -21,49 +21,6 @@ LIBRARIES = 40 * 1024**2
 EIGEN_FLOPS = 9.0
 # Models of which every layer is read once, and those of them that are compared in the end.
 MODELS, OTHERS = 3, 2
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The largest decoder layer and what surrounds it."""
-
-    layers: int
-    layer_parameters: int
-    largest_matrix: int
-    hidden: int
-    heads_width: int
-    ffn: int
-    stored_itemsize: int
-    model_bytes: int
-    # In the order in which they are solved; by default those of a plain decoder: attention (key and
-    # value heads counted as query heads), its output, MLP, its output.
-    sites: tuple[SiteShape, ...] = ()
-    # Rows of the output head where it is merged too, else 0.
-    vocabulary: int = 0
-    # Of the layer's weights those that one token passes; 0: all of them.
-    active: int = 0
-    # Weights of each tensor of routed experts; large ones stay in memory as they are stored.
-    experts: tuple[int, ...] = ()
-
-    @property
-    def passed(self) -> int:
-        """Weights of a layer that one token passes."""
-        return self.active or self.layer_parameters
-
-    @property
-    def all_sites(self) -> tuple[SiteShape, ...]:
-        """The input sites as given, or those of a plain decoder."""
-        return self.sites or (
-            SiteShape(self.hidden, 3 * self.heads_width, reads=True),
-            SiteShape(self.heads_width, self.hidden),
-            SiteShape(self.hidden, 2 * self.ffn),
-            SiteShape(self.ffn, self.hidden),
-        )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths of the input sites."""
-        return tuple(site.width for site in self.all_sites)
 
 
 @dataclass(frozen=True)
@@ -125,17 +82,6 @@ class Estimate:
     def peak(self) -> int:
         """Highest resident memory in bytes, besides what the imports take."""
         return sum(self.memory.values())
-
-
-def layer_memory(shape: ModelShape, itemsize: int) -> int:
-    """One layer in the forward dtype, and one matrix of each other model, as stored.
-
-    Or, once no layer is needed any more, the output heads of both.
-    """
-    kept = sum(n for n in shape.experts if stays_stored(n, itemsize, shape.stored_itemsize))
-    converted = (shape.layer_parameters - kept) * itemsize + kept * shape.stored_itemsize
-    layer = converted + 2 * shape.largest_matrix * shape.stored_itemsize
-    return max(layer, 2 * shape.vocabulary * shape.hidden * shape.stored_itemsize)
 
 
 def site_needs(shape: ModelShape, work: Workload, rank: int, *, oblique: bool) -> list[SiteNeeds]:
@@ -239,8 +185,8 @@ def estimate(
     cubes = shape.layers * sum(needs.decomposed for needs in sites)
     return Estimate(
         memory={
-            "layer": layer_memory(shape, work.itemsize),
-            "next layer, as stored": following * shape.layer_parameters * shape.stored_itemsize,
+            "layer": shape.memory(work.itemsize),
+            "next layer, as stored": following * shape.waiting,
             "features": feature_memory(sites),
             "hidden states": kept,
             "working space": _transient(shape, work, sites),

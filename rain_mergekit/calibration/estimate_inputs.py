@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rain_mergekit.calibration.estimate import ModelShape, Workload
+from rain_mergekit.calibration.estimate import Workload
 from rain_mergekit.calibration.estimate_site import SiteShape
+from rain_mergekit.calibration.model_shape import ModelShape
 from rain_mergekit.calibration.protected_positions import READ
 from rain_mergekit.calibration.samples import Samples
 from rain_mergekit.capture.input_sites import Leave

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from rain_mergekit.calibration.estimate import (
-    ModelShape,
     file_bytes,
     head_bytes,
 )
+from rain_mergekit.calibration.model_shape import ModelShape
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.loading import LoadOptions
 from rain_mergekit.system.loader_choice import MMAP
@@ -44,6 +44,8 @@ class RunOptions:
         read_ahead: the next layer is read while the present one computes; one layer more of each
             model is in memory then, as it is stored.
         loader: how layers are read ahead: `mmap`, or `fastsafetensors` where it is installed.
+        experts_budget: the experts of a layer that take more bytes than this in one model, as they
+            are stored, are read whenever they are used, one by one; None: never.
         quiet: no progress bar.
     """
 
@@ -57,6 +59,7 @@ class RunOptions:
     batch_tokens: int | None = None
     read_ahead: bool = True
     loader: str = MMAP
+    experts_budget: int | None = None
     quiet: bool = False
 
     @property

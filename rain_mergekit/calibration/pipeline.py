@@ -32,6 +32,7 @@ from rain_mergekit.config.merge_config import RainConfig
 from rain_mergekit.config.method_names import AIM
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.adapters import adapter_digest
+from rain_mergekit.models.experts import experts_budget
 from rain_mergekit.models.fingerprint import fingerprint
 from rain_mergekit.models.loading import Trio
 from rain_mergekit.models.merge_names import lost_tensors, merge_names
@@ -79,7 +80,10 @@ def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
     _check_writable(config.calibration)
     world = join(options.device)
     try:
-        with deterministic(world.device, wanted=options.deterministic):
+        with (
+            deterministic(world.device, wanted=options.deterministic),
+            experts_budget(options.experts_budget),
+        ):
             return _calibrate(config, options, world, start)
     finally:
         leave(world)
@@ -87,7 +91,8 @@ def calibrate(config: RainConfig, options: RunOptions) -> CalibrationSummary:
 
 def plan(config: RainConfig, options: RunOptions) -> Estimate:
     """What `calibrate` would need, from file headers and token counts; nothing is run."""
-    return _engine(CalibrationJob.of(config, options, World(torch.device("cpu")))).estimate()
+    with experts_budget(options.experts_budget):
+        return _engine(CalibrationJob.of(config, options, World(torch.device("cpu")))).estimate()
 
 
 def _calibrate(

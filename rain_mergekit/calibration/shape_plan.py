@@ -18,6 +18,7 @@ from rain_mergekit.calibration.token_teachers import HELD_OUT_EVERY
 from rain_mergekit.checks.thinking_likelihood import COMPARED
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
+from rain_mergekit.models.experts import experts_budget
 from rain_mergekit.models.loading import default_dtype
 from rain_mergekit.models.outline import ModelOutline, outline_of
 from rain_mergekit.system.shipped_files import shipped
@@ -72,7 +73,8 @@ def plan_shape(path: str, chosen: Mapping[str, Any], options: RunOptions) -> Est
 
 def plan_outline(outline: ModelOutline, chosen: Mapping[str, Any], options: RunOptions) -> Estimate:
     """The estimate of `plan_shape` for a model that has been built without weights."""
-    found = _planned(outline, chosen, options)
+    with experts_budget(options.experts_budget):
+        found = _planned(outline, chosen, options)
     if outline.quantised is None:
         return found
     known = outline.quantised.kind is not None

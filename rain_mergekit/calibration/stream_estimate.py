@@ -140,6 +140,11 @@ def estimate_streams(shape: StreamShape, work: StreamWork) -> Estimate:
 def _notes(shape: StreamShape, work: StreamWork) -> Iterator[str]:
     """Which inputs are too wide for their sums, what that costs, and which budget is enough."""
     sites = {site.width: work.fit(site) for layer, _ in shape.layers for site in layer.sites}
+    if any(layer.apart(shape.stored_itemsize) for layer, _ in shape.layers):
+        yield (
+            "experts are read one by one whenever tokens reach them (--experts-budget), from the "
+            "system's cache where it has room for a layer of each model, else from the disk"
+        )
     allowed = {width: one.affordable for width, one in sorted(sites.items())}
     cut = {width: directions for width, directions in allowed.items() if directions < width}
     if not cut:
@@ -168,7 +173,7 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
     targets = min(work.budget // 2, _targets(shape, work))
     fixed = {"hidden states": hidden, "libraries": LIBRARIES}
     if work.ahead and shape.depth > 1:
-        fixed["next layers, as stored"] = 2 * layer.parameters * shape.stored_itemsize
+        fixed["next layers, as stored"] = 2 * layer.ahead(shape.stored_itemsize)
     taught = {
         "layers of both models": 2 * one,
         "targets": targets,

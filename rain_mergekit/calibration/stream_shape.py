@@ -19,7 +19,7 @@ from rain_mergekit.calibration.estimate_site import FLOAT32
 from rain_mergekit.calibration.options import MIN_RANK_CAP, MIN_RANK_CAP_EXPERTS
 from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.config.settings import RainSettings
-from rain_mergekit.models.experts import normalised, stays_stored
+from rain_mergekit.models.experts import beyond_budget, normalised, stays_stored
 from rain_mergekit.models.outline import ModelOutline
 
 
@@ -70,17 +70,31 @@ class LayerShape:
         active: those that one token passes; of experts, a share.
         experts: weights of each tensor of routed experts.
         sites: what is fitted, in the order in which it runs.
+        single: weights of the largest tensor of one expert.
     """
 
     parameters: int
     active: int
     experts: tuple[int, ...]
     sites: tuple[FittedSite, ...]
+    single: int = 0
 
     def held(self, itemsize: int, stored: int) -> int:
         """Bytes of the filled layer; large tensors of experts stay as they are stored."""
+        if self.apart(stored):
+            alone = self.single * (itemsize + stored)
+            return (self.parameters - sum(self.experts)) * itemsize + alone
         kept = self.kept(itemsize, stored)
         return (self.parameters - kept) * itemsize + kept * stored
+
+    def ahead(self, stored: int) -> int:
+        """Bytes of the layer while it waits, as it is stored."""
+        return (self.parameters - self.apart(stored)) * stored
+
+    def apart(self, stored: int) -> int:
+        """How many weights are read when they are used: those of all experts, or none."""
+        count = sum(self.experts)
+        return count if beyond_budget(count * stored) else 0
 
     def kept(self, itemsize: int, stored: int) -> int:
         """How many weights stay as they are stored."""
@@ -108,6 +122,7 @@ class LayerShape:
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             active=int(sum(size for _, size in sizes)),
             experts=tuple(p.numel() for n, p in _weights(layer) if of_experts(n, p)),
+            single=max((p[0].numel() for n, p in _weights(layer) if of_experts(n, p)), default=0),
             sites=(*_sites(layer, dict(sizes)), *routed),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,14 @@ class TrioTensors:
         all. The blocks are read when they are needed. Raises RainError for NaN or infinity.
         """
         name = f"{layer}.{weight.name}"
-        tensors = [model.get(name) for model in self._read]
-        if weight.input_axis == -2:
-            tensors = [tensor.mT for tensor in tensors]
-        if expert is not None:
-            tensors = [tensor[expert] for tensor in tensors]
-        matrices = [tuple(tensors)] if tensors[0].dim() == 2 else zip(*tensors, strict=True)
-        for weights in matrices:
-            yield from self._blocks(name, weights, device)
+        several, *_ = self._read[0].expected[name]
+        packed = len(self._read[0].expected[name]) > 2
+        every: Iterable[int | None] = range(several) if packed else [None]
+        for one in every if expert is None else [expert]:
+            tensors = [_weight(model, name, one) for model in self._read]
+            if weight.input_axis == -2:
+                tensors = [tensor.mT for tensor in tensors]
+            yield from self._blocks(name, tensors, device)
         # Otherwise all weights of the layer stay mapped in memory.
         for model in self._read:
             model.checkpoint.release()
@@ -152,3 +152,12 @@ class TrioTensors:
         """Close all shards."""
         for tensors in self._models.values():
             tensors.release()
+
+
+def _weight(model: ModelTensors, name: str, expert: int | None) -> Tensor:
+    """A weight of two axes, as stored; expert: of one with three. Others are read where need be."""
+    if expert is None:
+        return model.get(name)
+    if model.has_single_experts(name):
+        return model.expert(name, expert)
+    return model.get(name)[expert]

@@ -7,7 +7,7 @@ is filled from the checkpoint, called with the recorded arguments, and emptied a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -34,8 +34,8 @@ from rain_mergekit.capture.layers_ahead import (
     StoredLayer,
     use,
 )
+from rain_mergekit.capture.single_experts import SingleExperts, fitting, numbers
 from rain_mergekit.errors import RainError
-from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.checkpoint import Checkpoint
 from rain_mergekit.models.empty_model import decoder_layers, empty_model, text_config
 from rain_mergekit.models.experts import expert_weights, stays_stored
@@ -56,18 +56,18 @@ class LayerwiseModel:
         layers: nn.ModuleList,
         prefix: str,
         *,
-        experts: Collection[str],
+        single: SingleExperts,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """prefix: the name of `layers` in `model`; dtype: of the forward pass.
 
-        experts: the names of the experts' weights while the layers are there: at times others
-        take their place.
+        single: it knows the experts' weights while the layers are there: at times others take
+        their place.
         """
         self.model, self.tensors, self.checkpoint = model, tensors, tensors.checkpoint
         self.layers, self.prefix, self.dtype, self.device = layers, prefix, dtype, device
-        self._experts = experts
+        self._single = single
         self.as_tuple = False
         self._ahead: LayersAhead | None = None
 
@@ -82,16 +82,9 @@ class LayerwiseModel:
         """
         model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
         layers, prefix = decoder_layers(model, config)
-        tensors = ModelTensors.of(checkpoint, model)
-        return cls(
-            model,
-            tensors,
-            layers,
-            prefix,
-            experts=expert_weights(model),
-            dtype=dtype,
-            device=torch.device(device),
-        )
+        tensors, where = ModelTensors.of(checkpoint, model), torch.device(device)
+        single = SingleExperts(tensors, expert_weights(model), where)
+        return cls(model, tensors, layers, prefix, single=single, dtype=dtype, device=where)
 
     @property
     def hidden_size(self) -> int:
@@ -193,7 +186,8 @@ class LayerwiseModel:
         with phase(LOAD):
             found = None if self._ahead is None else self._ahead.take(index)
         read = None if found is None else partial(self._convert_from, found)
-        with self.filled(layer, f"{self.prefix}.{index}", read), torch.no_grad():
+        prefix = f"{self.prefix}.{index}"
+        with self.filled(layer, prefix, read), self._single.read(layer, prefix), torch.no_grad():
             yield layer
 
     @contextmanager
@@ -215,9 +209,13 @@ class LayerwiseModel:
         return [f"{prefix}.{name}" for name in self.needed(self.layers[index], prefix)]
 
     def needed(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """The empty tensors of `module` that the checkpoint fills, by their names in it."""
-        empty = dict(module.state_dict())
-        return {n: t for n, t in empty.items() if t.is_meta or self._has(f"{prefix}.{n}")}
+        """The empty tensors of `module` that the checkpoint fills, by their names in it.
+
+        Without experts that are read one by one.
+        """
+        empty, later = dict(module.state_dict()), self._single.of(prefix)
+        mine = {n: t for n, t in empty.items() if f"{prefix}.{n}" not in later}
+        return {n: t for n, t in mine.items() if t.is_meta or self._has(f"{prefix}.{n}")}
 
     @contextmanager
     def filled(
@@ -259,11 +257,11 @@ class LayerwiseModel:
 
     def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor on the device, in the forward type; large tensors of experts as stored."""
-        if name in self._experts and stays_stored(
+        if name in self._single.names and stays_stored(
             stored.numel(), dtype.itemsize, stored.dtype.itemsize
         ):
             dtype = stored.dtype
-        return self.numbers(name, stored.to(self.device, dtype))
+        return numbers(self.checkpoint, name, stored.to(self.device, dtype))
 
     def _read_rows(
         self, rows: Tensor, name: str, expected: tuple[int, ...], dtype: torch.dtype
@@ -271,27 +269,9 @@ class LayerwiseModel:
         """Only the rows that are used; pages of the table that nobody touches take no memory."""
         stored = self._stored(name, expected)
         table = torch.empty(expected, dtype=dtype, device=self.device)
-        table[rows.to(self.device)] = self.numbers(name, stored[rows].to(self.device, dtype))
+        values = stored[rows].to(self.device, dtype)
+        table[rows.to(self.device)] = numbers(self.checkpoint, name, values)
         return table
-
-    def numbers(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, if it holds nothing but numbers in the type of the forward pass."""
-        if finite(tensor):
-            return tensor
-        raise RainError(
-            f"{self.checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}: "
-            "the checkpoint is damaged, fetch it again (or the type is too narrow: see --dtype)"
-        )
 
     def _stored(self, name: str, expected: tuple[int, ...]) -> Tensor:
         return fitting(self.checkpoint, name, self.tensors.get(name), expected)
-
-
-def fitting(checkpoint: Checkpoint, name: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """The tensor, if it has the shape that the model wants."""
-    if tensor.shape == expected:
-        return tensor
-    raise RainError(
-        f"{checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
-        f"but config.json asks for {tuple(expected)}"
-    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rain_mergekit.capture.input_sites import dotted
 from rain_mergekit.capture.layer_calls import RecordingLayer
 from rain_mergekit.capture.layerwise_model import LayerwiseModel
+from rain_mergekit.capture.single_experts import numbers
 from rain_mergekit.models.empty_model import embedding_weight, output_head
 
 # A float32 copy of this many logits takes 64 MiB, and so does a block of the head at width 4096.
@@ -128,7 +129,7 @@ class _BlockHead(_Head):
     def __init__(self, layerwise: LayerwiseModel, weight: str, bias: str | None) -> None:
         """weight, bias: names of its tensors."""
         super().__init__(layerwise)
-        self._read, self._numbers = layerwise.tensors.get, layerwise.numbers
+        self._read, self._checkpoint = layerwise.tensors.get, layerwise.checkpoint
         self._dtype, self._device = layerwise.dtype, layerwise.device
         self._weight, self._bias = weight, bias
         self.logits: Tensor | None = None
@@ -155,7 +156,7 @@ class _BlockHead(_Head):
         return self.logits
 
     def _weights(self, block: Tensor) -> Tensor:
-        return self._numbers(self._weight, block.to(self._device, self._dtype))
+        return numbers(self._checkpoint, self._weight, block.to(self._device, self._dtype))
 
 
 def _run(layerwise: LayerwiseModel, given: list[_Given], rows: Tensor) -> Any:

@@ -15,6 +15,7 @@ from rain_mergekit.commands.options import (
     deterministic_option,
     device_option,
     dtype_option,
+    experts_option,
     loading_options,
     output_options,
     pick_device,
@@ -39,6 +40,7 @@ class CalibrateOptions:
     batch_tokens: int | None
     read_ahead: bool
     loader: str
+    experts_budget: int | None
     profile: str | None
     plan: bool
     as_json: bool
@@ -89,6 +91,7 @@ class CalibrateOptions:
     show_default=True,
     help="How layers are read ahead: from mapped files, or by the threads of fastsafetensors.",
 )
+@experts_option
 @click.option(
     "--profile",
     type=click.Path(dir_okay=False),
@@ -130,6 +133,7 @@ def calibrate(options: CalibrateOptions) -> None:
         batch_tokens=options.batch_tokens,
         read_ahead=options.read_ahead,
         loader=options.loader,
+        experts_budget=options.experts_budget,
         quiet=not console.progress,
     )
     config = read_config(options.config)

@@ -13,6 +13,7 @@ from rain_mergekit.commands.options import (
     budget_option,
     device_option,
     dtype_option,
+    experts_option,
     output_options,
     pick_device,
     pick_dtype,
@@ -33,6 +34,7 @@ class EstimateOptions:
     device: str
     dtype: str | None
     activation_budget: int
+    experts_budget: int | None
     as_json: bool
     talk: Talk
 
@@ -73,6 +75,7 @@ class EstimateOptions:
 @device_option()
 @dtype_option()
 @budget_option
+@experts_option
 @json_option
 @output_options
 @typed(EstimateOptions)
@@ -101,6 +104,7 @@ def estimate(options: EstimateOptions) -> None:
         device=pick_device(options.device),
         dtype=pick_dtype(options.dtype),
         activation_budget=options.activation_budget,
+        experts_budget=options.experts_budget,
     )
     chosen = {
         "reasoning_data": options.reasoning_data,

@@ -195,6 +195,17 @@ def budget_option(function: F) -> F:
     )(function)
 
 
+def experts_option(function: F) -> F:
+    """Add `--experts-budget`: bytes of a layer's routed experts in memory."""
+    return click.option(
+        "--experts-budget",
+        type=parse_size,
+        metavar="SIZE",
+        help="Read the routed experts of a layer one by one, whenever tokens reach them, where all "
+        "of them take more than that in one model; 0: always.  [default: never]",
+    )(function)
+
+
 def deterministic_option(function: F) -> F:
     """Add `--deterministic`; `cli` sets what it needs before torch is loaded."""
     return click.option(

@@ -72,6 +72,15 @@ class PlainView(Checkpoint):
         self._last = name, found
         return found
 
+    def part(self, name: str, index: int) -> Tensor:
+        """Read and dequantise the tensor's matrix `index` alone."""
+        recipe, read = self.made_of[name], super().get
+        return recipe.piece([read(part) for part in recipe.parts], index)
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of the named tensors that exist, once they are plain."""
+        return {name: self.made_of[name].bytes for name in names if name in self.made_of}
+
     def twin(self) -> PlainView:
         """The same tensors through files that are opened anew, for another thread."""
         other = super().twin()

@@ -76,9 +76,14 @@ class Recipe:
             yield tensors.pop()
         elif len(self.shape) > 2:
             for index in range(self.shape[0]):
-                yield self.formula(*(t[index] if t.dim() > 1 else t for t in tensors))
+                yield self.piece(tensors, index)
         else:
             yield self.formula(*tensors)
+
+    def piece(self, tensors: list[Tensor], index: int) -> Tensor:
+        """One expert of a tensor that has several; tensors: what `parts` names."""
+        rows = [t[index] if t.dim() > 1 else t for t in tensors]
+        return rows[0] if self.formula is None else self.formula(*rows)
 
 
 def recipes(checkpoint: Checkpoint, found: PublishedFormat) -> list[Recipe]:

@@ -111,6 +111,10 @@ class Checkpoint:
             raise RainError(f"{self.reference}: cannot read tensor {name}: {error}") from None
         return tensor
 
+    def part(self, name: str, index: int) -> Tensor:
+        """Matrix `index` of a tensor of several; the others are not read."""
+        return self.get(name)[index]
+
     def twin(self) -> Checkpoint:
         """The same tensors through files that are opened anew, for another thread."""
         other = copy(self)

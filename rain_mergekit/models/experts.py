@@ -60,11 +60,17 @@ class ExpertsObserver:
 # Low-rank changes A Bᵀ of single experts: by the name of the weight and the expert, A (d_out, r)
 # and B (d_in, r).
 ExpertChanges: TypeAlias = "Mapping[tuple[str, int], tuple[Tensor, Tensor]]"
+# reader(name, expert): the weight of one expert, by the name of its parameter in the module.
+ExpertReader: TypeAlias = "Callable[[str, int], Tensor]"
 
 _OBSERVER: ContextVar[ExpertsObserver | None] = ContextVar("rain_experts_observer", default=None)
 _CHANGES: ContextVar[Mapping[nn.Module, ExpertChanges] | None] = ContextVar(
     "rain_experts_changes", default=None
 )
+_READERS: ContextVar[Mapping[nn.Module, ExpertReader] | None] = ContextVar(
+    "rain_experts_readers", default=None
+)
+_BUDGET: ContextVar[int | None] = ContextVar("rain_experts_budget", default=None)
 
 
 def observe_experts(observer: ExpertsObserver) -> AbstractContextManager[None]:
@@ -78,6 +84,22 @@ def changed_experts(changes: Mapping[nn.Module, ExpertChanges]) -> AbstractConte
     So a weight that is kept in a narrow type is not rounded again.
     """
     return holding(_CHANGES, changes)
+
+
+def read_one_by_one(readers: Mapping[nn.Module, ExpertReader]) -> AbstractContextManager[None]:
+    """Inside the block the experts of these modules, too, are read whenever they are used."""
+    return holding(_READERS, {**(_READERS.get() or {}), **readers})
+
+
+def experts_budget(size: int | None) -> AbstractContextManager[None]:
+    """Inside the block a layer's experts of more bytes than that are read when they are used."""
+    return holding(_BUDGET, size)
+
+
+def beyond_budget(size: int) -> bool:
+    """Whether a layer's experts of so many bytes, as stored, are read when they are used."""
+    budget = _BUDGET.get()
+    return budget is not None and size > budget
 
 
 def expert_weights(model: nn.Module) -> frozenset[str]:
@@ -165,5 +187,7 @@ def expert_product(
 
 def expert_linear(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
     """One projection of one expert without its bias, rows (m, d_in) to (m, d_out)."""
-    weight = getattr(module, name)[expert].to(rows.dtype)
+    reader = (_READERS.get() or {}).get(module)
+    stored = getattr(module, name)[expert] if reader is None else reader(name, expert)
+    weight = stored.to(rows.dtype)
     return rows @ weight if module.is_transposed else nn.functional.linear(rows, weight)

@@ -6,6 +6,7 @@ transformers publishes the conversions, and they are applied a tensor at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -14,11 +15,20 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint
 from rain_mergekit.models.empty_model import embedding_weight
+
+# Conversions that do the same to one expert as to all of them.
+_BESIDE = (MergeModulelist, Concatenate)
 
 
 @dataclass
@@ -32,6 +42,16 @@ class Source:
     def name(self) -> str | None:
         """The only checkpoint tensor, if it is taken as it stands."""
         return self.parts[0][0] if self.converter is None else None
+
+    @property
+    def counts(self) -> Counter[str | None]:
+        """How many parts each pattern has."""
+        return Counter(pattern for _, pattern in self.parts)
+
+    def of_expert(self, index: int) -> list[tuple[str, str | None]]:
+        """Part `index` of each pattern, where a pattern has one part an expert."""
+        own = ([part for part in self.parts if part[1] == pattern] for pattern in self.counts)
+        return [parts[index] for parts in own]
 
 
 class ModelTensors:
@@ -103,8 +123,37 @@ class ModelTensors:
         if source.name is not None:
             return self.checkpoint.get(source.name)
         if name not in self._last:
-            self._last = self._converted(name, source, self.checkpoint.get)
+            read = self.checkpoint.get
+            self._last = self._converted(name, source, read, self.expected[name])
         return self._last[name]
+
+    def has_single_experts(self, name: str) -> bool:
+        """Whether each expert of a weight of several can be read without the others.
+
+        Not where a conversion does more than put experts and their parts beside one another: it may
+        look at the shape of the whole.
+        """
+        source = self.sources.get(name)
+        if source is None:
+            return False
+        if source.name is not None:
+            return True
+        count = self.expected[name][0]
+        simple = all(isinstance(one, _BESIDE) for one in source.converter.operations)
+        return simple and all(parts == count for parts in source.counts.values())
+
+    def expert(self, name: str, index: int) -> Tensor:
+        """The weight of one expert on the CPU, as stored; no other is read."""
+        source = self.source(name)
+        if source.name is not None:
+            return self.checkpoint.part(source.name, index)
+        alone = Source(source.of_expert(index), source.converter)
+        shape = (1, *self.expected[name][1:])
+        return self._converted(name, alone, self.checkpoint.get, shape)[name][0]
+
+    def stored_bytes(self, name: str) -> int:
+        """What a tensor takes as it is stored, or as it is after it has been dequantised."""
+        return sum(self.checkpoint.sizes(part for part, _ in self.source(name).parts).values())
 
     def source(self, name: str) -> Source:
         """What that tensor is made of; RainError names the model if it is missing."""
@@ -127,10 +176,14 @@ class ModelTensors:
 
     def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """One converted tensor from parts that `read` gives by their names in the checkpoint."""
-        return self._converted(name, self.sources[name], read)[name]
+        return self._converted(name, self.sources[name], read, self.expected[name])[name]
 
     def _converted(
-        self, name: str, source: Source, read: Callable[[str], Tensor]
+        self,
+        name: str,
+        source: Source,
+        read: Callable[[str], Tensor],
+        expected: tuple[int, ...],
     ) -> dict[str, Tensor]:
         converter = deepcopy(source.converter)
         first = _first_target(name, converter)
@@ -140,7 +193,7 @@ class ModelTensors:
             first, model=self._model, config=self._model.config
         )
         tensors = {key: t[0] if isinstance(t, list) else t for key, t in found.items()}
-        if name not in tensors or tuple(tensors[name].shape) != self.expected[name]:
+        if name not in tensors or tuple(tensors[name].shape) != expected:
             raise RainError(
                 f"{self.checkpoint.reference}: {name} cannot be assembled from "
                 f"{len(source.parts)} tensors of the checkpoint (the first: {source.parts[0][0]})"

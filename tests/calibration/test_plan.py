@@ -15,9 +15,10 @@ from tiny import FAMILIES, Tiny
 from benchmarks.measure import in_child
 from benchmarks.shapes import Shape, TextSet, make_trio, write_config, write_samples
 from rain_mergekit.calibration import estimate as formulas
-from rain_mergekit.calibration.estimate import ModelShape, Workload
+from rain_mergekit.calibration.estimate import Workload
 from rain_mergekit.calibration.estimate_inputs import model_shape
 from rain_mergekit.calibration.estimate_site import SiteNeeds, SiteShape
+from rain_mergekit.calibration.model_shape import ModelShape
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
 from rain_mergekit.calibration_file.reader import CalibrationFile
@@ -53,7 +54,7 @@ def test_the_parts_by_hand() -> None:
     assert [needs.site.width for needs in sites] == [3584, 3584, 3584, 18944]
     assert formulas.feature_memory(sites) == 6496 * 29696 * 4
     assert formulas.hidden_bytes(SEVEN, WORK) == 45_000 * 3584 * 4
-    assert formulas.layer_memory(SEVEN, 4) == 233_057_792 * 4 + 2 * 18944 * 3584 * 2
+    assert SEVEN.memory(4) == 233_057_792 * 4 + 2 * 18944 * 3584 * 2
     attention = 2 * 3584 * 30 * (1000**2 + 500**2)
     assert formulas.forward_flops(SEVEN, WORK.lengths) == 2 * 233_057_792 * 45_000 + attention
 

@@ -19,6 +19,7 @@ from rain_mergekit.calibration.fit_rule import MATRICES
 from rain_mergekit.calibration.operations import PASS_SECONDS, Operations
 from rain_mergekit.calibration.options import RunOptions
 from rain_mergekit.calibration.pipeline import plan
+from rain_mergekit.calibration.shape_plan import plan_shape
 from rain_mergekit.calibration.stream_estimate import StreamWork, estimate_streams, layer_work
 from rain_mergekit.calibration.stream_shape import FittedSite, LayerShape, StreamShape
 from rain_mergekit.calibration.stream_site_needs import FitNeeds
@@ -27,6 +28,7 @@ from rain_mergekit.capture.layerwise_model import LayerwiseModel
 from rain_mergekit.cli import cli
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.linalg.ridge_fit import BUFFERED_ROWS
+from rain_mergekit.models.experts import experts_budget
 from rain_mergekit.models.loading import LoadOptions, open_trio
 from rain_mergekit.models.outline import ModelOutline
 from rain_mergekit.system.speed import Rates
@@ -145,12 +147,38 @@ def test_the_planned_sites_are_those_that_are_fitted(tmp_path: Path, family: str
 
 
 def test_a_mixture_counts_a_share_of_its_experts() -> None:
-    layer = LayerShape(parameters=100, active=20, experts=(90,), sites=(FittedSite(4, (4,), 16),))
+    site = FittedSite(4, (4,), 16)
+    layer = LayerShape(parameters=100, active=20, experts=(90,), single=30, sites=(site,))
     assert layer.widest == 4
     assert layer.held(4, 2) == 400  # so few are converted at once
     large = dataclasses.replace(layer, parameters=10**9, experts=(9 * 10**8,))
     assert large.held(4, 2) == 10**8 * 4 + 9 * 10**8 * 2
     assert large.held(2, 2) == 2 * 10**9
+    with experts_budget(9 * 10**8 * 2 - 1):  # of experts one alone, as stored and converted
+        assert large.held(4, 2) == 10**8 * 4 + 30 * (4 + 2)
+        assert large.ahead(2) == 10**8 * 2
+    with experts_budget(9 * 10**8 * 2):
+        assert large.ahead(2) == 10**9 * 2
+
+
+def test_the_plan_counts_experts_where_they_are(tmp_path: Path) -> None:
+    path, size = str(write_shape(tmp_path, "qwen3-30b-a3b")), 128 * 3 * 2048 * 768 * 2
+    for fit, found in (("streams", "layers of both models"), ("projection", "layer")):
+        held, apart = (
+            plan_shape(path, {"fit": fit}, RunOptions(dtype=torch.bfloat16, experts_budget=budget))
+            for budget in (size, size - 1)
+        )
+        models = 2 if fit == "streams" else 1
+        left = held.memory[found] // models - size  # of one layer, without its experts
+        alone = 2 * 2048 * 768 * (2 + 2)  # the larger of an expert's two weights, stored and used
+        if fit == "streams":  # most memory may be taken where one model's layer is there
+            assert apart.memory[found] in {left + alone, 2 * (left + alone)}
+        else:
+            assert held.memory[found] - apart.memory[found] == size
+        waiting = next(name for name in held.memory if name.startswith("next layer"))
+        assert held.memory[waiting] - apart.memory[waiting] == models * size
+        assert any("--experts-budget" in note for note in apart.notes) == (fit == "streams")
+        assert not any("--experts-budget" in note for note in held.notes)
 
 
 @pytest.mark.parametrize("fit", ["streams", "projection"])

@@ -1,0 +1,91 @@
+"""Experts that would take much memory together are read one by one, when tokens reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rain_mergekit.errors import RainError
+from rain_mergekit.linalg.finite import finite
+from rain_mergekit.models.checkpoint import Checkpoint
+from rain_mergekit.models.experts import beyond_budget, read_one_by_one
+from rain_mergekit.models.model_tensors import ModelTensors
+from rain_mergekit.system.profile import LOAD, moved, phase
+
+
+@dataclass(frozen=True)
+class SingleExperts:
+    """Reads single experts of one model.
+
+    names: of the 3-D weights of experts in the model. known: of each layer, what `of` says. seen:
+    experts that hold nothing but numbers; each is looked at once.
+    """
+
+    tensors: ModelTensors
+    names: Collection[str]
+    device: torch.device
+    known: dict[str, frozenset[str]] = field(default_factory=dict)
+    seen: set[tuple[str, int]] = field(default_factory=set)
+
+    def of(self, prefix: str) -> frozenset[str]:
+        """The weights of a layer that are read so, by their names in the model.
+
+        All of a layer's or none: where they take more than the budget as they are stored, and each
+        expert can be read alone.
+        """
+        if prefix not in self.known:
+            self.known[prefix] = self._of(prefix)
+        return self.known[prefix]
+
+    def _of(self, prefix: str) -> frozenset[str]:
+        mine = [name for name in self.names if name.startswith(f"{prefix}.")]
+        if not all(map(self.tensors.has_single_experts, mine)):
+            return frozenset()
+        return frozenset(mine if beyond_budget(sum(map(self.tensors.stored_bytes, mine))) else ())
+
+    @contextmanager
+    def read(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+        """Inside the block the layer's experts are read when they are used."""
+        homes = {name.rpartition(".")[0] for name in self.of(prefix)}
+        readers = {
+            layer.get_submodule(home.removeprefix(f"{prefix}.")): partial(self._expert, home)
+            for home in homes
+        }
+        with read_one_by_one(readers):
+            yield
+
+    def _expert(self, home: str, weight: str, expert: int) -> Tensor:
+        name = f"{home}.{weight}"
+        with phase(LOAD):
+            stored = self.tensors.expert(name, expert)
+            moved(LOAD, stored.nbytes)
+            found = stored.to(self.device)
+        if (name, expert) not in self.seen:
+            numbers(self.tensors.checkpoint, f"{name}, expert {expert},", found)
+            self.seen.add((name, expert))
+        return found
+
+
+def fitting(checkpoint: Checkpoint, name: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """The tensor, if it has the shape that the model wants."""
+    if tensor.shape == expected:
+        return tensor
+    raise RainError(
+        f"{checkpoint.reference}: tensor {name} has shape {tuple(tensor.shape)}, "
+        f"but config.json asks for {tuple(expected)}"
+    )
+
+
+def numbers(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds nothing but numbers in the type of the forward pass."""
+    if finite(tensor):
+        return tensor
+    raise RainError(
+        f"{checkpoint.reference}: tensor {name} contains NaN or Inf in {tensor.dtype}: "
+        "the checkpoint is damaged, fetch it again (or the type is too narrow: see --dtype)"
+    )
