@@ -43,6 +43,7 @@ class Run:
     folder: Path
     device: str
     budget: int
+    experts_budget: int | None
     deadline: float
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = options.folder / "state.json"
     found = json.loads(state.read_text()) if state.exists() else {}
     deadline = time.monotonic() + options.seconds
-    run = Run(options.folder, options.device, options.budget, deadline, found)
+    memory = options.budget, options.experts_budget
+    run = Run(options.folder, options.device, *memory, deadline, found)
     late = False
     try:
         for shape in SHAPES[options.shapes]:
@@ -110,6 +112,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", choices=SHAPES, default="published")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=int, default=2 * 1024**3, help="activations, in bytes")
+    parser.add_argument("--experts-budget", type=int, help="as that of calibrate, in bytes")
     parser.add_argument("--out", type=Path, help="the table's file  [FOLDER/table.md]")
     return parser.parse_args(arguments)
 
@@ -195,7 +198,8 @@ def read(run: Run, shape: DeviceShape, home: Path, loader: str) -> dict[str, Any
 def calibrated(run: Run, home: Path, loader: str) -> dict[str, Any]:
     """One calibration; seconds are those of the run that finished it."""
     trace = str(run.folder / f"{home.name}-trace.json")
-    more = {"folder": str(home), "budget": run.budget, "trace": trace}
+    memory = {"budget": run.budget, "experts_budget": run.experts_budget}
+    more = {"folder": str(home), "trace": trace, **memory}
     found = child(run, home, {"what": "calibrate", "loader": loader, **more})
     return {**found, "loader": loader}
 

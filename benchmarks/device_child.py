@@ -47,6 +47,7 @@ def measured(options: dict[str, Any]) -> dict[str, Any]:
         activation_budget=options["budget"],
         keep_on_device=True,
         loader=options["loader"],
+        experts_budget=options["experts_budget"],
         quiet=True,
     )
     dtype = default_dtype(read_model_config(open_model(config.reasoning, run.load)), device)

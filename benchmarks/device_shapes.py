@@ -186,6 +186,8 @@ SHAPES: dict[str, tuple[DeviceShape, ...]] = {
     "mixture": tuple(
         DeviceShape(f"30B-A3B-{depth}-layers", 48, depth, _30B, texts=8) for depth in (2, 4)
     ),
+    # Small enough to be calibrated twice, the second time with `--experts-budget 0`.
+    "experts": (DeviceShape("64-experts", 48, 3, _mixture(1024, 512, 16, 64, 739), texts=16),),
     # All layers of it, as its publisher stores it in 8 bits: two models of 31 GB fit a disk.
     "whole": (DeviceShape("30B-A3B-FP8", 48, 48, _30B, texts=4, block=128),),
     "small": (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,12 +39,11 @@ class Samples:
 
 def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     """Read, render and tokenise the calibration sets with the reasoning model's tokenizer."""
-    tokenizer, other = tokenizers(trio)
+    tokenizer = load_tokenizer(trio.reasoning)
     options, path = settings.chat_template_kwargs, settings.reasoning_data
     markers = settings.marker_texts or find_markers(path, tokenizer, options)
     markers = replace(markers, optional=markers.optional or settings.blocks == "optional")
-    readers = [tokenizer, other] if settings.fit == "streams" else [tokenizer]
-    later = _later_turns(settings, markers, readers)
+    later = _later_turns(settings, trio, markers) if settings.later_turns else None
     reasoning = load_reasoning(
         path,
         tokenizer,
@@ -93,15 +91,10 @@ def tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizer
     return own, other
 
 
-def _later_turns(
-    settings: RainSettings, markers: Markers, readers: Sequence[PreTrainedTokenizerBase]
-) -> LaterTurns | None:
-    """What is to go before samples; None where nothing is, or a chat template takes no more turns.
-
-    readers: the tokenizers of the models that read the samples.
-    """
-    if not settings.later_turns:
-        return None
+def _later_turns(settings: RainSettings, trio: Trio, markers: Markers) -> LaterTurns | None:
+    """What is to go before samples; None where a chat template takes no second turn."""
+    own, other = tokenizers(trio)
+    readers = [own, other] if settings.fit == "streams" else [own]
     for template in (ChatTemplate(one, settings.chat_template_kwargs) for one in readers):
         if not template.takes_turns():
             LOG.warning(
@@ -112,7 +105,7 @@ def _later_turns(
             return None
     path = settings.instruction_data if settings.needs_instruction_data else None
     said = read_reasoning(settings.reasoning_data) if path is None else read_instruction(path)
-    turns = turns_of(said, markers, str(readers[0].eos_token or ""))
+    turns = turns_of(said, markers, str(own.eos_token or ""))
     return LaterTurns(settings.later_turns, turns) if turns else None
 
 

@@ -65,9 +65,8 @@ class TrioTensors:
         all. The blocks are read when they are needed. Raises RainError for NaN or infinity.
         """
         name = f"{layer}.{weight.name}"
-        several, *_ = self._read[0].expected[name]
-        packed = len(self._read[0].expected[name]) > 2
-        every: Iterable[int | None] = range(several) if packed else [None]
+        shape = self._read[0].expected[name]
+        every: Iterable[int | None] = range(shape[0]) if len(shape) > 2 else [None]
         for one in every if expert is None else [expert]:
             tensors = [_weight(model, name, one) for model in self._read]
             if weight.input_axis == -2:
@@ -155,7 +154,7 @@ class TrioTensors:
 
 
 def _weight(model: ModelTensors, name: str, expert: int | None) -> Tensor:
-    """A weight of two axes, as stored; expert: of one with three. Others are read where need be."""
+    """A weight of two axes, as stored; expert: the one that is wanted of a weight of three."""
     if expert is None:
         return model.get(name)
     if model.has_single_experts(name):

@@ -30,6 +30,7 @@ TABLES = {
         "questions-instructions.yml",
         "trio-s1-fifth",
     ),
+    "language questions of the projection": ("questions-projection.yml", "trio-s1-sixth"),
 }
 LATER = "trio-s1-sixth"  # the trio that was asked in later turns too
 TURNS = {"choosing": "first turn", "later": "second turn"}
@@ -42,6 +43,7 @@ SHOWN = {
     "both": "both",
     "both_held_out": "both, held-out wording",
 }
+FIT = ("mean rank", "file, MB", "distance at answers")
 GROUPS = {"answers": "answers", "thinking": "thinking", "markers": "markers", "prompts": "prompts"}
 Found = Mapping[str, Any]
 
@@ -92,11 +94,18 @@ def table(rows: Sequence[Found]) -> str:
     lines = []
     for row in rows:
         shares = (percent(float(row["numbers"][name]["value"])) for name in SHOWN)
-        fit = row["fit"]
-        held_out = fit["held_out"]["answers"][-1]
-        file = f"{fit['bytes'] / 1e6:.1f}"
-        lines.append([row["name"], *shares, f"{fit['mean_rank']:.0f}", file, f"{held_out:.2f}"])
-    return markdown(["", *SHOWN.values(), "mean rank", "file, MB", "distance at answers"], lines)
+        lines.append([row["name"], *shares, *_of_fit(row)])
+    fitted = any("fit" in row for row in rows)
+    return markdown(["", *SHOWN.values(), *(FIT if fitted else ())], lines)
+
+
+def _of_fit(row: Found) -> list[str]:
+    """What FIT names; a projection has no fit."""
+    if "fit" not in row:
+        return []
+    fit = row["fit"]
+    held_out = fit["held_out"]["answers"][-1]
+    return [f"{fit['mean_rank']:.0f}", f"{fit['bytes'] / 1e6:.1f}", f"{held_out:.2f}"]
 
 
 def answered(results: Path, name: str) -> list[Found]:

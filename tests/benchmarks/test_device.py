@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.device import main
+from benchmarks.device_child import measured
 from benchmarks.device_models import write_model
-from benchmarks.device_shapes import SHAPES, DeviceShape
+from benchmarks.device_shapes import SHAPES, DeviceShape, write_configs, write_sets
 from benchmarks.device_table import NOT_YET, table
 from rain_mergekit.system.loader_choice import LOADERS, MMAP
 
@@ -72,6 +75,23 @@ def test_the_script_goes_on_to_the_whole_table(tmp_path: Path) -> None:
     again = run(tmp_path, "--seconds", "60")
     assert again.returncode == 0
     assert "..." not in again.stdout  # nothing is done twice
+
+
+def test_experts_may_be_read_one_by_one(tmp_path: Path) -> None:
+    shape, made = SHAPES["small"][1], []
+    for role in ("reasoning", "instruct"):
+        write_model(tmp_path / role, shape, role, "cpu")
+    write_sets(tmp_path, shape)
+    for budget in (None, 0):
+        path = tmp_path / f"{budget}.safetensors"
+        write_configs(tmp_path, path)
+        options = {"config": str(tmp_path / "rain.yml"), "device": "cpu", "loader": MMAP}
+        options |= {"budget": 2**30, "folder": str(tmp_path), "trace": str(tmp_path / "t.json")}
+        found = measured({**options, "experts_budget": budget})
+        assert found["read_bytes"] > 0
+        made.append(load_file(path))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
 
 
 @pytest.mark.parametrize("shape", SHAPES["small"], ids=lambda shape: shape.name)
