@@ -20,6 +20,7 @@ from rain_mergekit.capture.input_sites import Leave
 from rain_mergekit.capture.left_alone import left_alone
 from rain_mergekit.models.empty_model import text_config
 from rain_mergekit.models.head_layout import feeds_attention
+from rain_mergekit.models.model_tensors import has_single_experts
 from rain_mergekit.models.outline import ModelOutline
 from rain_mergekit.text.token_positions import InstructionTokens
 
@@ -34,12 +35,15 @@ def model_shape(outline: ModelOutline, vocabulary: int = 0) -> ModelShape:
     vocabulary: rows of the output head, if it is merged.
     """
     layer = max(outline.layers, key=lambda one: sum(p.numel() for p in one.parameters()))
-    share = experts_share(outline.config)
+    share, alone = experts_share(outline.config), has_single_experts(outline.model)
     sites = _sites(layer, share)
     return ModelShape(
         layers=len(outline.layers),
         layer_parameters=sum(parameter.numel() for parameter in layer.parameters()),
-        largest_matrix=max(parameter.numel() for parameter in layer.parameters()),
+        largest_matrix=max(
+            p[0].numel() if alone and of_experts(n, p) else p.numel()
+            for n, p in layer.named_parameters()
+        ),
         hidden=outline.hidden_size,
         heads_width=max((site.width for name, site in sites if "attn" in name), default=0)
         or outline.hidden_size,
@@ -52,7 +56,17 @@ def model_shape(outline: ModelOutline, vocabulary: int = 0) -> ModelShape:
             sum(p.numel() * (share if of_experts(n, p) else 1) for n, p in layer.named_parameters())
         ),
         experts=tuple(p.numel() for n, p in layer.named_parameters() if of_experts(n, p)),
+        single=largest_expert(layer) if alone else 0,
+        besides=max(
+            sum(p.numel() for n, p in one.named_parameters() if not of_experts(n, p))
+            for one in outline.layers
+        ),
     )
+
+
+def largest_expert(layer: nn.Module) -> int:
+    """Weights of the largest tensor of one routed expert of the layer; 0 where it has none."""
+    return max((p[0].numel() for n, p in layer.named_parameters() if of_experts(n, p)), default=0)
 
 
 def of_experts(name: str, parameter: nn.Parameter) -> bool:

@@ -30,28 +30,34 @@ class ModelShape:
     # Weights of each tensor of routed experts; large ones stay in memory as they are stored.
     experts: tuple[int, ...] = ()
 
+    # Of one expert, of its largest tensor; 0 where none can be read alone.
+    single: int = 0
+    # Of the layer that has most besides its experts.
+    besides: int = 0
+
     def memory(self, itemsize: int) -> int:
         """One layer in the forward type, and one matrix of each other model, as stored, in bytes.
 
         Or, once no layer is needed any more, the output heads of both.
         """
-        kept = sum(n for n in self.experts if stays_stored(n, itemsize, self.stored_itemsize))
-        left = self.layer_parameters - self.apart
-        kept = 0 if self.apart else kept
-        converted = (left - kept) * itemsize + kept * self.stored_itemsize
-        layer = converted + 2 * self.largest_matrix * self.stored_itemsize
-        return max(layer, 2 * self.vocabulary * self.hidden * self.stored_itemsize)
+        stored = self.stored_itemsize
+        if self.apart:
+            layer = self.besides * itemsize + self.single * (itemsize + stored)
+        else:
+            kept = sum(n for n in self.experts if stays_stored(n, itemsize, stored))
+            layer = (self.layer_parameters - kept) * itemsize + kept * stored
+        layer += 2 * self.largest_matrix * stored
+        return max(layer, 2 * self.vocabulary * self.hidden * stored)
 
     @property
     def waiting(self) -> int:
         """Bytes of a layer that is read ahead, as it is stored."""
-        return (self.layer_parameters - self.apart) * self.stored_itemsize
+        return (self.besides if self.apart else self.layer_parameters) * self.stored_itemsize
 
     @property
-    def apart(self) -> int:
-        """Weights of a layer that are read when they are used: those of all experts, or none."""
-        count = sum(self.experts)
-        return count if beyond_budget(count * self.stored_itemsize) else 0
+    def apart(self) -> bool:
+        """Whether experts are read when they are used."""
+        return self.single > 0 and beyond_budget(sum(self.experts) * self.stored_itemsize)
 
     @property
     def passed(self) -> int:

@@ -168,18 +168,27 @@ def _targets(shape: StreamShape, work: StreamWork) -> int:
 
 def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[str, int]]:
     """Every moment that may be the highest: the teachers run, each site is fitted, the head."""
-    layer = max((one for one, _ in shape.layers), key=lambda one: one.parameters)
-    one = layer.held(work.itemsize, shape.stored_itemsize)
-    targets = min(work.budget // 2, _targets(shape, work))
     fixed = {"hidden states": hidden, "libraries": LIBRARIES}
     if work.ahead and shape.depth > 1:
-        fixed["next layers, as stored"] = 2 * layer.ahead(shape.stored_itemsize)
+        waiting = max(layer.ahead(shape.stored_itemsize) for layer, _ in shape.layers)
+        fixed["next layers, as stored"] = 2 * waiting
+    phases = [one | fixed for layer, _ in shape.layers for one in _of_layer(layer, shape, work)]
+    head = shape.vocabulary * shape.hidden * shape.stored_itemsize + 3 * FLOAT32 * LOGITS
+    if shape.head:
+        head = max(head, head_fit(shape, work).memory)
+    return [*phases, {"output head": head, "hidden states": hidden, "libraries": LIBRARIES}]
+
+
+def _of_layer(layer: LayerShape, shape: StreamShape, work: StreamWork) -> list[dict[str, int]]:
+    """What one layer takes while the teachers run, and while each of its sites is fitted."""
+    one = layer.held(work.itemsize, shape.stored_itemsize)
+    targets = min(work.budget // 2, _targets(shape, work))
     taught = {
         "layers of both models": 2 * one,
         "targets": targets,
         "working space": _passing(layer, shape, work),
     }
-    phases: list[Mapping[str, int]] = [{**taught, **fixed}]
+    phases = [taught]
     open_rows = sum(site.kept for site in layer.sites)
     for site in layer.sites:
         left = min(work.budget // 2, sum(work.own) * open_rows * work.itemsize)
@@ -187,14 +196,10 @@ def _phases(shape: StreamShape, work: StreamWork, hidden: int) -> list[Mapping[s
         space = max(work.fit(site).memory + text, _passing(layer, shape, work))
         # Experts are compared with those of the other model, one by one.
         layers = 2 * one if site.experts else one
-        fitted = {"layers of both models": layers, "targets": left, "working space": space}
-        phases.append({**fitted, **fixed})
+        phases.append({"layers of both models": layers, "targets": left, "working space": space})
         if not site.experts:  # their rows are kept until all are fitted
             open_rows -= site.kept
-    head = shape.vocabulary * shape.hidden * shape.stored_itemsize + 3 * FLOAT32 * LOGITS
-    if shape.head:
-        head = max(head, head_fit(shape, work).memory)
-    return [*phases, {"output head": head, "hidden states": hidden, "libraries": LIBRARIES}]
+    return phases
 
 
 def head_fit(shape: StreamShape, work: StreamWork) -> HeadNeeds:

@@ -11,6 +11,7 @@ from torch import nn
 from rain_mergekit.calibration.estimate_inputs import (
     MapInput,
     experts_share,
+    largest_expert,
     map_input,
     of_experts,
     straight,
@@ -20,6 +21,7 @@ from rain_mergekit.calibration.options import MIN_RANK_CAP, MIN_RANK_CAP_EXPERTS
 from rain_mergekit.capture.left_alone import routes
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.models.experts import beyond_budget, normalised, stays_stored
+from rain_mergekit.models.model_tensors import has_single_experts
 from rain_mergekit.models.outline import ModelOutline
 
 
@@ -70,7 +72,7 @@ class LayerShape:
         active: those that one token passes; of experts, a share.
         experts: weights of each tensor of routed experts.
         sites: what is fitted, in the order in which it runs.
-        single: weights of the largest tensor of one expert.
+        single: weights of the largest tensor of one expert; 0 where none can be read alone.
     """
 
     parameters: int
@@ -94,7 +96,7 @@ class LayerShape:
     def apart(self, stored: int) -> int:
         """How many weights are read when they are used: those of all experts, or none."""
         count = sum(self.experts)
-        return count if beyond_budget(count * stored) else 0
+        return count if self.single and beyond_budget(count * stored) else 0
 
     def kept(self, itemsize: int, stored: int) -> int:
         """How many weights stay as they are stored."""
@@ -111,10 +113,12 @@ class LayerShape:
         return max((site.rows for site in self.sites), default=0)
 
     @classmethod
-    def of(cls, layer: nn.Module, share: float, *, experts: bool = True) -> LayerShape:
+    def of(
+        cls, layer: nn.Module, share: float, *, experts: bool = True, alone: bool = False
+    ) -> LayerShape:
         """The shape of one layer; share: of the experts that one token goes through.
 
-        experts: whether these are fitted.
+        experts: whether these are fitted; alone: whether each can be read without the others.
         """
         sizes = [(n, p.numel() * (share if of_experts(n, p) else 1)) for n, p in _weights(layer)]
         routed = _experts(layer, share, sum(n for _, n in sizes)) if experts else ()
@@ -122,7 +126,7 @@ class LayerShape:
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             active=int(sum(size for _, size in sizes)),
             experts=tuple(p.numel() for n, p in _weights(layer) if of_experts(n, p)),
-            single=max((p[0].numel() for n, p in _weights(layer) if of_experts(n, p)), default=0),
+            single=largest_expert(layer) if alone else 0,
             sites=(*_sites(layer, dict(sizes)), *routed),
         )
 
@@ -184,8 +188,10 @@ class StreamShape:
 
         experts: whether routed ones are fitted.
         """
-        share = experts_share(outline.config)
-        layers = (LayerShape.of(layer, share, experts=experts) for layer in outline.layers)
+        share, alone = experts_share(outline.config), has_single_experts(outline.model)
+        layers = (
+            LayerShape.of(layer, share, experts=experts, alone=alone) for layer in outline.layers
+        )
         counts = Counter(layers)
         return cls(
             layers=tuple(counts.items()),

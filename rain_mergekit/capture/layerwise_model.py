@@ -83,7 +83,7 @@ class LayerwiseModel:
         model = empty_model(config, dtype, trust_remote_code=checkpoint.trust_remote_code)
         layers, prefix = decoder_layers(model, config)
         tensors, where = ModelTensors.of(checkpoint, model), torch.device(device)
-        single = SingleExperts(tensors, expert_weights(model), where)
+        single = SingleExperts(tensors, expert_weights(model), where, dtype)
         return cls(model, tensors, layers, prefix, single=single, dtype=dtype, device=where)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,20 +18,25 @@ from rain_mergekit.models.experts import beyond_budget, read_one_by_one
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.system.profile import LOAD, moved, phase
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SingleExperts:
     """Reads single experts of one model.
 
-    names: of the 3-D weights of experts in the model. known: of each layer, what `of` says. seen:
-    experts that hold nothing but numbers; each is looked at once.
+    names: of the 3-D weights of experts in the model. dtype: of the forward pass. known: of each
+    layer, what `of` says. seen: experts that hold nothing but numbers; each is looked at once.
+    refused: layers whose experts would be read so and cannot.
     """
 
     tensors: ModelTensors
     names: Collection[str]
     device: torch.device
+    dtype: torch.dtype
     known: dict[str, frozenset[str]] = field(default_factory=dict)
     seen: set[tuple[str, int]] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     def of(self, prefix: str) -> frozenset[str]:
         """The weights of a layer that are read so, by their names in the model.
@@ -44,9 +50,18 @@ class SingleExperts:
 
     def _of(self, prefix: str) -> frozenset[str]:
         mine = [name for name in self.names if name.startswith(f"{prefix}.")]
-        if not all(map(self.tensors.has_single_experts, mine)):
+        if not beyond_budget(sum(map(self.tensors.stored_bytes, mine))):
             return frozenset()
-        return frozenset(mine if beyond_budget(sum(map(self.tensors.stored_bytes, mine))) else ())
+        if all(map(self.tensors.has_single_experts, mine)):
+            return frozenset(mine)
+        if not self.refused:  # said once
+            LOG.warning(
+                "%s: its experts cannot be read one by one (--experts-budget): transformers turns "
+                "those of a layer as a whole",
+                self.tensors.checkpoint.reference,
+            )
+        self.refused.add(prefix)
+        return frozenset()
 
     @contextmanager
     def read(self, layer: nn.Module, prefix: str) -> Iterator[None]:
@@ -66,7 +81,8 @@ class SingleExperts:
             moved(LOAD, stored.nbytes)
             found = stored.to(self.device)
         if (name, expert) not in self.seen:
-            numbers(self.tensors.checkpoint, f"{name}, expert {expert},", found)
+            words = f"{name}, expert {expert},"
+            numbers(self.tensors.checkpoint, words, found.to(self.dtype))
             self.seen.add((name, expert))
         return found
 

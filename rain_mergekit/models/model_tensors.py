@@ -26,9 +26,7 @@ from transformers.core_model_loading import (
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.checkpoint import PLAIN_TYPES, Checkpoint
 from rain_mergekit.models.empty_model import embedding_weight
-
-# Conversions that do the same to one expert as to all of them.
-_BESIDE = (MergeModulelist, Concatenate)
+from rain_mergekit.models.experts import expert_weights
 
 
 @dataclass
@@ -139,8 +137,9 @@ class ModelTensors:
         if source.name is not None:
             return True
         count = self.expected[name][0]
-        simple = all(isinstance(one, _BESIDE) for one in source.converter.operations)
-        return simple and all(parts == count for parts in source.counts.values())
+        return _puts_beside(source.converter) and all(
+            parts == count for parts in source.counts.values()
+        )
 
     def expert(self, name: str, index: int) -> Tensor:
         """The weight of one expert on the CPU, as stored; no other is read."""
@@ -210,6 +209,24 @@ class ModelTensors:
         """Close the open shard and free the last conversion."""
         self._last = {}
         self.checkpoint.release()
+
+
+def has_single_experts(model: nn.Module) -> bool:
+    """Whether each expert of a model can be read without the others, as far as its modules tell."""
+    names = expert_weights(model)
+    known: Iterable[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    turned = [
+        target
+        for one in known
+        if isinstance(one, WeightConverter) and not _puts_beside(one)
+        for target in one.target_patterns
+    ]
+    return bool(names) and not any(target in name for name in names for target in turned)
+
+
+def _puts_beside(converter: Any) -> bool:
+    """Whether a conversion only puts experts and their parts beside one another."""
+    return all(isinstance(one, (MergeModulelist, Concatenate)) for one in converter.operations)
 
 
 def _sources(

@@ -174,11 +174,41 @@ def test_the_plan_counts_experts_where_they_are(tmp_path: Path) -> None:
         if fit == "streams":  # most memory may be taken where one model's layer is there
             assert apart.memory[found] in {left + alone, 2 * (left + alone)}
         else:
-            assert held.memory[found] - apart.memory[found] == size
+            assert held.memory[found] - apart.memory[found] == size - alone
         waiting = next(name for name in held.memory if name.startswith("next layer"))
         assert held.memory[waiting] - apart.memory[waiting] == models * size
         assert any("--experts-budget" in note for note in apart.notes) == (fit == "streams")
         assert not any("--experts-budget" in note for note in held.notes)
+
+
+def test_layers_without_experts_count_where_these_are_apart(tmp_path: Path) -> None:
+    """The first layers of DeepSeek-V3 have no experts, and are larger than the rest of others."""
+    path = str(write_shape(tmp_path, "deepseek-v3"))
+    options = RunOptions(dtype=torch.bfloat16, experts_budget=0)
+    attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    dense = (attention + 3 * 7168 * 18432) * 2
+    for fit, models in (("streams", 2), ("projection", 1)):
+        memory = plan_shape(path, {"fit": fit}, options).memory
+        waiting = next(size for name, size in memory.items() if name.startswith("next layer"))
+        assert waiting == pytest.approx(models * dense, rel=1e-3)
+        assert "layer" not in memory or memory["layer"] < 2 * dense  # no tensor of all experts
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "qwen3_vl_moe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("fit", ["streams", "projection"])
+def test_the_plan_knows_which_experts_can_be_read_alone(
+    tmp_path: Path, family: str, fit: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = make(tmp_path, family).using(fit=fit)
+    held, apart = (plan(tiny.config(), RunOptions(experts_budget=one)) for one in (None, 0))
+    able = family in {"qwen3_moe", "gpt_oss"}
+    if fit == "projection":
+        assert (apart.memory["layer"] < held.memory["layer"]) == able
+    else:
+        assert any("--experts-budget" in note for note in apart.notes) == able
+    tiny.calibrate(experts_budget=0)
+    said = "cannot be read one by one (--experts-budget)" in caplog.text
+    assert said == (family == "qwen3_vl_moe")
 
 
 @pytest.mark.parametrize("fit", ["streams", "projection"])
