@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from rain_mergekit.text.chat_template import ChatTemplate
 from rain_mergekit.text.later_turns import LaterTurns, turns_of
 from rain_mergekit.text.marker_detection import find_markers
 from rain_mergekit.text.markers import Markers
+from rain_mergekit.text.samples import InstructionSample, ReasoningSample
 from rain_mergekit.text.token_positions import InstructionTokens, ReasoningTokens
 
 LOG = logging.getLogger(__name__)
@@ -104,9 +106,17 @@ def _later_turns(settings: RainSettings, trio: Trio, markers: Markers) -> LaterT
             )
             return None
     path = settings.instruction_data if settings.needs_instruction_data else None
-    said = read_reasoning(settings.reasoning_data) if path is None else read_instruction(path)
-    turns = turns_of(said, markers, str(own.eos_token or ""))
-    return LaterTurns(settings.later_turns, turns) if turns else None
+    said: Sequence[ReasoningSample | InstructionSample] = (
+        read_reasoning(settings.reasoning_data)
+        if path is None
+        else read_instruction(path, spans_needed=settings.spans_read == "all")
+    )
+    turns = turns_of(said, markers, own.all_special_tokens)
+    if not turns:
+        where = path or settings.reasoning_data
+        LOG.warning("no sample of %s can go before another one (later_turns)", where)
+        return None
+    return LaterTurns(settings.later_turns, turns)
 
 
 def record(samples: Samples) -> dict[str, Any]:

@@ -77,12 +77,13 @@ def read_reasoning(path: StrPath) -> list[ReasoningSample]:
     return read_samples(path, parse_reasoning)[1]
 
 
-def read_instruction(path: StrPath) -> list[InstructionSample]:
+def read_instruction(path: StrPath, *, spans_needed: bool = True) -> list[InstructionSample]:
     """Read instruction samples with their `related_prompt_list` of spans (JSON or JSONL).
 
-    Raises RainError naming file, line and field.
+    Without `spans_needed` a sample may lack that list. Raises RainError naming file, line and
+    field.
     """
-    return read_samples(path, parse_instruction)[1]
+    return read_samples(path, partial(parse_instruction, spans_needed=spans_needed))[1]
 
 
 def load_reasoning(  # noqa: PLR0913 - all but two by name
@@ -211,7 +212,7 @@ def _converted(
         notes: list[str] = []
         try:
             return convert(given, notes), given, notes
-        except UnusableError as exc:
+        except (UnusableError, RainError) as exc:  # a chat template may refuse that turn
             reason = str(exc)
     notes = []
     tokens = convert(sample, notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TypeVar
@@ -43,18 +43,22 @@ class LaterTurns:
 
 
 def turns_of(
-    samples: Iterable[ReasoningSample | InstructionSample], markers: Markers, end: str
+    samples: Iterable[ReasoningSample | InstructionSample],
+    markers: Markers,
+    special: Collection[str] = (),
 ) -> list[tuple[str, str]]:
     """(prompt, answer) of each sample that asks once and has an answer, in order.
 
-    end: what ends a turn, which an output may hold; the chat template writes it too.
+    special: the tokenizer's special tokens. Those that end an output are left out, as the chat
+    template writes them, too; an answer with others, or with markers, is no turn to show.
     """
-    found = {
-        one.prompt: _answer(one, markers).removesuffix(end).rstrip()
-        for one in samples
-        if _is_first(one)
-    }
-    return [(prompt, answer) for prompt, answer in found.items() if prompt.strip() and answer]
+    found = {one.prompt: _answer(one, markers, special) for one in samples if _is_first(one)}
+    unfit = (*special, *markers.opens, *markers.closes())
+    return [
+        (prompt, answer)
+        for prompt, answer in found.items()
+        if prompt.strip() and answer and not any(word in answer for word in unfit)
+    ]
 
 
 def _is_first(sample: ReasoningSample | InstructionSample) -> bool:
@@ -64,7 +68,9 @@ def _is_first(sample: ReasoningSample | InstructionSample) -> bool:
     return last["role"] == "user" and roles <= {"system", "developer"} and not sample.tools
 
 
-def _answer(sample: ReasoningSample | InstructionSample, markers: Markers) -> str:
+def _answer(
+    sample: ReasoningSample | InstructionSample, markers: Markers, special: Collection[str]
+) -> str:
     """What it says after its thinking, without surrounding space; "" where there is nothing.
 
     A block that the chat template opened ends in an output that only closes it.
@@ -74,4 +80,7 @@ def _answer(sample: ReasoningSample | InstructionSample, markers: Markers) -> st
     said = split_thinking(sample.output, markers)
     if not said.opened and said.closed:
         said = split_thinking(sample.output, markers, opened_by_template=True)
-    return said.response
+    answer = said.response
+    while ends := [token for token in special if token and answer.endswith(token)]:
+        answer = answer.removesuffix(max(ends, key=len)).rstrip()
+    return answer

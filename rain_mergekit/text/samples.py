@@ -21,7 +21,8 @@ class _Asked:
     def conversation(self) -> tuple[Message, ...]:
         """The messages for the chat template, up to where the model's last turn begins."""
         own = self.messages or ({"role": "user", "content": self.prompt},)
-        head = next(i for i, one in enumerate(own) if one["role"] not in ("system", "developer"))
+        others = (i for i, one in enumerate(own) if one["role"] not in ("system", "developer"))
+        head = next(others, len(own))
         return (*own[:head], *self.before, *own[head:])
 
     def is_lent(self, message: Message) -> bool:

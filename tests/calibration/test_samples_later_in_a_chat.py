@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from test_streams_exact import WHOLE, changes
 from tiny import INSTRUCTION, REASONING, TEMPLATE, Tiny
 
 from rain_mergekit.calibration.up_to_date import compare
 from rain_mergekit.calibration_file.reader import CalibrationFile
+from rain_mergekit.calibration_file.writer import write_calibration
 from rain_mergekit.cli import cli
 from rain_mergekit.models.loading import LoadOptions
 
@@ -135,10 +137,39 @@ def test_samples_that_get_too_long_stay_first_turns(
 def test_a_file_made_before_the_setting_is_current_without_it(tmp_path: Path) -> None:
     tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, later_turns=0.0)
     tiny.calibrate()
+    header = CalibrationFile.open(tiny.path).header
+    assert header["settings"].pop("later_turns") == 0.0
+    write_calibration(tiny.path, header, load_file(tiny.path))
     assert compare(tiny.config(), LoadOptions()).current
     changed = tiny.using(**WHOLE, later_turns=0.5)
     [difference] = compare(changed.config(), LoadOptions()).differences
+    assert "rain.later_turns is 0.5, and the file was written before" in difference
+    tiny.calibrate()
+    [difference] = compare(changed.config(), LoadOptions()).differences
     assert difference == "rain.later_turns is 0.5, was 0.0"
+
+
+def test_samples_without_spans_may_go_before_others(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, later_turns=1.0)
+    bare = [{key: one[key] for key in ("prompt", "reason", "response")} for one in INSTRUCTION]
+    (tmp_path / "instruction.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bare))
+    found = tiny.calibrate().samples.instruction
+    assert found is not None
+    assert (len(found.samples), found.later) == (len(bare), len(bare))
+
+
+def test_a_set_of_conversations_alone_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = Tiny.make(tmp_path, "llama").using(**WHOLE, later_turns=1.0)
+    lines = []
+    for one in INSTRUCTION:
+        asked = {"role": "user", "content": one["prompt"]}
+        chat = {**one, "messages": [asked, {"role": "assistant", "content": "So."}, asked]}
+        lines.append(json.dumps({key: chat[key] for key in chat if key != "prompt"}))
+    (tmp_path / "instruction.jsonl").write_text("\n".join(lines))
+    assert tiny.calibrate().samples.reasoning.later == 0
+    assert "can go before another one (later_turns)" in caplog.text
 
 
 def test_the_paper_has_none(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def instruction(**fields: Any) -> InstructionSample:
 
 
 def turns(**fields: Any) -> list[tuple[str, str]]:
-    return turns_of([reasoning(**fields)], Markers(), "<|end|>")
+    return turns_of([reasoning(**fields)], Markers(), ["<|end|>", "<|user|>"])
 
 
 def test_a_turn_is_the_prompt_and_the_answer_without_its_thinking() -> None:
@@ -53,7 +53,8 @@ def test_a_turn_is_the_prompt_and_the_answer_without_its_thinking() -> None:
     assert turns(output=None, reasoning="a", response="Yes.") == [("p", "Yes.")]
     assert turns(output="a\n</think>\n\nYes.") == [("p", "Yes.")]  # the template opened the block
     assert turns(output="<think>a</think>Yes.<|end|>") == [("p", "Yes.")]
-    assert turns_of([reasoning(output="Yes.")], NO_MARKERS, "") == [("p", "Yes.")]
+    assert turns(output="<think>a</think>Yes.\n<|end|>\n<|user|>") == [("p", "Yes.")]
+    assert turns_of([reasoning(output="Yes.")], NO_MARKERS) == [("p", "Yes.")]
 
 
 def test_what_has_no_answer_or_is_no_first_turn_goes_before_nothing() -> None:
@@ -61,7 +62,10 @@ def test_what_has_no_answer_or_is_no_first_turn_goes_before_nothing() -> None:
     assert turns(output="<think>a</think>\n") == []
     assert turns(output=None, reasoning="a") == []
     chat = [{"role": role, "content": "c"} for role in ("user", "assistant", "user")]
-    assert turns_of([reasoning(prompt=None, messages=chat)], Markers(), "") == []
+    assert turns_of([reasoning(prompt=None, messages=chat)], Markers()) == []
+    # what a chat template would take for more than an answer
+    assert turns(output="<think>a</think>Yes.<|end|><|user|>And?<|end|>") == []
+    assert turns(output=None, reasoning="a", response="It says <think> there.") == []
 
 
 def test_a_share_of_all_prompts_is_chosen_by_their_text_alone() -> None:
@@ -128,6 +132,25 @@ def test_the_same_question_in_both_turns_is_told_apart(tmp_path: Path) -> None:
     assert tokens.spans[0].related == tuple(place + shift for place in alone.spans[0].related)
     assert tokens.answer_start == alone.answer_start + shift
     assert tokens.think_positions == tuple(place + shift for place in alone.think_positions)
+
+
+def test_a_turn_that_the_template_refuses_ends_nothing(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages if '!' in m.content %}{{ raise_exception('no !') }}{% endfor %}"
+        + TEMPLATE
+    )
+    path = write(tmp_path, {"prompt": "Hello?", "output": "<think>a</think>Hello."})
+    data = load_reasoning(path, tokenizer, later=LaterTurns(1.0, [("Hi!", "Yes.")]))
+    assert (len(data.samples), data.later) == (1, 0)
+    [(_, reason)] = data.alone
+    assert "refuses this sample: no !" in reason
+
+
+def test_messages_of_a_developer_alone_are_no_first_turn(tmp_path: Path) -> None:
+    messages = [{"role": "developer", "content": "Say hello."}]
+    path = write(tmp_path, {"messages": messages, "output": "<think>a</think>Hello."})
+    data = load_reasoning(path, make_tokenizer(TEMPLATE), later=LaterTurns(1.0, [TURN]))
+    assert (len(data.samples), data.later) == (1, 0)
 
 
 def test_what_gets_too_long_stays_a_first_turn(tmp_path: Path) -> None:
