@@ -32,7 +32,7 @@ TABLES = {
     ),
     "language questions of the projection": ("questions-projection.yml", "trio-s1-sixth"),
 }
-LATER = "trio-s1-sixth"  # the trio that was asked in later turns too
+LATER = ("trio-s1-sixth", "trio-s0-sixth")  # the trios that were asked in later turns too
 TURNS = {"choosing": "first turn", "later": "second turn"}
 PICTURE = "language-depth"
 SHOWN = {
@@ -71,16 +71,20 @@ def written(results: Path) -> str:
     text = PAGE.read_text(encoding="utf-8")
     for name in TABLES:
         text = between(text, name, "\n" + table(answered(results, name)) + "\n")
-    return between(text, "language questions of turns", "\n" + turns(results) + "\n")
+    for trio in LATER:
+        found = "\n" + turns(results / "later" / trio) + "\n"
+        text = between(text, f"language questions of turns, {trio}", found)
+    return text
 
 
 def turns(results: Path) -> str:
-    """Each model in a chat's first turn and in its second, where the same is asked."""
-    rows = {
-        split: {row["name"]: row for row in load_rows(results / "later" / LATER / split)}
-        for split in TURNS
-    }
-    names = [*MODELS[1:], *_names("questions-later.yml")]
+    """Each model in a chat's first turn and in its second, where the same is asked.
+
+    results: the folder of one trio.
+    """
+    rows = {split: {row["name"]: row for row in load_rows(results / split)} for split in TURNS}
+    known = [*MODELS[1:], *_names("questions-later.yml")]
+    names = [name for name in known if all(name in rows[split] for split in TURNS)]
     lines = [
         [f"{name}, {turn}", *(percent(rows[split][name]["numbers"][n]["value"]) for n in SHOWN)]
         for name in names

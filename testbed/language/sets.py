@@ -42,25 +42,28 @@ class Samples:
 
     plain, constrained: the reasoning model's own outputs on prompts without and with a constraint.
     instruction: answers that follow.
-    later: whether half of them come as the second turn of a chat.
+    later: whether half of them come as the second turn of a chat, and again: whether once more.
     """
 
     plain: int = 100
     constrained: int = 120
     instruction: int = 160
     later: bool = False
+    again: bool = False
 
     @property
     def described(self) -> Record:
-        """What tells rows apart; `later` is left out where it is not set, as older rows lack it."""
+        """What tells rows apart; what is not set is left out, as older rows lack it."""
         return {name: value for name, value in asdict(self).items() if value is not False}
 
     def write(self, trio: Path, out: Path) -> dict[str, str]:
         """Both sets in a folder, from a trio's lines; returns their settings."""
         kept = {name: read_lines(trio / f"{name}.jsonl")[: getattr(self, name)] for name in LINES}
-        if self.later:
+        if self.later or self.again:
             said = read_lines(trio / "instruction.jsonl")
-            kept = {name: [_in_chat(one, said) for one in lines] for name, lines in kept.items()}
+            chats = {name: [_in_chat(one, said) for one in kept[name]] for name in LINES}
+            more = {name: [one for one in chats[name] if "messages" in one] for name in LINES}
+            kept = chats if self.later else {name: [*kept[name], *more[name]] for name in LINES}
         out.mkdir(parents=True, exist_ok=True)
         write_lines(out / "reasoning.jsonl", [*kept["plain"], *kept["constrained"]])
         write_lines(out / "instruction.jsonl", kept["instruction"])
