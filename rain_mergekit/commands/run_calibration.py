@@ -107,7 +107,10 @@ def content(summary: CalibrationSummary) -> dict[str, Any]:
         "first_layer": summary.first_layer,
         "mean_rank": summary.mean_rank,
         "markers": [list(pair) for pair in found.markers.pairs],
-        "samples": {name: None if data is None else used(data) for name, data in sets.items()},
+        "samples": {
+            name: None if data is None else {**used(data), "later": data.later}
+            for name, data in sets.items()
+        },
         "warnings": list(summary.warnings),
     }
 
@@ -119,7 +122,6 @@ def used(data: DataSet[Any]) -> dict[str, Any]:
         "file": data.path,
         "total": data.total,
         "used": len(data.samples),
-        "later": data.later,
         "skipped": skipped,
     }
 

@@ -187,7 +187,8 @@ def expert_product(
 
 def expert_linear(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
     """One projection of one expert without its bias, rows (m, d_in) to (m, d_out)."""
-    reader = (_READERS.get() or {}).get(module)
+    readers = _READERS.get()
+    reader = readers.get(module) if readers else None
     stored = getattr(module, name)[expert] if reader is None else reader(name, expert)
     weight = stored.to(rows.dtype)
     return rows @ weight if module.is_transposed else nn.functional.linear(rows, weight)
