@@ -29,7 +29,6 @@ class ModelShape:
     active: int = 0
     # Weights of each tensor of routed experts; large ones stay in memory as they are stored.
     experts: tuple[int, ...] = ()
-
     # Of one expert, of its largest tensor; 0 where none can be read alone.
     single: int = 0
     # Of the layer that has most besides its experts.

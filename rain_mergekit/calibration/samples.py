@@ -45,7 +45,7 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     options, path = settings.chat_template_kwargs, settings.reasoning_data
     markers = settings.marker_texts or find_markers(path, tokenizer, options)
     markers = replace(markers, optional=markers.optional or settings.blocks == "optional")
-    later = _later_turns(settings, trio, markers) if settings.later_turns else None
+    later = _later_turns(settings, trio, markers, tokenizer) if settings.later_turns else None
     reasoning = load_reasoning(
         path,
         tokenizer,
@@ -79,24 +79,27 @@ def load_samples(settings: RainSettings, trio: Trio) -> Samples:
     return Samples(reasoning, instruction, markers)
 
 
-def tokenizers(trio: Trio) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The reasoning model's tokenizer, and the instruct model's.
+def instruct_tokenizer(trio: Trio, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The instruct model's tokenizer; own: the reasoning model's.
 
     An instruct model without a tokenizer or chat template of its own uses the reasoning model's.
     """
-    own = load_tokenizer(trio.reasoning)
     if not has_tokenizer(trio.instruct.path):
-        return own, own
+        return own
     other = load_tokenizer(trio.instruct)
     if not other.chat_template:
         other.chat_template = own.chat_template
-    return own, other
+    return other
 
 
-def _later_turns(settings: RainSettings, trio: Trio, markers: Markers) -> LaterTurns | None:
-    """What is to go before samples; None where a chat template takes no second turn."""
-    own, other = tokenizers(trio)
-    readers = [own, other] if settings.fit == "streams" else [own]
+def _later_turns(
+    settings: RainSettings, trio: Trio, markers: Markers, own: PreTrainedTokenizerBase
+) -> LaterTurns | None:
+    """What is to go before samples; None where a chat template takes no second turn.
+
+    own: the reasoning model's tokenizer. None too where no sample can go before another.
+    """
+    readers = [own, instruct_tokenizer(trio, own)] if settings.fit == "streams" else [own]
     for template in (ChatTemplate(one, settings.chat_template_kwargs) for one in readers):
         if not template.takes_turns():
             LOG.warning(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rain_mergekit.calibration.samples import Samples, tokenizers
+from rain_mergekit.calibration.samples import Samples, instruct_tokenizer
 from rain_mergekit.calibration.token_teachers import TaughtText, taught_texts
 from rain_mergekit.config.settings import RainSettings
 from rain_mergekit.errors import RainError
 from rain_mergekit.models.loading import Trio
+from rain_mergekit.models.tokenizer import load_tokenizer
 from rain_mergekit.system.distributed import World
 from rain_mergekit.system.wording import counted
 from rain_mergekit.text.answer_readings import AnswerReading, read_answers
@@ -68,7 +69,8 @@ def stream_texts(settings: RainSettings, trio: Trio, samples: Samples) -> Stream
     if samples.instruction is None or settings.instruction_data is None:
         raise RainError("fit: streams needs rain.instruction_data: its answers are what is fitted")
     used = {one.source: one for one in samples.instruction.samples}
-    own, other = tokenizers(trio)
+    own = load_tokenizer(trio.reasoning)
+    other = instruct_tokenizer(trio, own)
     renderer = Renderer(own, samples.markers, settings.chat_template_kwargs)
     raw = [
         renderer.with_opening(one)  # the instruct model's template may not open the block

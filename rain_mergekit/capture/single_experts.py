@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rain_mergekit.errors import RainError
 from rain_mergekit.linalg.finite import finite
 from rain_mergekit.models.checkpoint import Checkpoint
-from rain_mergekit.models.experts import beyond_budget, read_one_by_one
+from rain_mergekit.models.experts import beyond_budget, has_budget, read_one_by_one
 from rain_mergekit.models.model_tensors import ModelTensors
 from rain_mergekit.system.profile import LOAD, moved, phase
 
@@ -49,6 +49,8 @@ class SingleExperts:
         return self.known[prefix]
 
     def _of(self, prefix: str) -> frozenset[str]:
+        if not has_budget():  # else the headers of the files would be opened for every layer
+            return frozenset()
         mine = [name for name in self.names if name.startswith(f"{prefix}.")]
         if not beyond_budget(sum(map(self.tensors.stored_bytes, mine))):
             return frozenset()

@@ -96,6 +96,11 @@ def experts_budget(size: int | None) -> AbstractContextManager[None]:
     return holding(_BUDGET, size)
 
 
+def has_budget() -> bool:
+    """Whether there is a size beyond which a layer's experts are read when they are used."""
+    return _BUDGET.get() is not None
+
+
 def beyond_budget(size: int) -> bool:
     """Whether a layer's experts of so many bytes, as stored, are read when they are used."""
     budget = _BUDGET.get()
